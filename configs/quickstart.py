@@ -1,0 +1,14 @@
+"""About five minutes on two CPU cores: a small decoder with two PEER layers, on real text."""
+
+from peerjax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.steps = 500
+    config.model.layers = (("dense", 1), ("peer", 2), ("dense", 1))
+    # Retrieval follows the stream, which is all one direction while unigrams are learnt:
+    # a slow start keeps the experts in use.
+    config.optimizer.warmup_steps = 150
+    config.eval.every = 125
+    return config

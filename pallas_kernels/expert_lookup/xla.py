@@ -1,0 +1,73 @@
+"""The lookup in plain XLA: always works, and is the reference for every kernel.
+
+Tokens are walked in chunks, so that the gathered experts of one chunk, and never all [T, K, D]
+of them, are in memory. XLA on CPU does not fuse the gather with the products that follow it:
+materialising [T, K, D] makes the same lookup about ten times slower there.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.activations import activation_by_name
+from pallas_kernels.chunking import tokens_per_chunk
+from pallas_kernels.storage import ExpertPool, read_experts
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass of one lookup produces."""
+
+    gates: Float[Array, "T K"]
+    x: Float[Array, "T D"]
+    c_down: Float[Array, "T K"]
+    c_up: Float[Array, "T K"]
+
+
+def forward(
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    x: Float[Array, "T D"],
+    activation: str,
+) -> Float[Array, "T D"]:
+    """Computes `y_t = sum_k gates[t, k] * act(down_k . x_t) * up_k` in float32."""
+    act = activation_by_name(activation)
+
+    def one_token(token: tuple[Array, Array, Array]) -> Array:
+        ids_K, gates_K, x_D = token
+        down_KD, up_KD = read_experts(pool, ids_K)
+        hidden_K = down_KD @ x_D.astype(jnp.float32)
+        return ((gates_K * act(hidden_K)) @ up_KD).astype(x.dtype)
+
+    return jax.lax.map(one_token, (ids, gates, x), batch_size=tokens_per_chunk(ids.shape[1]))
+
+
+def backward(
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    x: Float[Array, "T D"],
+    dy: Float[Array, "T D"],
+    activation: str,
+) -> Cotangents:
+    """Reads the experts once more and returns the cotangents of gates and x, and the
+    coefficients of the factored gradient.
+    """
+    act = activation_by_name(activation)
+
+    def one_token(token: tuple[Array, Array, Array, Array]) -> Cotangents:
+        ids_K, gates_K, x_D, dy_D = token
+        down_KD, up_KD = read_experts(pool, ids_K)
+        active_K, act_vjp = jax.vjp(act, down_KD @ x_D.astype(jnp.float32))
+        up_dy_K = up_KD @ dy_D.astype(jnp.float32)
+        (c_down_K,) = act_vjp(gates_K * up_dy_K)
+        return Cotangents(
+            gates=active_K * up_dy_K,
+            x=(c_down_K @ down_KD).astype(x.dtype),
+            c_down=c_down_K,
+            c_up=gates_K * active_K,
+        )
+
+    return jax.lax.map(one_token, (ids, gates, x, dy), batch_size=tokens_per_chunk(ids.shape[1]))

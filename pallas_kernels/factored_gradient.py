@@ -1,0 +1,79 @@
+"""The gradient of a pool as a sum of outer products, never as rows.
+
+For expert n, with coefficients `c_down = gate * act'(h) * (up_n . dy_t)` and
+`c_up = gate * act(h)`,
+
+    dL/d down_n = sum_t c_down[t, n] * x_t        dL/d up_n = sum_t c_up[t, n] * dy_t.
+
+So the exact gradient of a whole pool is T * (3 K + 2 D) numbers, whatever N is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import storage
+from pallas_kernels.chunking import tokens_per_chunk
+
+
+class Tap(NamedTuple):
+    """Zeros given to `lookup`, whose "gradient" is the factored gradient without its ids."""
+
+    c_down: Float[Array, "*layers T K"]
+    c_up: Float[Array, "*layers T K"]
+    x: Float[Array, "*layers T D"]
+    dy: Float[Array, "*layers T D"]
+
+    @staticmethod
+    def zeros(num_tokens: int, num_chosen: int, width: int, dtype: jnp.dtype) -> Tap:
+        """A tap for T tokens, K chosen experts each, and D; x and dy are kept in `dtype`."""
+        coefficients = jnp.zeros((num_tokens, num_chosen), jnp.float32)
+        vectors = jnp.zeros((num_tokens, width), dtype)
+        return Tap(coefficients, coefficients, vectors, vectors)
+
+
+class FactoredGradient(NamedTuple):
+    """The exact gradient of a pool, or of a stack of pools (leading axis `layers`)."""
+
+    ids: Int[Array, "*layers T K"]
+    c_down: Float[Array, "*layers T K"]
+    c_up: Float[Array, "*layers T K"]
+    x: Float[Array, "*layers T D"]
+    dy: Float[Array, "*layers T D"]
+
+    @staticmethod
+    def from_tap(ids: Int[Array, "*layers T K"], tap: Tap) -> FactoredGradient:
+        """Joins the cotangent of a tap with the ids of the same forward pass."""
+        return FactoredGradient(ids, *tap)
+
+    def dense(self, num_experts: int) -> Float[Array, "*layers N 2 D"]:
+        """The gradient as an array of the pool's shape, float32.
+
+        Walks the tokens in chunks, so that nothing of size [T, K, D] is ever made.
+        """
+        if self.ids.ndim == 2:
+            stacked = jax.tree.map(lambda leaf: leaf[None], self)
+            return stacked.dense(num_experts)[0]
+        layers, tokens, num_chosen = self.ids.shape
+        chunk = tokens_per_chunk(num_chosen)
+        padding = -tokens % chunk
+        no_expert = jnp.full((layers, padding, num_chosen), num_experts, self.ids.dtype)
+        ids = jnp.concatenate([self.ids, no_expert], axis=1)
+        rest = [jnp.pad(leaf, ((0, 0), (0, padding), (0, 0))) for leaf in self[1:]]
+        chunks = [leaf.reshape(-1, chunk, leaf.shape[-1]) for leaf in (ids, *rest)]
+        layer = jnp.repeat(jnp.arange(layers), (tokens + padding) // chunk)
+
+        def add_chunk(total: Array, xs: tuple[Array, list[Array]]) -> tuple[Array, None]:
+            layer, (ids, c_down, c_up, x, dy) = xs
+            down_CKD = c_down[:, :, None] * x[:, None, :].astype(jnp.float32)
+            up_CKD = c_up[:, :, None] * dy[:, None, :].astype(jnp.float32)
+            width = x.shape[-1]
+            down, up = down_CKD.reshape(-1, width), up_CKD.reshape(-1, width)
+            return storage.add_to_experts(total, layer, ids.reshape(-1), down, up), None
+
+        total = jnp.zeros((layers, num_experts, 2, self.x.shape[-1]), jnp.float32)
+        return jax.lax.scan(add_chunk, total, (layer, chunks))[0]

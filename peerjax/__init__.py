@@ -1,0 +1,1 @@
+"""Train language models made of very many tiny experts."""

@@ -1,0 +1,1 @@
+"""What experts do: numbers and pictures of a trained model."""

@@ -1,0 +1,70 @@
+"""Pictures of a run, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+# The first colour of matplotlib's default cycle is kept for training.
+TRAIN_COLOR = "C0"
+
+
+def plot_losses(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -> None:
+    """Draws the training loss and the validation loss of every domain over steps.
+
+    Args:
+        path: the PNG to write.
+        records: lines of `metrics.jsonl`.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    if train:
+        axes.plot(*zip(*train, strict=True), TRAIN_COLOR, alpha=0.4, linewidth=1, label="training")
+    names = sorted({name for record in records for name in record if _is_loss(name)})
+    for name in names:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        domain = name.split("/")[1]
+        width = 2.5 if domain == "all" else 1.2
+        label = f"validation: {domain}"
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=width, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_expert_usage(path: epath.Path, gate_sums: Mapping[str, Float[np.ndarray, " N"]]) -> None:
+    """Draws, for each layer, every expert's share of the gates, most used first.
+
+    Args:
+        path: the PNG to write.
+        gate_sums: by layer name, the sum of every expert's gates.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, sums in gate_sums.items():
+        shares = np.sort(sums / sums.sum())[::-1] * len(sums)
+        rank = (np.arange(len(sums)) + 1) / len(sums)
+        axes.loglog(rank, np.where(shares > 0, shares, np.nan), label=name)
+    axes.axhline(1.0, color="grey", linestyle=":", label="even")
+    axes.set(
+        xlabel="experts, most used first (share of all)",
+        ylabel="gate received (1 = even share)",
+        title="Expert usage on the validation text",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def _is_loss(name: str) -> bool:
+    return name.startswith("validation/") and name.endswith("/nats_per_token")
+
+
+def _save(figure: matplotlib.figure.Figure, path: epath.Path) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)

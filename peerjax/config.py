@@ -1,0 +1,187 @@
+"""Every field of a configuration, its default, and what makes a configuration valid."""
+
+import ml_collections
+
+from pallas_kernels.activations import ACTIVATIONS
+from peerjax.errors import ConfigError
+from peerjax.model import KINDS, ModelConfig, PeerConfig
+from peerjax.pool import STORAGE_DTYPES
+
+# Fields that a run may change when it is continued; all others make it another run.
+CHANGEABLE = ("steps", "log_every", "eval", "checkpoint", "data.workers")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A locked configuration with every field there is; recipes in `configs/` change some."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.log_every = 10  # steps between lines when the output is no terminal
+
+    data = config.data = ml_collections.ConfigDict()
+    data.source = "packages"  # or "files"
+    data.domains = ("speeches", "drama", "code")  # of source "packages"
+    data.pattern = ""  # of source "files": a glob such as "corpus/**/*.txt"
+    data.tokenizer = ""  # a tokenizer JSON; empty means the one that comes with peerjax
+    data.validation_fraction = 0.05  # of the documents
+    data.sequence_length = 256  # tokens a row
+    data.batch_size = 8  # rows a step, over all devices
+    data.workers = 0  # processes that prepare batches; 0 means a thread
+
+    model = config.model = ml_collections.ConfigDict()
+    model.width = 128  # D
+    model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # runs of equal blocks
+    model.heads = 4  # attention heads
+    model.mlp_width = 512  # hidden neurons of a dense feed-forward layer
+    model.activation = "gelu"  # of dense feed-forward layers
+    model.max_length = 2048  # the longest sequence the model accepts, in tokens
+    model.rope_base = 10_000.0
+    model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
+    model.remat = False  # recompute each block in the backward pass
+
+    peer = config.peer = ml_collections.ConfigDict()
+    peer.num_experts = (256, 256)  # N1, N2; a pool has N1 * N2 experts
+    peer.heads = 4  # H, routing heads
+    peer.experts_per_head = 8  # k
+    peer.key_width = 64  # of each half of a query
+    peer.activation = "gelu"
+    peer.query_norm = "layernorm"  # or "none"
+
+    pool = config.pool = ml_collections.ConfigDict()
+    pool.storage = "float32"  # or "bfloat16"
+    pool.rule = "adamw"  # how a pool is updated
+    pool.learning_rate = 3e-3  # peak; follows the schedule below
+
+    optimizer = config.optimizer = ml_collections.ConfigDict()
+    optimizer.learning_rate = 3e-3  # peak, of everything but pools
+    optimizer.warmup_steps = 50
+    optimizer.final_fraction = 0.1  # of the peak, at the end of a cosine decay
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.weight_decay = 0.1  # of matrices and pools, not of norms and embeddings
+    optimizer.clip_norm = 1.0  # global norm of the gradient
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every = 250  # steps; also before the first and after the last
+    config.eval.rows = 32  # rows a domain
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 100  # steps; also after the last
+    config.checkpoint.keep = 3  # at least 2, so that a damaged one can be passed over
+    return config.lock()
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks what can be checked before any data is read.
+
+    Raises:
+        ConfigError: naming the first field that does not fit.
+    """
+    _require_positive(config, "steps", "data.sequence_length", "data.batch_size", "model.width")
+    _require_positive(config, "model.heads", "model.mlp_width", "peer.heads", "peer.key_width")
+    _require_positive(config, "peer.experts_per_head", "eval.every", "eval.rows", "log_every")
+    _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
+    _require_choice(config, "data.source", ("packages", "files"))
+    _require_choice(config, "model.dtype", ("float32", "bfloat16"))
+    _require_choice(config, "model.activation", ACTIVATIONS)
+    _require_choice(config, "peer.activation", ACTIVATIONS)
+    _require_choice(config, "peer.query_norm", ("layernorm", "none"))
+    _require_choice(config, "pool.storage", STORAGE_DTYPES)
+    _require_choice(config, "pool.rule", ("adamw",))
+    model, peer, data = config.model, config.peer, config.data
+    if data.source == "files" and not data.pattern:
+        raise ConfigError("data.source is 'files' but data.pattern is empty")
+    if not 0 < data.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in (0, 1)")
+    if data.workers < 0:
+        raise ConfigError(f"data.workers={data.workers} is negative")
+    if data.sequence_length > model.max_length:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length} is longer than the model allows "
+            f"(model.max_length={model.max_length})"
+        )
+    if model.width % (2 * model.heads):
+        raise ConfigError(
+            f"model.width={model.width} is not divisible by 2 * model.heads={2 * model.heads} "
+            "(rotary positions turn pairs of features)"
+        )
+    _validate_layers(model.layers)
+    if len(peer.num_experts) != 2 or min(peer.num_experts) < 1:
+        raise ConfigError(f"peer.num_experts={peer.num_experts} is not a pair of positive sizes")
+    total = peer.num_experts[0] * peer.num_experts[1]
+    if total < peer.experts_per_head:
+        raise ConfigError(
+            f"peer.num_experts={peer.num_experts} makes {total} experts, fewer than "
+            f"peer.experts_per_head={peer.experts_per_head}"
+        )
+    if config.checkpoint.keep < 2:
+        raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
+
+
+def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
+    """The part of a configuration that the model is built from."""
+    fields = dict(config.model)
+    del fields["max_length"]
+    fields["layers"] = tuple((kind, count) for kind, count in config.model.layers)
+    peer = PeerConfig(**{**config.peer, "num_experts": tuple(config.peer.num_experts)})
+    return ModelConfig(
+        vocab_size=vocab_size, peer=peer, pool_storage=config.pool.storage, **fields
+    )
+
+
+def differences(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> list[str]:
+    """Names the fields, other than changeable ones, in which two configurations differ."""
+    old_fields, new_fields = _flatten(old), _flatten(new)
+    changed = []
+    for name in sorted(old_fields.keys() | new_fields.keys()):
+        changeable = any(name == field or name.startswith(field + ".") for field in CHANGEABLE)
+        before, after = old_fields.get(name), new_fields.get(name)
+        if not changeable and before != after:
+            changed.append(f"{name} (was {before!r}, is {after!r})")
+    return changed
+
+
+def _validate_layers(layers: tuple) -> None:
+    form = "a tuple such as (('dense', 5), ('peer', 1))"
+    if not layers:
+        raise ConfigError(f"model.layers is empty; give {form}")
+    for run in layers:
+        if not isinstance(run, tuple) or len(run) != 2:
+            raise ConfigError(f"model.layers has {run!r}; give {form}")
+        kind, count = run
+        if kind not in KINDS:
+            raise ConfigError(
+                f"model.layers names the unknown kind {kind!r}; choose from {', '.join(KINDS)}"
+            )
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"model.layers gives {kind!r} the count {count!r}; it must be >= 1")
+
+
+def _require_positive(config: ml_collections.ConfigDict, *names: str) -> None:
+    fields = _flatten(config)
+    for name in names:
+        if fields[name] <= 0:
+            raise ConfigError(f"{name}={fields[name]} is not positive")
+
+
+def _require_choice(config: ml_collections.ConfigDict, name: str, choices) -> None:
+    value = _flatten(config)[name]
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def _as_tuples(value):
+    """A field as it was before JSON made lists of its tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _as_tuples(value)
+    return flat

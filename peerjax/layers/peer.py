@@ -1,0 +1,92 @@
+"""PEER: parameter-efficient expert retrieval (He 2024, arXiv:2407.04153)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from pallas_kernels.factored_gradient import Tap
+from peerjax.pool import ExpertPool
+from peerjax.routing.product_keys import pair_scores, top_k_pairs
+from peerjax.sharding.pools import sharded_lookup
+
+# Every rematerialisation policy must save arrays of this name.
+EXPERT_IDS = "expert_ids"
+
+
+class PEER(nn.Module):
+    """`sum_h sum_k softmax(score)_hk * act(down_hk . x) * up_hk` over retrieved experts.
+
+    Queries are `norm(W_q x)` per head, split in halves that score the two sets of sub-keys;
+    each head retrieves its `experts_per_head` best experts of the product. Routing is float32.
+
+    Sows into the collection "routing": `ids` [T, K] and `gates` [T, K]. Reads, where it is
+    given, the collection "taps", whose gradient is the factored gradient of the pool.
+    Initialisation also records each sub-key's norm in the collection "stats".
+
+    Attributes:
+        num_experts: (N1, N2), sizes of the two sets of sub-keys.
+        heads: H, routing heads.
+        experts_per_head: k.
+        key_width: width of a sub-key.
+        activation: "gelu" (exact), "relu" or "relu2".
+        query_norm: "layernorm" or "none".
+    """
+
+    num_experts: tuple[int, int]
+    heads: int
+    experts_per_head: int
+    key_width: int
+    activation: str = "gelu"
+    query_norm: str = "layernorm"
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"], pool: ExpertPool) -> Float[Array, "B L D"]:
+        """Applies the layer to every token, with experts from `pool`."""
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        scores1_THN, scores2_THM = self._sub_key_scores(x_TD.astype(jnp.float32))
+        ids_THk = top_k_pairs(
+            jax.lax.stop_gradient(scores1_THN),
+            jax.lax.stop_gradient(scores2_THM),
+            self.experts_per_head,
+        )
+        ids_THk = checkpoint_name(ids_THk, EXPERT_IDS)
+        gates_THk = jax.nn.softmax(pair_scores(scores1_THN, scores2_THM, ids_THk), axis=-1)
+
+        ids_TK = ids_THk.reshape(x_TD.shape[0], -1)
+        gates_TK = gates_THk.reshape(ids_TK.shape)
+        self._keep("ids", ids_TK)
+        self._keep("gates", gates_TK)
+        tap = self._tap(*ids_TK.shape, x_TD)
+        y_TD = sharded_lookup(pool, ids_TK, gates_TK, x_TD, activation=self.activation, tap=tap)
+        return y_TD.reshape(x_BLD.shape)
+
+    def _sub_key_scores(self, x_TD: Array) -> tuple[Array, Array]:
+        features = self.heads * 2 * self.key_width
+        query_THd = nn.Dense(features, use_bias=False, name="query")(x_TD)
+        query_THd = query_THd.reshape(-1, self.heads, 2 * self.key_width)
+        if self.query_norm == "layernorm":
+            query_THd = nn.LayerNorm(name="query_norm")(query_THd)
+
+        def scores(name: str, query: Array, num_keys: int) -> Array:
+            init = nn.initializers.normal(self.key_width**-0.5)
+            keys = self.param(name, init, (self.heads, num_keys, self.key_width))
+            if self.is_initializing():
+                self.variable("stats", f"initial_norm_{name}", jnp.linalg.norm, keys, axis=-1)
+            return jnp.einsum("thd,hnd->thn", query, keys)
+
+        first, second = jnp.split(query_THd, 2, axis=-1)
+        return (
+            scores("keys1", first, self.num_experts[0]),
+            scores("keys2", second, self.num_experts[1]),
+        )
+
+    def _keep(self, name: str, value: Array) -> None:
+        self.sow("routing", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+    def _tap(self, num_tokens: int, num_chosen: int, x_TD: Array) -> Tap | None:
+        if not (self.is_initializing() or self.has_variable("taps", "pool")):
+            return None
+        shape = num_tokens, num_chosen, x_TD.shape[1], x_TD.dtype
+        return self.variable("taps", "pool", Tap.zeros, *shape).value

@@ -1,0 +1,180 @@
+"""The decoder: puts layers together as a configuration says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from peerjax.layers.attention import Attention, same_document
+from peerjax.layers.mlp import MLP
+from peerjax.layers.peer import EXPERT_IDS, PEER
+from peerjax.pool import ExpertPool, initialize_pool
+
+# The kinds of feed-forward layer that `ModelConfig.layers` may name. To add one: write its
+# module in `peerjax/layers/`, name it here, and give it a branch in `Block.feed_forward`.
+DENSE, PEER_KIND = "dense", "peer"
+KINDS = (DENSE, PEER_KIND)
+KINDS_WITH_POOL = (PEER_KIND,)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerConfig:
+    """Fields of a PEER layer; see `peerjax.layers.peer.PEER`."""
+
+    num_experts: tuple[int, int]
+    heads: int
+    experts_per_head: int
+    key_width: int
+    activation: str
+    query_norm: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a decoder is made of; `peerjax.config` documents the fields."""
+
+    vocab_size: int
+    width: int
+    layers: tuple[tuple[str, int], ...]
+    heads: int
+    mlp_width: int
+    activation: str
+    rope_base: float
+    dtype: str
+    remat: bool
+    peer: PeerConfig
+    pool_storage: str
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return sum(count for _, count in self.layers)
+
+    @property
+    def residual_scale(self) -> float:
+        """Initial scale of what a sub-layer adds, so that the stream's variance stays O(1)."""
+        return (2 * self.depth) ** -0.5
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x_BLD, positions_BL, mask, pool, layer):
+        """Returns `(x, None)`, as `nn.scan` wants; `pool` is a stack and `layer` its index."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        attention = Attention(
+            config.heads, config.rope_base, config.residual_scale, dtype, name="attention"
+        )
+        normed = nn.RMSNorm(dtype=config.dtype, name="attention_norm")(x_BLD)
+        x_BLD = x_BLD + attention(normed, positions_BL, mask)
+        normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
+        return x_BLD + self.feed_forward(normed, pool, layer), None
+
+    def feed_forward(self, x_BLD, pool, layer):
+        """The feed-forward layer of this block's kind."""
+        config = self.config
+        if self.kind == PEER_KIND:
+            peer = PEER(**dataclasses.asdict(config.peer), name="peer")
+            return peer(x_BLD, pool.at_layer(layer))
+        dtype = jnp.dtype(config.dtype)
+        mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")
+        return mlp(x_BLD)
+
+
+class Run(nn.Module):
+    """A run of equal blocks, scanned; owns the stacked pools of its blocks."""
+
+    config: ModelConfig
+    kind: str
+    length: int
+
+    @nn.compact
+    def __call__(self, x_BLD, positions_BL, mask):
+        """Returns the stream after the run."""
+        pool = None
+        if self.kind in KINDS_WITH_POOL:
+            pool = self.variable("pools", "pool", self._initialize_pool).value
+        block = Block
+        if self.config.remat:
+            policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "stats": 0, "taps": 0, "routing": 0},
+            split_rngs={"params": True},
+            # The pool is closed over: as a scanned input it would be copied layer by layer.
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=self.length,
+        )(self.config, self.kind, name="block")
+        x_BLD, _ = blocks(x_BLD, positions_BL, mask, pool, jnp.arange(self.length))
+        return x_BLD
+
+    def _initialize_pool(self) -> ExpertPool:
+        peer = self.config.peer
+        return initialize_pool(
+            self.make_rng("params"),
+            self.length,
+            peer.num_experts[0] * peer.num_experts[1],
+            self.config.width,
+            heads=peer.heads,
+            experts_per_head=peer.experts_per_head,
+            residual_scale=self.config.residual_scale,
+            storage=self.config.pool_storage,
+        )
+
+
+class Decoder(nn.Module):
+    """A causal language model over packed documents.
+
+    Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
+    run i), "stats"; "taps" and "routing" as `peerjax.layers.peer.PEER` says, stacked over the
+    blocks of a run.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        segments_BL: Int[Array, "B L"],
+    ) -> Float[Array, "B L V"]:
+        """Returns the logits of the next token, float32.
+
+        Args:
+            tokens_BL: token numbers.
+            positions_BL: position of each token in its document.
+            segments_BL: which document of its row each token belongs to.
+        """
+        config = self.config
+        embed = nn.Embed(
+            config.vocab_size,
+            config.width,
+            dtype=config.dtype,
+            embedding_init=nn.initializers.normal(1.0),
+            name="embed",
+        )
+        x_BLD = embed(tokens_BL)
+        mask = same_document(segments_BL)
+        for index, (kind, length) in enumerate(config.layers):
+            x_BLD = Run(config, kind, length, name=f"run_{index}")(x_BLD, positions_BL, mask)
+        x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
+        # Small initial logits: a fresh model predicts nearly uniformly.
+        head = nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=nn.initializers.normal(0.02),
+            name="head",
+        )
+        return head(x_BLD).astype(jnp.float32)

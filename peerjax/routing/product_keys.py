@@ -1,0 +1,57 @@
+"""Product-key retrieval: the exact top-k of N1 * N2 scores at the cost of N1 + N2.
+
+Expert (i, j) has number i * N2 + j and score s1_i + s2_j.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def top_k_pairs(
+    scores1: Float[Array, "*S N1"], scores2: Float[Array, "*S N2"], k: int
+) -> Int[Array, "*S k"]:
+    """Finds the k largest of all sums `scores1_i + scores2_j`.
+
+    Exact: a pair among the k largest has its i among the k largest of `scores1` and its j among
+    the k largest of `scores2`, so the top k of the k * k sums are the top k of all.
+
+    Args:
+        scores1: scores of the first sub-keys.
+        scores2: scores of the second sub-keys.
+        k: how many to find.
+
+    Returns:
+        Expert numbers i * N2 + j, best first.
+
+    Raises:
+        ValueError: if there are fewer than k pairs.
+
+    References:
+        Lample et al., "Large Memory Layers with Product Keys", arXiv:1907.05242, section 3.1.
+    """
+    n1, n2 = scores1.shape[-1], scores2.shape[-1]
+    if n1 * n2 < k:
+        raise ValueError(f"cannot choose {k} experts of {n1} * {n2}")
+    # `top_k` of more than two dimensions is many times slower on CPU.
+    best1, index1 = jax.lax.top_k(scores1.reshape(-1, n1), min(k, n1))
+    best2, index2 = jax.lax.top_k(scores2.reshape(-1, n2), min(k, n2))
+    sums = best1[:, :, None] + best2[:, None, :]
+    experts = index1[:, :, None] * n2 + index2[:, None, :]
+    _, chosen = jax.lax.top_k(sums.reshape(sums.shape[0], -1), k)
+    ids = jnp.take_along_axis(experts.reshape(experts.shape[0], -1), chosen, axis=1)
+    return ids.reshape(*scores1.shape[:-1], k)
+
+
+def pair_scores(
+    scores1: Float[Array, "*S N1"], scores2: Float[Array, "*S N2"], ids: Int[Array, "*S k"]
+) -> Float[Array, "*S k"]:
+    """Reads the scores `scores1_i + scores2_j` of experts `ids`; differentiable.
+
+    Reading the scores at given ids, rather than taking them from a top-k, keeps gates and ids
+    together when a backward pass computes the scores again and a near-tie falls the other way.
+    """
+    n2 = scores2.shape[-1]
+    first = jnp.take_along_axis(scores1, ids // n2, axis=-1)
+    second = jnp.take_along_axis(scores2, ids % n2, axis=-1)
+    return first + second

@@ -1,0 +1,53 @@
+"""Operations on pools over a mesh: every device handles its own tokens.
+
+Under `jax.set_mesh` these run inside `jax.shard_map`; without a mesh they are the plain
+operations, so that a layer can be used on its own.
+"""
+
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.expert_lookup import lookup
+from pallas_kernels.factored_gradient import FactoredGradient, Tap
+from pallas_kernels.storage import ExpertPool
+from peerjax.sharding.rules import BATCH
+
+
+def sharded_lookup(
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    x: Float[Array, "T D"],
+    *,
+    activation: str,
+    tap: Tap | None = None,
+) -> Float[Array, "T D"]:
+    """`pallas_kernels.expert_lookup.lookup` with tokens split over the mesh's `data` axis."""
+    if tap is None:
+        tap = Tap.zeros(*ids.shape, x.shape[1], x.dtype)
+
+    def local(pool, ids, gates, x, tap):
+        return lookup(pool, ids, gates, x, activation=activation, tap=tap)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(pool, ids, gates, x, tap)
+    # check_vma: a custom backward cannot state which cotangents vary over which axis.
+    over_mesh = partial(jax.shard_map, check_vma=False, out_specs=BATCH)
+    return over_mesh(local, in_specs=(P(), BATCH, BATCH, BATCH, BATCH))(pool, ids, gates, x, tap)
+
+
+def dense_pool_gradient(
+    gradient: FactoredGradient, num_experts: int
+) -> Float[Array, "layers N 2 D"]:
+    """The dense gradient of a stack of pools, summed over the mesh's `data` axis."""
+
+    def local(gradient):
+        return jax.lax.psum(gradient.dense(num_experts), "data")
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return gradient.dense(num_experts)
+    per_token = P(None, *BATCH)
+    return jax.shard_map(local, check_vma=False, in_specs=(per_token,), out_specs=P())(gradient)

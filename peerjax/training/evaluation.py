@@ -1,0 +1,125 @@
+"""Loss per domain and expert usage on the validation text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from peerjax.analysis.usage import Usage, expert_usage
+from peerjax.data.packing import PackedRows
+from peerjax.data.pipeline import Corpus, validation_rows
+from peerjax.sharding import BATCH, sharding_of
+from peerjax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLoss:
+    """Summed loss over some text."""
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean cross-entropy of the next token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same loss per byte of text, comparable between tokenizers."""
+        return self.nats / (self.num_bytes * math.log(2))
+
+    def __add__(self, other: TextLoss) -> TextLoss:
+        return TextLoss(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.num_bytes + other.num_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        losses: loss by domain.
+        gate_sums: by layer name, the sum of every expert's gates over the evaluation tokens.
+    """
+
+    losses: dict[str, TextLoss]
+    gate_sums: dict[str, Float[np.ndarray, " N"]]
+
+    @property
+    def overall(self) -> TextLoss:
+        """The loss over all domains together, token by token."""
+        return sum(self.losses.values(), TextLoss(0.0, 0, 0))
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """Usage and unevenness by layer."""
+        return {name: expert_usage(sums) for name, sums in self.gate_sums.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """All figures, flat, for the metrics file."""
+        figures = {}
+        for domain, loss in {"all": self.overall, **self.losses}.items():
+            figures[f"validation/{domain}/nats_per_token"] = loss.nats_per_token
+            figures[f"validation/{domain}/bits_per_byte"] = loss.bits_per_byte
+        for layer, usage in self.usage.items():
+            figures[f"experts/{layer}/usage"] = usage.usage
+            figures[f"experts/{layer}/unevenness"] = usage.unevenness
+        return figures
+
+
+def evaluate(
+    eval_step: Callable[..., dict[str, Any]],
+    state: TrainState,
+    corpus: Corpus,
+    mesh: Mesh,
+    *,
+    rows_per_domain: int,
+    batch_size: int,
+) -> Evaluation:
+    """Evaluates on a fixed choice of validation rows of every domain."""
+    losses, gate_sums = {}, {}
+    token_bytes = corpus.tokenizer.bytes_per_token()
+    for domain, rows in corpus.validation.items():
+        total = TextLoss(0.0, 0, 0)
+        chosen = validation_rows(rows, rows_per_domain)
+        for first in range(0, len(chosen), batch_size):
+            batch = _padded_batch(rows, chosen[first : first + batch_size], batch_size)
+            targets = batch["targets"][batch["weight"] > 0]
+            sums = jax.device_get(eval_step(state.params, state.pools, put_batch(mesh, batch)))
+            total += TextLoss(float(sums["nats"]), targets.size, int(token_bytes[targets].sum()))
+            for run, per_layer in sums["gate_sums"].items():
+                for index, per_expert in enumerate(per_layer):
+                    name = f"{run}.{index}"
+                    gate_sums[name] = gate_sums.get(name, 0.0) + per_expert.astype(np.float64)
+        losses[domain] = total
+    return Evaluation(losses, gate_sums)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Places a process's rows on the mesh as its part of the global batch."""
+    sharding = sharding_of(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, leaf)
+        for name, leaf in batch.items()
+    }
+
+
+def _padded_batch(rows: PackedRows, chosen: list[int], size: int) -> dict[str, np.ndarray]:
+    """Batches rows, with copies of weight 0 in the places that are left over."""
+    padded = chosen + chosen[:1] * (size - len(chosen))
+    elements = [rows[index] for index in padded]
+    batch = {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+    weight = np.arange(size) < len(chosen)
+    return {**batch, "weight": weight.astype(np.float32)}

@@ -1,0 +1,189 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from peerjax.config import model_config, validate
+from peerjax.data.pipeline import load_corpus, train_batches
+from peerjax.errors import DivergenceError
+from peerjax.model import Decoder
+from peerjax.sharding import make_mesh, state_shardings
+from peerjax.training import report
+from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
+from peerjax.training.evaluation import Evaluation, evaluate, put_batch
+from peerjax.training.metrics import MetricsWriter, Progress
+from peerjax.training.preemption import StopSignals
+from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.step import make_eval_step, make_train_step
+from peerjax.training.workdir import check_config, check_data, record
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains as `config` says, or goes on from the newest checkpoint in `workdir`.
+
+    Args:
+        config: see `peerjax.config`.
+        workdir: a local folder, or any path that `etils.epath` knows (gs://...). It gets
+            `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, and at
+            the end `report.json` and plots.
+
+    Raises:
+        UserError: one of its kinds, with one sentence that says what to do.
+    """
+    # ---- What the run is ----
+    folder = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
+    validate(config)
+    check_config(folder, config)
+    corpus = load_corpus(config)
+    check_data(folder, corpus.identity)
+    model = Decoder(model_config(config, corpus.tokenizer.vocab_size))
+    optimizer = make_optimizer(config)
+    mesh = make_mesh()
+
+    with jax.set_mesh(mesh), StopSignals() as stop:
+        # ---- State: fresh, or from the newest intact checkpoint ----
+        def fresh_state():
+            return create_state(config, model, optimizer)
+
+        shapes = jax.eval_shape(fresh_state)
+        shardings = state_shardings(mesh, shapes)
+        checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        start = checkpoints.latest_step
+        if start is not None and start >= config.steps:
+            print(f"the run in {folder} has finished its {start} steps; raise steps to go on")
+            checkpoints.close()
+            report.print_report(folder)
+            return
+        if start is None:
+            next_batch = 0
+            state = jax.jit(fresh_state, out_shardings=shardings)()
+        else:
+            state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
+        batches = train_batches(config, corpus.train, next_batch)
+        record(folder, config, corpus.identity)
+
+        # ---- Steps ----
+        train_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+        eval_step = jax.jit(make_eval_step(model))
+        tokens_per_step = config.data.batch_size * config.data.sequence_length
+        step = start or 0
+        writer = MetricsWriter(folder, first_step=0 if start is None else start + 1)
+        progress = Progress(config.steps, step, tokens_per_step, config.log_every)
+        progress.say(_describe(shapes, tokens_per_step, mesh, step))
+
+        def evaluate_now() -> Evaluation:
+            evaluation = evaluate(
+                eval_step,
+                state,
+                corpus,
+                mesh,
+                rows_per_domain=config.eval.rows,
+                batch_size=config.data.batch_size,
+            )
+            loss = evaluation.overall
+            progress.say(
+                f"validation after {step} steps: {loss.nats_per_token:.4f} nats/token, "
+                f"{loss.bits_per_byte:.4f} bits/byte"
+            )
+            return evaluation
+
+        def finish(pending: Pending) -> dict[str, float]:
+            figures = pending.figures()
+            progress.update(pending.step, figures)
+            writer.write_events(
+                pending.step, {"tokens_per_second": progress.tokens_per_second(pending.step)}
+            )
+            return figures
+
+        if start is None:
+            writer.write(0, evaluate_now().metrics())
+        pending: Pending | None = None
+        while step < config.steps:
+            batch = next(batches)
+            rows = batch["row"]
+            state, metrics = train_step(state, put_batch(mesh, batch))
+            step += 1
+            # The figures of the step before are fetched while this step computes.
+            if pending is not None:
+                writer.write(pending.step, finish(pending))
+            pending = Pending(step, metrics, rows)
+
+            ending = step == config.steps or stop.requested(step)
+            evaluating = step % config.eval.every == 0 or step == config.steps
+            saving = step % config.checkpoint.every == 0 or ending
+            if evaluating or saving:
+                # Nothing is saved before its figures are known to be finite and written down.
+                figures, pending = finish(pending), None
+                if evaluating:
+                    evaluation = evaluate_now()
+                    figures |= evaluation.metrics()
+                writer.write(step, figures)
+            if saving:
+                checkpoints.save(step, state, next_batch=step)
+            if ending:
+                break
+
+        # ---- End ----
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+        progress.close()
+        if step < config.steps:
+            print(f"stopped and saved after step {step}; run the same command to go on")
+            return
+        if jax.process_index() == 0:
+            facts = {
+                "steps": step,
+                "tokens_per_step": tokens_per_step,
+                "parameters": count_parameters(shapes.params),
+                "expert_parameters": count_parameters(shapes.pools),
+                "checkpoint": str(checkpoints.path(step)),
+            }
+            report.write_report(folder, evaluation, facts)
+            report.print_report(folder)
+
+
+class Pending:
+    """The figures of a step that has been started but perhaps not finished."""
+
+    def __init__(self, step: int, metrics: Mapping[str, jax.Array], rows: np.ndarray):
+        self.step = step
+        self._metrics = metrics
+        self._rows = rows
+
+    def figures(self) -> dict[str, float]:
+        """Waits for the step.
+
+        Raises:
+            DivergenceError: if the loss or the gradient is not finite.
+        """
+        figures = {name: float(value) for name, value in jax.device_get(self._metrics).items()}
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(figures[name]):
+                rows = ", ".join(str(int(row)) for row in self._rows[:8])
+                raise DivergenceError(
+                    f"{name} is {figures[name]} in step {self.step} (batch {self.step - 1}, rows "
+                    f"{rows}{'...' if len(self._rows) > 8 else ''} of the training text); the "
+                    "last checkpoint before it is kept; lower the learning rates, or look at "
+                    "those rows"
+                )
+        return figures
+
+
+def _describe(shapes: Any, tokens_per_step: int, mesh: jax.sharding.Mesh, start: int) -> str:
+    parameters = count_parameters(shapes.params)
+    experts = count_parameters(shapes.pools)
+    devices = f"{mesh.size} {jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
+    beginning = f"going on from step {start}" if start else "starting"
+    return (
+        f"{parameters:,} parameters and {experts:,} in experts on {devices}, "
+        f"{tokens_per_step:,} tokens a step; {beginning}"
+    )

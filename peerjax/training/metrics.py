@@ -1,0 +1,143 @@
+"""Figures of a run: `metrics.jsonl`, TensorBoard events and what the terminal shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import rich.console
+import rich.progress
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from peerjax.errors import UserError
+from peerjax.training.workdir import write_atomically
+
+FILE, EVENTS = "metrics.jsonl", "tensorboard"
+
+
+class MetricsWriter:
+    """Writes one line a step to `metrics.jsonl`, and the same figures to TensorBoard.
+
+    Nothing in the file depends on the clock: a run that was killed and continued leaves the
+    same file, byte for byte, as one that was not.
+
+    Args:
+        workdir: the run's folder.
+        first_step: the first step that will be written; lines of it and later ones, left by a
+            run that was killed after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        self._path = workdir / FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
+        write_atomically(self._path, "".join(map(_as_line, kept)))
+        self._events = SummaryWriter(str(workdir / EVENTS), purge_step=first_step)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the line of a step, at once.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        try:
+            with self._path.open("a") as file:
+                file.write(_as_line({"step": step, **figures}))
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error}); mend the cause and run the same "
+                "command again to go on from the last checkpoint"
+            ) from None
+        self.write_events(step, figures)
+
+    def write_events(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes figures to TensorBoard only: for those that depend on the clock."""
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends the event file."""
+        self._events.close()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, float | int]]:
+    """The lines of `metrics.jsonl`; a last line that was cut short is left out."""
+    path = workdir / FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _as_line(record: Mapping[str, float | int]) -> str:
+    return json.dumps(record) + "\n"
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; silent on all but one process.
+
+    Args:
+        total: the last step.
+        step: the step that the run goes on from.
+        tokens_per_step: over all devices.
+        line_every: steps between plain lines.
+    """
+
+    def __init__(self, total: int, step: int, tokens_per_step: int, line_every: int):
+        self._total, self._first, self._tokens = total, step, tokens_per_step
+        self._line_every = line_every
+        self._start: float | None = None
+        self._bar: rich.progress.Progress | None = None
+        self._quiet = jax.process_index() != 0
+        if not self._quiet and sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+                rich.progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("", total=total, completed=step, figures="compiling")
+            self._bar.start()
+
+    def tokens_per_second(self, step: int) -> float:
+        """Mean speed since the first step of this process, whose compilation is left out."""
+        if self._start is None or step <= self._first:
+            return 0.0
+        return (step - self._first) * self._tokens / (time.monotonic() - self._start)
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows the figures of a step that is done."""
+        if self._start is None:  # the first step compiled
+            self._start, self._first = time.monotonic(), step
+        speed = self.tokens_per_second(step)
+        shares = [value for name, value in figures.items() if name.startswith("experts_hit/")]
+        text = f"loss {figures['loss']:.4f}  {speed:,.0f} tokens/s"
+        if shares:
+            text += f"  experts hit {sum(shares) / len(shares):.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=text)
+        elif not self._quiet and (step % self._line_every == 0 or step == self._total):
+            left = (self._total - step) * self._tokens / speed if speed else 0.0
+            minutes, seconds = divmod(round(left), 60)
+            print(f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()

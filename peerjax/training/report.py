@@ -1,0 +1,96 @@
+"""The short report at the end of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+from etils import epath
+
+from peerjax.analysis.plots import plot_expert_usage, plot_losses
+from peerjax.training.evaluation import Evaluation
+from peerjax.training.metrics import read_metrics
+from peerjax.training.workdir import write_atomically
+
+FILE = "report.json"
+
+
+def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, Any]) -> None:
+    """Writes `report.json` and the plots of a run that has just ended.
+
+    Args:
+        workdir: the run's folder, whose `metrics.jsonl` is complete.
+        evaluation: the last evaluation.
+        run: further facts (steps, parameters, checkpoint...), kept as they are.
+    """
+    records = read_metrics(workdir)
+    first = next(record for record in records if "validation/all/nats_per_token" in record)
+    losses = {
+        domain: {
+            measure: {
+                "before": first[f"validation/{domain}/{measure}"],
+                "after": getattr(loss, measure),
+            }
+            for measure in ("nats_per_token", "bits_per_byte")
+        }
+        for domain, loss in {"all": evaluation.overall, **evaluation.losses}.items()
+    }
+    experts = {layer: usage._asdict() for layer, usage in evaluation.usage.items()}
+    plots = {"losses": workdir / "loss.png"}
+    plot_losses(plots["losses"], records)
+    if experts:
+        plots["experts"] = workdir / "expert_usage.png"
+        plot_expert_usage(plots["experts"], evaluation.gate_sums)
+    report = {
+        **run,
+        "validation": losses,
+        "experts": experts,
+        "plots": {name: str(path) for name, path in plots.items()},
+    }
+    write_atomically(workdir / FILE, json.dumps(report, indent=1))
+
+
+def print_report(workdir: epath.Path) -> None:
+    """Prints the report of a finished run."""
+    report = json.loads((workdir / FILE).read_text())
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console.print()
+    rows = [
+        [
+            domain,
+            *(
+                f"{measures[measure][when]:.3f}"
+                for measure in ("nats_per_token", "bits_per_byte")
+                for when in ("before", "after")
+            ),
+        ]
+        for domain, measures in report["validation"].items()
+    ]
+    columns = ("text", "nats/token before", "after", "bits/byte before", "after")
+    _print_table(console, "Validation loss", columns, rows)
+    rows = [
+        [layer, f"{figures['usage']:.1%}", f"{figures['unevenness']:.3f}"]
+        for layer, figures in report["experts"].items()
+    ]
+    if rows:
+        _print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
+    console.print(
+        f"{report['steps']} steps of {report['tokens_per_step']:,} tokens; "
+        f"{report['parameters']:,} parameters and {report['expert_parameters']:,} in experts"
+    )
+    for name in report["plots"].values():
+        console.print(f"plot        {name}")
+    console.print(f"checkpoint  {report['checkpoint']}")
+
+
+def _print_table(
+    console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,100 @@
+"""The train state, and the optimizer that moves it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Int, Key
+
+from peerjax.model import Decoder
+
+PARAMS, POOLS = "params", "pools"
+# Leaves that weight decay leaves alone: norms, embeddings.
+UNDECAYED = ("scale", "bias", "embedding")
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes.
+
+    Attributes:
+        params: float leaves, differentiated.
+        pools: the expert pools, by run of blocks.
+        opt_state: state of the optimizer over `{"params": params, "pools": pools}`.
+        stats: statistics of routers; the norm of each sub-key at step 0.
+        step: number of updates made.
+        rng: the run's random key.
+    """
+
+    params: Any
+    pools: Any
+    opt_state: Any
+    stats: Any
+    step: Int[Array, ""]
+    rng: Key[Array, ""]
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The tree that the optimizer sees."""
+        return {PARAMS: self.params, POOLS: self.pools}
+
+
+def create_state(
+    config: ml_collections.ConfigDict, model: Decoder, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Draws a fresh state from `config.seed`. To be called under `jax.jit`."""
+    init_key, rng = jax.random.split(jax.random.key(config.seed))
+    # Parameters do not depend on the batch: initialise on the smallest one.
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = model.init(init_key, tokens, tokens, tokens)
+    params, pools = variables["params"], variables.get("pools", {})
+    return TrainState(
+        params=params,
+        pools=pools,
+        opt_state=optimizer.init({PARAMS: params, POOLS: pools}),
+        stats=variables.get("stats", {}),
+        step=jnp.zeros((), jnp.int32),
+        rng=rng,
+    )
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it at `config.steps`."""
+    optimizer = config.optimizer
+    warmup = min(optimizer.warmup_steps, config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, config.steps, peak * optimizer.final_fraction
+    )
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW over params and pools, each with its own learning rate, after one global clip."""
+    optimizer = config.optimizer
+
+    def adamw(peak: float, mask: Any = None) -> optax.GradientTransformation:
+        return optax.adamw(
+            learning_rate_schedule(config, peak),
+            b1=optimizer.beta1,
+            b2=optimizer.beta2,
+            weight_decay=optimizer.weight_decay,
+            mask=mask,
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.partition(
+            {
+                PARAMS: adamw(optimizer.learning_rate, _decayed),
+                POOLS: adamw(config.pool.learning_rate),
+            },
+            {PARAMS: PARAMS, POOLS: POOLS},
+        ),
+    )
+
+
+def _decayed(tree: Any) -> Any:
+    def is_decayed(path: Any, leaf: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, tree)

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peerjax.layers.mlp import MLP
+from peerjax.layers.peer import PEER
+from peerjax.pool import ExpertPool, initialize_pool
+
+D, KEYS, HEADS, K_PER_HEAD, KEY_WIDTH = 32, 12, 3, 4, 16
+SHAPE = (2, 9, D)
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
+    layer = PEER(num_experts, HEADS, K_PER_HEAD, KEY_WIDTH, query_norm=query_norm)
+    pool = initialize_pool(
+        jax.random.key(0),
+        1,
+        num_experts[0] * num_experts[1],
+        D,
+        heads=HEADS,
+        experts_per_head=K_PER_HEAD,
+    )
+    pool = ExpertPool(pool.weights[0])
+    x = jax.random.normal(jax.random.key(1), SHAPE)
+    return layer, pool, x, layer.init(jax.random.key(2), x, pool)["params"]
+
+
+def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
+    torch = reference("torch")
+    peer_pytorch = reference("PEER_pytorch")
+    layer, pool, x, params = make(query_norm="none")
+    theirs = peer_pytorch.PEER(
+        D,
+        heads=HEADS,
+        num_experts=KEYS**2,
+        num_experts_per_head=K_PER_HEAD,
+        dim_key=KEY_WIDTH,
+        non_competing_scores=False,
+    )
+    with torch.no_grad():
+        theirs.weight_down_embed.weight.copy_(torch.tensor(np.array(pool.weights[:, 0])))
+        theirs.weight_up_embed.weight.copy_(torch.tensor(np.array(pool.weights[:, 1])))
+        # Their queries are laid out (half, head, feature), ours (head, half, feature).
+        kernel = np.array(params["query"]["kernel"]).reshape(D, HEADS, 2, KEY_WIDTH)
+        theirs.to_queries[0].weight.copy_(
+            torch.tensor(kernel.transpose(2, 1, 3, 0).reshape(-1, D).copy())
+        )
+        keys = np.stack([params["keys1"], params["keys2"]], axis=2)
+        theirs.keys.copy_(torch.tensor(keys))
+
+    def loss(params, weights, x):
+        y = layer.apply({"params": params}, x, ExpertPool(weights))
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), (d_params, d_weights, d_x) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+        params, pool.weights, x
+    )
+    x_torch = torch.tensor(np.array(x), requires_grad=True)
+    y_torch = theirs(x_torch)
+    torch.sin(y_torch).sum().backward()
+
+    d_query = theirs.to_queries[0].weight.grad.numpy().reshape(2, HEADS, KEY_WIDTH, D)
+    d_keys = theirs.keys.grad.numpy()
+    pairs = {
+        "output": (y, y_torch.detach().numpy()),
+        "x": (d_x, x_torch.grad.numpy()),
+        "down": (d_weights[:, 0], theirs.weight_down_embed.weight.grad.numpy()),
+        "up": (d_weights[:, 1], theirs.weight_up_embed.weight.grad.numpy()),
+        "query": (d_params["query"]["kernel"], d_query.transpose(3, 1, 0, 2).reshape(D, -1)),
+        "keys1": (d_params["keys1"], d_keys[:, :, 0]),
+        "keys2": (d_params["keys2"], d_keys[:, :, 1]),
+    }
+    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
+    layer, pool, x, params = make(num_experts=(7, 11))
+    y = layer.apply({"params": params}, x, pool)
+
+    x_TD = np.asarray(x, np.float64).reshape(-1, D)
+    query = (x_TD @ np.asarray(params["query"]["kernel"])).reshape(-1, HEADS, 2 * KEY_WIDTH)
+    query = (query - query.mean(-1, keepdims=True)) / np.sqrt(query.var(-1, keepdims=True) + 1e-6)
+    s1 = np.einsum("thd,hnd->thn", query[..., :KEY_WIDTH], params["keys1"])
+    s2 = np.einsum("thd,hnd->thn", query[..., KEY_WIDTH:], params["keys2"])
+    scores = (s1[..., :, None] + s2[..., None, :]).reshape(*s1.shape[:2], -1)
+    kept = scores >= np.sort(scores, axis=-1)[..., -K_PER_HEAD, None]
+    gates = np.where(kept, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    gates = (gates / gates.sum(-1, keepdims=True)).sum(1)
+    hidden = jax.nn.gelu(x_TD @ np.asarray(pool.weights[:, 0]).T, approximate=False)
+    expected = (gates * hidden) @ np.asarray(pool.weights[:, 1])
+    assert relative_error(y.reshape(-1, D), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("heads", "k", "keys"), [(8, 16, 64), (1, 32, 32), (4, 8, 256), (8, 1, 32)])
+def test_fresh_output_has_the_scale_of_a_dense_mlp(heads, k, keys):
+    width = 128
+    x = jax.random.normal(jax.random.key(0), (4, 64, width))
+    mlp = MLP(4 * width, "gelu", 1.0, jnp.dtype("float32"))
+    dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
+    layer = PEER((keys, keys), heads, k, 64)
+    pool = initialize_pool(
+        jax.random.key(2), 1, keys**2, width, heads=heads, experts_per_head=k
+    )
+    pool = ExpertPool(pool.weights[0])
+    y = layer.apply({"params": layer.init(jax.random.key(3), x, pool)["params"]}, x, pool)
+    ratio = float(jnp.std(y) / jnp.std(dense))
+    assert 0.8 < ratio < 1.25, ratio
+
+
+def test_pool_values_do_not_repeat_and_have_the_stated_moments():
+    pool = initialize_pool(
+        jax.random.key(5), 2, 8192, 16, heads=2, experts_per_head=8, residual_scale=0.5
+    )
+    weights = np.asarray(pool.weights)
+    assert weights.shape == (2, 8192, 2, 16)
+    np.testing.assert_allclose(weights[:, :, 0].std(), 16**-0.5, rtol=0.01)
+    np.testing.assert_allclose(weights[:, :, 1].std(), 0.5 * (8 / 2) ** 0.5, rtol=0.01)
+    rows = weights.reshape(-1, 16)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_initial_sub_key_norms_are_recorded():
+    layer, pool, x, _ = make()
+    variables = layer.init(jax.random.key(2), x, pool)
+    for name in ("keys1", "keys2"):
+        norms = np.linalg.norm(variables["params"][name], axis=-1)
+        np.testing.assert_allclose(variables["stats"][f"initial_norm_{name}"], norms, rtol=1e-6)

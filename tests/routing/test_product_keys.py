@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peerjax.routing.product_keys import pair_scores, top_k_pairs
+
+
+@st.composite
+def sizes(draw):
+    n1, n2 = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    return n1, n2, draw(st.integers(1, min(n1 * n2, 20)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes(), st.integers(0, 2**31 - 1))
+def test_retrieves_the_top_k_of_all_pairs(size, seed):
+    n1, n2, k = size
+    rng = np.random.default_rng(seed)
+    scores1 = rng.standard_normal((3, 2, n1)).astype(np.float32)
+    scores2 = rng.standard_normal((3, 2, n2)).astype(np.float32)
+    every = (scores1[..., :, None] + scores2[..., None, :]).reshape(3, 2, n1 * n2)
+
+    ids = np.asarray(top_k_pairs(jnp.array(scores1), jnp.array(scores2), k))
+
+    assert ids.shape == (3, 2, k)
+    assert all(len(set(row)) == k for row in ids.reshape(-1, k))
+    # Best first, and the very scores that a sort of all N finds.
+    found = np.take_along_axis(every, ids, axis=-1)
+    np.testing.assert_array_equal(found, -np.sort(-every, axis=-1)[..., :k])
+
+
+def test_equal_scores_still_give_distinct_experts():
+    ids = top_k_pairs(jnp.zeros((1, 4)), jnp.zeros((1, 5)), 7)
+    assert len(set(np.asarray(ids)[0])) == 7
+
+
+def test_more_than_all_pairs_is_refused():
+    with pytest.raises(ValueError, match=r"cannot choose 7 experts of 2 \* 3"):
+        top_k_pairs(jnp.zeros((1, 2)), jnp.zeros((1, 3)), 7)
+
+
+def test_pair_scores_and_their_gradient():
+    scores1 = jax.random.normal(jax.random.key(0), (4, 3))
+    scores2 = jax.random.normal(jax.random.key(1), (4, 5))
+    ids = jnp.array([[0, 14, 7], [3, 3, 3], [1, 2, 4], [10, 11, 5]])
+
+    def brute_force(scores1, scores2):
+        every = (scores1[:, :, None] + scores2[:, None, :]).reshape(4, 15)
+        return jnp.take_along_axis(every, ids, axis=1)
+
+    weights = jax.random.normal(jax.random.key(2), ids.shape)
+
+    def gradients(function):
+        return jax.grad(lambda a, b: jnp.sum(weights * function(a, b)), (0, 1))(scores1, scores2)
+
+    found = pair_scores(scores1, scores2, ids)
+    np.testing.assert_array_equal(found, brute_force(scores1, scores2))
+    expected = gradients(brute_force)
+    for one, other in zip(gradients(lambda a, b: pair_scores(a, b, ids)), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

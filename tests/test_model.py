@@ -1,0 +1,130 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peerjax.layers.attention import rotate
+from peerjax.model import Decoder, ModelConfig, PeerConfig
+
+VOCAB, LENGTH = 61, 24
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    width=32,
+    layers=(("dense", 1), ("peer", 2), ("dense", 1)),
+    heads=4,
+    mlp_width=64,
+    activation="gelu",
+    rope_base=10_000.0,
+    dtype="float32",
+    remat=False,
+    peer=PeerConfig((8, 16), 2, 4, 8, "gelu", "layernorm"),
+    pool_storage="float32",
+)
+VARIANTS = {
+    "dense": dataclasses.replace(CONFIG, layers=(("dense", 3),)),
+    "peer": CONFIG,
+    "bfloat16": dataclasses.replace(CONFIG, dtype="bfloat16", pool_storage="bfloat16"),
+    "remat": dataclasses.replace(CONFIG, remat=True),
+}
+
+
+def make(config, seed=0):
+    model = Decoder(config)
+    tokens = jax.random.randint(jax.random.key(seed), (2, LENGTH), 0, VOCAB)
+    positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
+    segments = jnp.zeros_like(tokens)
+    variables = model.init(jax.random.key(1), tokens, positions, segments)
+    return model, variables, (tokens, positions, segments)
+
+
+def train_and_eval(model, variables, inputs):
+    """Logits as evaluation computes them, and as a training step does while differentiating."""
+    readable = {name: variables[name] for name in ("params", "pools") if name in variables}
+
+    def evaluate(*inputs):
+        return model.apply(readable, *inputs)
+
+    def loss(params, *inputs):
+        trained = {**readable, "params": params, "taps": variables.get("taps", {})}
+        logits, _ = model.apply(trained, *inputs, mutable=["routing"])
+        return jnp.sum(logits**2), logits
+
+    yield jax.jit(evaluate)(*inputs)
+    yield jax.jit(jax.grad(loss, has_aux=True))(variables["params"], *inputs)[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_changing_the_last_token_leaves_earlier_logits_bit_equal(name):
+    model, variables, inputs = make(VARIANTS[name])
+    changed = (inputs[0].at[:, -1].add(1) % VOCAB, *inputs[1:])
+    modes = (train_and_eval(model, variables, i) for i in (inputs, changed))
+    for logits, other in zip(*modes, strict=True):
+        np.testing.assert_array_equal(logits[:, :-1], other[:, :-1])
+        assert np.any(logits[:, -1] != other[:, -1])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
+    model, variables, (tokens, _, _) = make(VARIANTS[name])
+    bounds = [0, 7, 15, LENGTH]
+    segments = jnp.tile(jnp.repeat(jnp.arange(3), jnp.diff(jnp.array(bounds))), (2, 1))
+    places = np.concatenate([np.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+    positions = jnp.tile(jnp.asarray(places), (2, 1))
+    middle = slice(7, 15)
+    changed = tokens.at[:, middle].set((tokens[:, middle] + 5) % VOCAB)
+    modes = (train_and_eval(model, variables, (t, positions, segments)) for t in (tokens, changed))
+    for logits, other in zip(*modes, strict=True):
+        np.testing.assert_array_equal(logits[:, :7], other[:, :7])
+        np.testing.assert_array_equal(logits[:, 15:], other[:, 15:])
+        assert np.all(np.any(logits[:, middle] != other[:, middle], axis=-1))
+
+
+def test_a_document_reads_the_same_alone_and_packed():
+    model, variables, (tokens, _, _) = make(CONFIG)
+    readable = {name: variables[name] for name in ("params", "pools")}
+    alone = model.apply(
+        readable, tokens[:, 10:], jnp.tile(jnp.arange(14), (2, 1)), jnp.zeros((2, 14), jnp.int32)
+    )
+    positions = jnp.tile(jnp.concatenate([jnp.arange(10), jnp.arange(14)]), (2, 1))
+    segments = jnp.tile(jnp.repeat(jnp.arange(2), jnp.array([10, 14])), (2, 1))
+    packed = model.apply(readable, tokens, positions, segments)
+    np.testing.assert_allclose(packed[:, 10:], alone, atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    def gradients(config):
+        model, variables, inputs = make(config)
+
+        def loss(params, taps):
+            trained = {"params": params, "taps": taps, "pools": variables["pools"]}
+            return jnp.sum(jnp.sin(model.apply(trained, *inputs, mutable=["routing"])[0]))
+
+        return jax.jit(jax.grad(loss, (0, 1)))(variables["params"], variables["taps"])
+
+    plain, remat = gradients(CONFIG), gradients(VARIANTS["remat"])
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.max(np.abs(one)))
+
+
+def test_rotary_positions_turn_half_split_pairs_by_relative_angles():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
+
+    def dot(first, second):
+        turned = [rotate(x, jnp.array([[p]]), 100.0)[0, 0, 0] for p in (first, second)]
+        return float(turned[0] @ turned[1])
+
+    assert dot(3, 10) == pytest.approx(dot(20, 27), abs=1e-5)
+    turned = rotate(x, jnp.array([[2]]), 100.0)[0, 0, 0]
+    angle = 2 * 100.0 ** (-1 / 4)  # pair (1, 5) of 8 features
+    first, second = x[0, 0, 0, 1], x[0, 0, 0, 5]
+    expected = first * np.cos(angle) - second * np.sin(angle)
+    assert float(turned[1]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_fresh_model_predicts_nearly_uniformly():
+    model, variables, inputs = make(CONFIG)
+    readable = {name: variables[name] for name in ("params", "pools")}
+    log_probabilities = jax.nn.log_softmax(model.apply(readable, *inputs))
+    assert float(-log_probabilities.mean()) == pytest.approx(np.log(VOCAB), abs=0.05)

@@ -1,0 +1,214 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from peerjax.errors import CheckpointError
+from peerjax.training.loop import train
+from tests.conftest import REPOSITORY
+from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
+
+
+def run_elsewhere(workdir, corpus, seed, *kill, devices=1):
+    """Runs the tiny configuration in another process; returns its exit status."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.run(
+        [sys.executable, "-m", "tests.training.tiny", str(workdir), corpus, str(seed), *kill],
+        cwd=REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        check=False,
+    ).returncode
+
+
+def saved_arrays(workdir, step=STEPS):
+    """Every array of a checkpoint, by path."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state")
+    state["rng"] = jax.random.key_data(state["rng"])
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def metrics_file(workdir):
+    return (Path(workdir) / "metrics.jsonl").read_text()
+
+
+def assert_same_run(workdir, other):
+    assert metrics_file(workdir) == metrics_file(other)
+    arrays, others = saved_arrays(workdir), saved_arrays(other)
+    assert arrays.keys() == others.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """Finished runs by seed, each in one go."""
+    runs = {}
+
+    def get(seed):
+        if seed not in runs:
+            runs[seed] = tmp_path_factory.mktemp(f"undisturbed{seed}") / "run"
+            train(tiny_config(corpus, seed), str(runs[seed]))
+        return runs[seed]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_at_a_random_step(seed, corpus, undisturbed, tmp_path):
+    step = int(np.random.default_rng(seed).integers(1, STEPS))
+    status = run_elsewhere(tmp_path, corpus, seed, "step", str(step))
+    assert status == -signal.SIGKILL
+    train(tiny_config(corpus, seed), str(tmp_path))
+    assert_same_run(tmp_path, undisturbed(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["writing", "sealing"])
+@pytest.mark.parametrize("step", [SAVE_EVERY, 2 * SAVE_EVERY])
+def test_killed_during_a_save(when, step, corpus, undisturbed, tmp_path):
+    status = run_elsewhere(tmp_path, corpus, 0, when, str(step))
+    assert status == -signal.SIGKILL
+    train(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, undisturbed(0))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.tiny", str(tmp_path), corpus, "0"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("validation after 0"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    assert "stopped and saved after step 1; run the same command to go on" in output
+    train(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, undisturbed(0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "checksums"])
+def test_damaged_checkpoint_is_named_and_passed_over(
+    damage, corpus, undisturbed, tmp_path, caplog
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed(0), workdir)
+    newest = workdir / "checkpoints" / str(STEPS)
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(content[:-1])
+    elif damage == "flipped":
+        place = int(np.random.default_rng(int(time.time())).integers(len(content)))
+        content[place] ^= 1
+        victim.write_bytes(content)
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (newest / "checksums.json").write_text("{}")
+
+    train(tiny_config(corpus), str(workdir))
+
+    assert f"checkpoint of step {STEPS} is damaged" in caplog.text
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+    assert_same_run(workdir, undisturbed(0))
+
+
+def test_any_flipped_byte_of_any_file_is_found(undisturbed):
+    from etils import epath
+
+    from peerjax.training.checkpoint import find_damage
+
+    folder = Path(undisturbed(0)) / "checkpoints" / str(STEPS)
+    assert find_damage(epath.Path(folder)) is None
+    rng = np.random.default_rng(3)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            content = path.read_bytes()
+            flipped = bytearray(content)
+            # A digit or letter of the checksums' own text, so that it stays what JSON allows.
+            place = 20 if path.name == "checksums.json" else int(rng.integers(len(content)))
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            assert find_damage(epath.Path(folder)), path
+            path.write_bytes(content)
+    assert find_damage(epath.Path(folder)) is None
+
+
+def test_no_intact_checkpoint_is_an_error_that_loses_nothing(corpus, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed(0), workdir)
+    steps = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    for step in steps:
+        (workdir / "checkpoints" / step / "checksums.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* was intact"):
+        train(tiny_config(corpus), str(workdir))
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == sorted(steps)
+
+
+def test_metrics_hold_each_step_once(undisturbed):
+    steps = [json.loads(line)["step"] for line in metrics_file(undisturbed(0)).splitlines()]
+    assert steps == list(range(STEPS + 1))
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(
+    corpus, undisturbed, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed(0), workdir)
+    before = metrics_file(workdir)
+    train(tiny_config(corpus), str(workdir))
+    assert f"has finished its {STEPS} steps" in capsys.readouterr().out
+    assert metrics_file(workdir) == before
+
+    config = tiny_config(corpus)
+    config.steps = STEPS + 2
+    train(config, str(workdir))
+    steps = [json.loads(line)["step"] for line in metrics_file(workdir).splitlines()]
+    assert steps == list(range(STEPS + 3))
+    assert metrics_file(workdir).startswith(before)
+
+
+def losses(workdir):
+    records = map(json.loads, metrics_file(workdir).splitlines())
+    return np.array([record["loss"] for record in records if "loss" in record])
+
+
+@pytest.mark.slow
+def test_eight_devices_agree_with_one_and_restore_each_others_checkpoints(
+    corpus, undisturbed, tmp_path
+):
+    eight = tmp_path / "eight"
+    assert run_elsewhere(eight, corpus, 0, devices=8) == 0
+    # Only the order of float32 sums differs; over 12 steps that stays below 1e-4 nats.
+    np.testing.assert_allclose(losses(eight), losses(undisturbed(0)), atol=1e-4)
+
+    # Eight devices' checkpoint, continued by one; one device's, continued by eight.
+    one_goes_on = tmp_path / "one"
+    shutil.copytree(eight, one_goes_on)
+    shutil.rmtree(one_goes_on / "checkpoints" / str(STEPS))
+    train(tiny_config(corpus), str(one_goes_on))
+    eight_go_on = tmp_path / "eight_go_on"
+    shutil.copytree(undisturbed(0), eight_go_on)
+    shutil.rmtree(eight_go_on / "checkpoints" / str(STEPS))
+    assert run_elsewhere(eight_go_on, corpus, 0, devices=8) == 0
+    for workdir in (one_goes_on, eight_go_on):
+        np.testing.assert_allclose(losses(workdir), losses(undisturbed(0)), atol=1e-4)
