@@ -29,11 +29,10 @@ class Tap(NamedTuple):
     dy: Float[Array, "*layers T D"]
 
     @staticmethod
-    def zeros(num_tokens: int, num_chosen: int, width: int, dtype: jnp.dtype) -> Tap:
-        """A tap for T tokens, K chosen experts each, and D; x and dy are kept in `dtype`."""
-        coefficients = jnp.zeros((num_tokens, num_chosen), jnp.float32)
-        vectors = jnp.zeros((num_tokens, width), dtype)
-        return Tap(coefficients, coefficients, vectors, vectors)
+    def zeros_for(ids: Int[Array, "T K"], x: Float[Array, "T D"]) -> Tap:
+        """A tap for a lookup of `ids` with input `x`, in whose dtype x and dy are kept."""
+        coefficients = jnp.zeros(ids.shape, jnp.float32)
+        return Tap(coefficients, coefficients, jnp.zeros_like(x), jnp.zeros_like(x))
 
 
 class FactoredGradient(NamedTuple):

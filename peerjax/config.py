@@ -1,5 +1,8 @@
 """Every field of a configuration, its default, and what makes a configuration valid."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import ml_collections
 
 from pallas_kernels.activations import ACTIVATIONS
@@ -124,14 +127,10 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
     del fields["max_length"]
     fields["layers"] = tuple((kind, count) for kind, count in config.model.layers)
     peer = PeerConfig(**{**config.peer, "num_experts": tuple(config.peer.num_experts)})
-    return ModelConfig(
-        vocab_size=vocab_size, peer=peer, pool_storage=config.pool.storage, **fields
-    )
+    return ModelConfig(vocab_size=vocab_size, peer=peer, pool_storage=config.pool.storage, **fields)
 
 
-def differences(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
-) -> list[str]:
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """Names the fields, other than changeable ones, in which two configurations differ."""
     old_fields, new_fields = _flatten(old), _flatten(new)
     changed = []
@@ -166,19 +165,19 @@ def _require_positive(config: ml_collections.ConfigDict, *names: str) -> None:
             raise ConfigError(f"{name}={fields[name]} is not positive")
 
 
-def _require_choice(config: ml_collections.ConfigDict, name: str, choices) -> None:
+def _require_choice(config: ml_collections.ConfigDict, name: str, choices: Iterable[str]) -> None:
     value = _flatten(config)[name]
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
 
 
-def _as_tuples(value):
+def _as_tuples(value: Any) -> Any:
     """A field as it was before JSON made lists of its tuples."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict:
-    flat = {}
+def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             flat |= _flatten(value, f"{prefix}{name}.")

@@ -1,38 +1,68 @@
 """What the scripts at the top of the repository share."""
 
+import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from absl import app, flags, logging
+import absl.logging
+import ml_collections
+from absl import app, flags
 
 from peerjax.errors import UserError
 
 USER_ERROR_STATUS = 2
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main`; a user's mistake becomes one line and exit status 2."""
+def run(
+    main: Callable[[ml_collections.ConfigDict], None],
+    config: flags.FlagHolder[ml_collections.ConfigDict],
+) -> None:
+    """Parses flags and calls `main` with the configuration that the flag `config` names.
+
+    A user's mistake becomes one line and exit status 2.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            # What ml_collections raises for overrides it cannot apply.
-            _fail(str(error).strip("'\""))
+            rest = flags.FLAGS(argv)
+            config.value.keys()  # what could not be loaded fails when it is used
+            return rest
+        except (AttributeError, KeyError) as error:
+            _fail(_unknown_field(error, argv))
+        except (flags.Error, OSError, TypeError, ValueError) as error:
+            _fail(str(error))
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; flags begin with --")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.FATAL)  # what orbax logs, it also raises
+            # What orbax logs, it also raises.
+            absl.logging.set_verbosity(absl.logging.FATAL)
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
-            main()
+            main(config.value)
         except UserError as error:
             _fail(str(error))
 
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def _unknown_field(error: AttributeError | KeyError, argv: Sequence[str]) -> str:
+    """Names the override that ml_collections could not apply, and the field it may have meant."""
+    text = str(error.args[0])
+    words = re.findall(r"\w+", text)
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    for override in overrides:
+        name = override[2:].split("=")[0]
+        if words and words[0] in name.split("."):
+            meant = re.search(r'Did you mean "(\w+)"', text)
+            hint = f"; did you mean {meant[1]!r}?" if meant else ""
+            return f"{name}: the configuration has no field {words[0]!r}{hint}"
+    return text
+
+
+def _fail(message: str) -> NoReturn:
+    print("error:", *message.split(), file=sys.stderr)
     sys.exit(USER_ERROR_STATUS)

@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +32,20 @@ VARIANTS = {
 }
 
 
-def make(config, seed=0):
+@functools.cache
+def make(config):
     model = Decoder(config)
-    tokens = jax.random.randint(jax.random.key(seed), (2, LENGTH), 0, VOCAB)
+    tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
     segments = jnp.zeros_like(tokens)
-    variables = model.init(jax.random.key(1), tokens, positions, segments)
+    variables = jax.jit(model.init)(jax.random.key(1), tokens, positions, segments)
     return model, variables, (tokens, positions, segments)
 
 
-def train_and_eval(model, variables, inputs):
+@functools.cache
+def train_and_eval(config):
     """Logits as evaluation computes them, and as a training step does while differentiating."""
+    model, variables, _ = make(config)
     readable = {name: variables[name] for name in ("params", "pools") if name in variables}
 
     def evaluate(*inputs):
@@ -51,31 +56,31 @@ def train_and_eval(model, variables, inputs):
         logits, _ = model.apply(trained, *inputs, mutable=["routing"])
         return jnp.sum(logits**2), logits
 
-    yield jax.jit(evaluate)(*inputs)
-    yield jax.jit(jax.grad(loss, has_aux=True))(variables["params"], *inputs)[1]
+    differentiate = jax.jit(jax.grad(loss, has_aux=True))
+    return jax.jit(evaluate), lambda *inputs: differentiate(variables["params"], *inputs)[1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_changing_the_last_token_leaves_earlier_logits_bit_equal(name):
-    model, variables, inputs = make(VARIANTS[name])
+    _, _, inputs = make(VARIANTS[name])
     changed = (inputs[0].at[:, -1].add(1) % VOCAB, *inputs[1:])
-    modes = (train_and_eval(model, variables, i) for i in (inputs, changed))
-    for logits, other in zip(*modes, strict=True):
+    for mode in train_and_eval(VARIANTS[name]):
+        logits, other = mode(*inputs), mode(*changed)
         np.testing.assert_array_equal(logits[:, :-1], other[:, :-1])
         assert np.any(logits[:, -1] != other[:, -1])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
-    model, variables, (tokens, _, _) = make(VARIANTS[name])
+    _, _, (tokens, _, _) = make(VARIANTS[name])
     bounds = [0, 7, 15, LENGTH]
     segments = jnp.tile(jnp.repeat(jnp.arange(3), jnp.diff(jnp.array(bounds))), (2, 1))
-    places = np.concatenate([np.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+    places = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
     positions = jnp.tile(jnp.asarray(places), (2, 1))
     middle = slice(7, 15)
     changed = tokens.at[:, middle].set((tokens[:, middle] + 5) % VOCAB)
-    modes = (train_and_eval(model, variables, (t, positions, segments)) for t in (tokens, changed))
-    for logits, other in zip(*modes, strict=True):
+    for mode in train_and_eval(VARIANTS[name]):
+        logits, other = (mode(each, positions, segments) for each in (tokens, changed))
         np.testing.assert_array_equal(logits[:, :7], other[:, :7])
         np.testing.assert_array_equal(logits[:, 15:], other[:, 15:])
         assert np.all(np.any(logits[:, middle] != other[:, middle], axis=-1))
@@ -84,12 +89,13 @@ def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
 def test_a_document_reads_the_same_alone_and_packed():
     model, variables, (tokens, _, _) = make(CONFIG)
     readable = {name: variables[name] for name in ("params", "pools")}
-    alone = model.apply(
+    apply = jax.jit(model.apply)
+    alone = apply(
         readable, tokens[:, 10:], jnp.tile(jnp.arange(14), (2, 1)), jnp.zeros((2, 14), jnp.int32)
     )
     positions = jnp.tile(jnp.concatenate([jnp.arange(10), jnp.arange(14)]), (2, 1))
     segments = jnp.tile(jnp.repeat(jnp.arange(2), jnp.array([10, 14])), (2, 1))
-    packed = model.apply(readable, tokens, positions, segments)
+    packed = apply(readable, tokens, positions, segments)
     np.testing.assert_allclose(packed[:, 10:], alone, atol=1e-5)
 
 

@@ -27,7 +27,7 @@ def lookup(
 
     Differentiable with respect to `gates` and `x`, and to the pool in two ways:
 
-    - `tap`: pass `Tap.zeros(T, K, D, x.dtype)` and differentiate with respect to it. Its
+    - `tap`: pass `Tap.zeros_for(ids, x)` and differentiate with respect to it. Its
       gradient, joined with `ids` by `FactoredGradient.from_tap`, is the exact gradient of the
       pool in T * (3 K + 2 D) numbers. The tap itself is never read: it costs nothing forward.
     - `pool`: the ordinary dense gradient, of the size of the pool. For stacks inside
@@ -53,13 +53,15 @@ def lookup(
     """
     activation_by_name(activation)
     if ids.shape != gates.shape or ids.shape[0] != x.shape[0]:
-        raise ValueError(f"ids {ids.shape}, gates {gates.shape} and x {x.shape} do not fit together")
+        raise ValueError(
+            f"ids {ids.shape}, gates {gates.shape} and x {x.shape} do not fit together"
+        )
     if x.shape[1] != pool.width:
         raise ValueError(f"x has width {x.shape[1]} but the experts have width {pool.width}")
     if (pool.weights.ndim == 4) != (pool.layer is not None):
         raise ValueError("choose a layer of a stacked pool with `pool.at_layer(layer)`")
     if tap is None:
-        tap = Tap.zeros(*ids.shape, x.shape[1], x.dtype)
+        tap = Tap.zeros_for(ids, x)
     return _lookup(activation, pool.weights, pool.layer, ids, gates, x, tap)
 
 

@@ -52,9 +52,7 @@ def backward(
     dy: Float[Array, "T D"],
     activation: str,
 ) -> Cotangents:
-    """Reads the experts once more and returns the cotangents of gates and x, and the
-    coefficients of the factored gradient.
-    """
+    """Reads the experts once more: cotangents, and coefficients of the factored gradient."""
     act = activation_by_name(activation)
 
     def one_token(token: tuple[Array, Array, Array, Array]) -> Cotangents:

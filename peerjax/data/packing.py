@@ -56,5 +56,5 @@ class PackedRows:
             # Counted from the row's first token where a document goes on from the row before.
             positions=(places - np.maximum(self.starts[document], first)).astype(np.int32),
             segments=(document - document[0]).astype(np.int32),
-            row=np.int32(index),
+            row=np.array(index, np.int32),
         )

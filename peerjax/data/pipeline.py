@@ -103,9 +103,10 @@ def train_batches(
         ConfigError: if the batch cannot be divided over the devices.
     """
     data, processes = config.data, jax.process_count()
-    if data.batch_size % jax.device_count():
+    devices = jax.device_count()
+    if data.batch_size % devices:
         raise ConfigError(
-            f"data.batch_size={data.batch_size} is not divisible by the {jax.device_count()} devices"
+            f"data.batch_size={data.batch_size} is not divisible by the {devices} devices"
         )
     dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
     dataset = dataset[jax.process_index() :: processes].batch(data.batch_size // processes)

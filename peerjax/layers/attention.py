@@ -63,7 +63,9 @@ class Attention(nn.Module):
 
         query = rotate(project("query"), positions_BL, self.rope_base)
         key = rotate(project("key"), positions_BL, self.rope_base)
-        mixed = jax.nn.dot_product_attention(query, key, project("value"), mask=mask, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            query, key, project("value"), mask=mask, is_causal=True
+        )
         init = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "normal")
         out = nn.DenseGeneral(
             width, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="out"

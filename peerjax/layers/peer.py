@@ -58,7 +58,7 @@ class PEER(nn.Module):
         gates_TK = gates_THk.reshape(ids_TK.shape)
         self._keep("ids", ids_TK)
         self._keep("gates", gates_TK)
-        tap = self._tap(*ids_TK.shape, x_TD)
+        tap = self._tap(ids_TK, x_TD)
         y_TD = sharded_lookup(pool, ids_TK, gates_TK, x_TD, activation=self.activation, tap=tap)
         return y_TD.reshape(x_BLD.shape)
 
@@ -85,8 +85,7 @@ class PEER(nn.Module):
     def _keep(self, name: str, value: Array) -> None:
         self.sow("routing", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
-    def _tap(self, num_tokens: int, num_chosen: int, x_TD: Array) -> Tap | None:
+    def _tap(self, ids_TK: Array, x_TD: Array) -> Tap | None:
         if not (self.is_initializing() or self.has_variable("taps", "pool")):
             return None
-        shape = num_tokens, num_chosen, x_TD.shape[1], x_TD.dtype
-        return self.variable("taps", "pool", Tap.zeros, *shape).value
+        return self.variable("taps", "pool", Tap.zeros_for, ids_TK, x_TD).value

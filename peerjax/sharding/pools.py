@@ -27,7 +27,7 @@ def sharded_lookup(
 ) -> Float[Array, "T D"]:
     """`pallas_kernels.expert_lookup.lookup` with tokens split over the mesh's `data` axis."""
     if tap is None:
-        tap = Tap.zeros(*ids.shape, x.shape[1], x.dtype)
+        tap = Tap.zeros_for(ids, x)
 
     def local(pool, ids, gates, x, tap):
         return lookup(pool, ids, gates, x, activation=activation, tap=tap)

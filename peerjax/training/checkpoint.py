@@ -9,6 +9,7 @@ is used.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -108,10 +109,21 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["data"]["next_batch"]
 
-    def close(self) -> None:
-        """Ends the background work; to be called when nothing is being saved."""
-        self._sealer.shutdown()
-        self._manager.close()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """Waits for the save in progress, whatever else went wrong, and ends."""
+        try:
+            self.wait()
+        except CheckpointError:
+            if error_type is None:
+                raise
+        finally:
+            self._sealer.shutdown()
+            # Closing waits for the saves in progress, and raises again what `wait` raised.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def _seal(self, step: int) -> None:
         """Waits until a step is in its place, and writes the checksums of its files."""

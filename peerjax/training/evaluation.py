@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -84,16 +85,16 @@ def evaluate(
     state: TrainState,
     corpus: Corpus,
     mesh: Mesh,
-    *,
-    rows_per_domain: int,
-    batch_size: int,
+    config: ml_collections.ConfigDict,
 ) -> Evaluation:
     """Evaluates on a fixed choice of validation rows of every domain."""
-    losses, gate_sums = {}, {}
+    losses: dict[str, TextLoss] = {}
+    gate_sums: dict[str, np.ndarray] = {}
+    batch_size = config.data.batch_size
     token_bytes = corpus.tokenizer.bytes_per_token()
     for domain, rows in corpus.validation.items():
         total = TextLoss(0.0, 0, 0)
-        chosen = validation_rows(rows, rows_per_domain)
+        chosen = validation_rows(rows, config.eval.rows)
         for first in range(0, len(chosen), batch_size):
             batch = _padded_batch(rows, chosen[first : first + batch_size], batch_size)
             targets = batch["targets"][batch["weight"] > 0]
@@ -101,8 +102,9 @@ def evaluate(
             total += TextLoss(float(sums["nats"]), targets.size, int(token_bytes[targets].sum()))
             for run, per_layer in sums["gate_sums"].items():
                 for index, per_expert in enumerate(per_layer):
-                    name = f"{run}.{index}"
-                    gate_sums[name] = gate_sums.get(name, 0.0) + per_expert.astype(np.float64)
+                    zeros = np.zeros(len(per_expert))
+                    sums_so_far = gate_sums.setdefault(f"{run}.{index}", zeros)
+                    sums_so_far += per_expert
         losses[domain] = total
     return Evaluation(losses, gate_sums)
 
@@ -111,15 +113,13 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Places a process's rows on the mesh as its part of the global batch."""
     sharding = sharding_of(mesh, BATCH)
     return {
-        name: jax.make_array_from_process_local_data(sharding, leaf)
-        for name, leaf in batch.items()
+        name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()
     }
 
 
 def _padded_batch(rows: PackedRows, chosen: list[int], size: int) -> dict[str, np.ndarray]:
     """Batches rows, with copies of weight 0 in the places that are left over."""
     padded = chosen + chosen[:1] * (size - len(chosen))
-    elements = [rows[index] for index in padded]
-    batch = {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(dict(rows[row]) for row in padded))
     weight = np.arange(size) < len(chosen)
     return {**batch, "weight": weight.astype(np.float32)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
 from peerjax.training.evaluation import Evaluation, evaluate, put_batch
 from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.preemption import StopSignals
-from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.state import TrainState, create_state, make_optimizer
 from peerjax.training.step import make_eval_step, make_train_step
 from peerjax.training.workdir import check_config, check_data, record
 
@@ -48,18 +49,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     optimizer = make_optimizer(config)
     mesh = make_mesh()
 
-    with jax.set_mesh(mesh), StopSignals() as stop:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stop = stack.enter_context(StopSignals())
+
         # ---- State: fresh, or from the newest intact checkpoint ----
-        def fresh_state():
+        def fresh_state() -> TrainState:
             return create_state(config, model, optimizer)
 
         shapes = jax.eval_shape(fresh_state)
         shardings = state_shardings(mesh, shapes)
-        checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
         start = checkpoints.latest_step
         if start is not None and start >= config.steps:
             print(f"the run in {folder} has finished its {start} steps; raise steps to go on")
-            checkpoints.close()
             report.print_report(folder)
             return
         if start is None:
@@ -70,24 +73,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         batches = train_batches(config, corpus.train, next_batch)
         record(folder, config, corpus.identity)
 
-        # ---- Steps ----
+        # ---- What is computed and shown ----
         train_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
         eval_step = jax.jit(make_eval_step(model))
         tokens_per_step = config.data.batch_size * config.data.sequence_length
         step = start or 0
-        writer = MetricsWriter(folder, first_step=0 if start is None else start + 1)
+        first_written = 0 if start is None else start + 1
+        writer = stack.enter_context(MetricsWriter(folder, first_written))
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
+        stack.enter_context(progress)
         progress.say(_describe(shapes, tokens_per_step, mesh, step))
 
         def evaluate_now() -> Evaluation:
-            evaluation = evaluate(
-                eval_step,
-                state,
-                corpus,
-                mesh,
-                rows_per_domain=config.eval.rows,
-                batch_size=config.data.batch_size,
-            )
+            evaluation = evaluate(eval_step, state, corpus, mesh, config)
             loss = evaluation.overall
             progress.say(
                 f"validation after {step} steps: {loss.nats_per_token:.4f} nats/token, "
@@ -98,23 +96,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         def finish(pending: Pending) -> dict[str, float]:
             figures = pending.figures()
             progress.update(pending.step, figures)
-            writer.write_events(
-                pending.step, {"tokens_per_second": progress.tokens_per_second(pending.step)}
-            )
+            speed = progress.tokens_per_second(pending.step)
+            writer.write_events(pending.step, {"tokens_per_second": speed})
             return figures
 
+        # ---- Steps ----
         if start is None:
             writer.write(0, evaluate_now().metrics())
         pending: Pending | None = None
         while step < config.steps:
             batch = next(batches)
-            rows = batch["row"]
             state, metrics = train_step(state, put_batch(mesh, batch))
             step += 1
             # The figures of the step before are fetched while this step computes.
             if pending is not None:
                 writer.write(pending.step, finish(pending))
-            pending = Pending(step, metrics, rows)
+            pending = Pending(step, metrics, batch["row"])
 
             ending = step == config.steps or stop.requested(step)
             evaluating = step % config.eval.every == 0 or step == config.steps
@@ -130,25 +127,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
                 checkpoints.save(step, state, next_batch=step)
             if ending:
                 break
-
-        # ---- End ----
         checkpoints.wait()
-        checkpoints.close()
-        writer.close()
-        progress.close()
-        if step < config.steps:
-            print(f"stopped and saved after step {step}; run the same command to go on")
-            return
-        if jax.process_index() == 0:
-            facts = {
-                "steps": step,
-                "tokens_per_step": tokens_per_step,
-                "parameters": count_parameters(shapes.params),
-                "expert_parameters": count_parameters(shapes.pools),
-                "checkpoint": str(checkpoints.path(step)),
-            }
-            report.write_report(folder, evaluation, facts)
-            report.print_report(folder)
+
+    # ---- End ----
+    if step < config.steps:
+        print(f"stopped and saved after step {step}; run the same command to go on")
+    elif jax.process_index() == 0:
+        facts = {
+            "steps": step,
+            "tokens_per_step": tokens_per_step,
+            "parameters": count_parameters(shapes.params),
+            "expert_parameters": count_parameters(shapes.pools),
+            "checkpoint": str(checkpoints.path(step)),
+        }
+        report.write_report(folder, evaluation, facts)
+        report.print_report(folder)
 
 
 class Pending:

@@ -58,8 +58,10 @@ class MetricsWriter:
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Ends the event file."""
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._events.close()
 
 
@@ -137,7 +139,9 @@ class Progress:
         else:
             print(text, flush=True)
 
-    def close(self) -> None:
-        """Ends the bar."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -45,8 +45,8 @@ def create_state(
 ) -> TrainState:
     """Draws a fresh state from `config.seed`. To be called under `jax.jit`."""
     init_key, rng = jax.random.split(jax.random.key(config.seed))
-    # Parameters do not depend on the batch: initialise on the smallest one.
-    tokens = jnp.zeros((1, 1), jnp.int32)
+    # Parameters do not depend on the batch: the smallest that splits over the devices will do.
+    tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
     variables = model.init(init_key, tokens, tokens, tokens)
     params, pools = variables["params"], variables.get("pools", {})
     return TrainState(

@@ -98,16 +98,16 @@ def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
     assert relative_error(y.reshape(-1, D), expected) <= 1e-5
 
 
-@pytest.mark.parametrize(("heads", "k", "keys"), [(8, 16, 64), (1, 32, 32), (4, 8, 256), (8, 1, 32)])
+@pytest.mark.parametrize(
+    ("heads", "k", "keys"), [(8, 16, 64), (1, 32, 32), (4, 8, 256), (8, 1, 32)]
+)
 def test_fresh_output_has_the_scale_of_a_dense_mlp(heads, k, keys):
     width = 128
     x = jax.random.normal(jax.random.key(0), (4, 64, width))
     mlp = MLP(4 * width, "gelu", 1.0, jnp.dtype("float32"))
     dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
     layer = PEER((keys, keys), heads, k, 64)
-    pool = initialize_pool(
-        jax.random.key(2), 1, keys**2, width, heads=heads, experts_per_head=k
-    )
+    pool = initialize_pool(jax.random.key(2), 1, keys**2, width, heads=heads, experts_per_head=k)
     pool = ExpertPool(pool.weights[0])
     y = layer.apply({"params": layer.init(jax.random.key(3), x, pool)["params"]}, x, pool)
     ratio = float(jnp.std(y) / jnp.std(dense))

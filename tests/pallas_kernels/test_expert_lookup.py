@@ -79,7 +79,7 @@ def test_tap_gives_the_dense_gradient_under_scan(remat):
     ids = jax.random.randint(keys[1], (3, T, K), 0, N)
     gates = jax.random.uniform(keys[2], (3, T, K))
     x = jax.random.normal(keys[3], (T, D))
-    taps = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), Tap.zeros(T, K, D, x.dtype))
+    taps = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), Tap.zeros_for(ids[0], x))
 
     def unrolled(weights):
         y = x
@@ -155,7 +155,7 @@ def test_nothing_of_size_tokens_times_experts_times_width():
         hidden = jnp.einsum("tkd,td->tk", rows[:, :, 0], x)
         return jnp.einsum("tk,tkd->td", gates * hidden, rows[:, :, 1])
 
-    tap = Tap.zeros(tokens, chosen, width, x.dtype)
+    tap = Tap.zeros_for(ids, x)
     assert temp_bytes(forward, weights, gates, x) < 0.1 * materialised
     # Backward, what is kept is the size of the tap; the pool's own gradient is dead code.
     assert temp_bytes(backward, weights, gates, x, tap) < 0.2 * materialised

@@ -105,9 +105,7 @@ def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "checksums"])
-def test_damaged_checkpoint_is_named_and_passed_over(
-    damage, corpus, undisturbed, tmp_path, caplog
-):
+def test_damaged_checkpoint_is_named_and_passed_over(damage, corpus, undisturbed, tmp_path, caplog):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed(0), workdir)
     newest = workdir / "checkpoints" / str(STEPS)
@@ -161,7 +159,9 @@ def test_no_intact_checkpoint_is_an_error_that_loses_nothing(corpus, undisturbed
         (workdir / "checkpoints" / step / "checksums.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no checkpoint in .* was intact"):
         train(tiny_config(corpus), str(workdir))
-    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == sorted(steps)
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == sorted(
+        steps
+    )
 
 
 def test_metrics_hold_each_step_once(undisturbed):
@@ -169,9 +169,7 @@ def test_metrics_hold_each_step_once(undisturbed):
     assert steps == list(range(STEPS + 1))
 
 
-def test_a_finished_run_says_so_and_more_steps_continue_it(
-    corpus, undisturbed, tmp_path, capsys
-):
+def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed(0), workdir)
     before = metrics_file(workdir)

