@@ -38,15 +38,29 @@ def run(
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; flags begin with --")
         if not flags.FLAGS["verbosity"].present:
-            # What orbax logs, it also raises.
-            absl.logging.set_verbosity(absl.logging.FATAL)
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            _silence_background_saves()
         try:
             main(config.value)
         except UserError as error:
             _fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _silence_background_saves() -> None:
+    """Keeps the terminal for what matters: orbax raises one of the errors that it logs.
+
+    When a save fails, the writes that it then drops complain, each with a traceback.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def _unknown_field(error: AttributeError | KeyError, argv: Sequence[str]) -> str:

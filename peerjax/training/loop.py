@@ -138,7 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             "tokens_per_step": tokens_per_step,
             "parameters": count_parameters(shapes.params),
             "expert_parameters": count_parameters(shapes.pools),
-            "checkpoint": str(checkpoints.path(step)),
+            "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),
         }
         report.write_report(folder, evaluation, facts)
         report.print_report(folder)

@@ -14,7 +14,7 @@ from peerjax.training.evaluation import Evaluation
 from peerjax.training.metrics import read_metrics
 from peerjax.training.workdir import write_atomically
 
-FILE = "report.json"
+FILE, LOSS_PLOT, USAGE_PLOT = "report.json", "loss.png", "expert_usage.png"
 
 
 def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, Any]) -> None:
@@ -23,7 +23,8 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
     Args:
         workdir: the run's folder, whose `metrics.jsonl` is complete.
         evaluation: the last evaluation.
-        run: further facts (steps, parameters, checkpoint...), kept as they are.
+        run: further facts (steps, parameters, checkpoint...), kept as they are; paths relative to
+            the folder.
     """
     records = read_metrics(workdir)
     first = next(record for record in records if "validation/all/nats_per_token" in record)
@@ -38,16 +39,16 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
         for domain, loss in {"all": evaluation.overall, **evaluation.losses}.items()
     }
     experts = {layer: usage._asdict() for layer, usage in evaluation.usage.items()}
-    plots = {"losses": workdir / "loss.png"}
-    plot_losses(plots["losses"], records)
+    plots = [LOSS_PLOT]
+    plot_losses(workdir / LOSS_PLOT, records)
     if experts:
-        plots["experts"] = workdir / "expert_usage.png"
-        plot_expert_usage(plots["experts"], evaluation.gate_sums)
+        plots.append(USAGE_PLOT)
+        plot_expert_usage(workdir / USAGE_PLOT, evaluation.gate_sums)
     report = {
         **run,
         "validation": losses,
         "experts": experts,
-        "plots": {name: str(path) for name, path in plots.items()},
+        "plots": plots,
     }
     write_atomically(workdir / FILE, json.dumps(report, indent=1))
 
@@ -80,9 +81,9 @@ def print_report(workdir: epath.Path) -> None:
         f"{report['steps']} steps of {report['tokens_per_step']:,} tokens; "
         f"{report['parameters']:,} parameters and {report['expert_parameters']:,} in experts"
     )
-    for name in report["plots"].values():
-        console.print(f"plot        {name}")
-    console.print(f"checkpoint  {report['checkpoint']}")
+    for plot in report["plots"]:
+        console.print(f"plot        {workdir / plot}")
+    console.print(f"checkpoint  {workdir / report['checkpoint']}")
 
 
 def _print_table(

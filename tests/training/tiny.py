@@ -22,24 +22,7 @@ from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.loop import train
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 3, 4
-WORDS = [
-    "the",
-    "a",
-    "expert",
-    "token",
-    "router",
-    "pool",
-    "of",
-    "in",
-    "is",
-    "small",
-    "many",
-    "routes",
-    "learns",
-    "and",
-    "one",
-    "two",
-]
+WORDS = "the a expert token router pool of in is small many routes learns and one two"
 
 
 def write_corpus(folder: Path, documents: int = 48) -> str:
