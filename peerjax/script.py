@@ -10,7 +10,7 @@ import absl.logging
 import ml_collections
 from absl import app, flags
 
-from peerjax.errors import UserError
+from peerjax.errors import CheckpointError, UserError
 
 USER_ERROR_STATUS = 2
 
@@ -41,6 +41,9 @@ def run(
             _silence_background_saves()
         try:
             main(config.value)
+        except CheckpointError as error:
+            sys.unraisablehook = lambda _: None  # the rest of the failed save, being collected
+            _fail(str(error))
         except UserError as error:
             _fail(str(error))
 

@@ -1,12 +1,14 @@
 """A run small enough for tests, and a way to have it killed.
 
-    python -m tests.training.tiny WORKDIR CORPUS SEED [when to kill]
+    python -m tests.training.tiny WORKDIR CORPUS SEED [when N]
 
 `when` is "step N", "writing N" (soon after the writing of the checkpoint of step N has begun) or
-"sealing N" (when it is in its place, but has no checksums yet).
+"sealing N" (when it is in its place, but has no checksums yet). "full N" instead lets no file grow
+beyond 10 kB from the save of that checkpoint on.
 """
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -60,6 +62,19 @@ def tiny_config(pattern: str, seed: int = 0) -> ml_collections.ConfigDict:
     return config
 
 
+def fill_disk_at(step: int) -> None:
+    """Arranges for the writes of a save to fail."""
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(self, saved_step, *args, **kwargs):
+        self.wait()
+        if saved_step == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        save(self, saved_step, *args, **kwargs)
+
+    Checkpoints.save = save_on_a_full_disk
+
+
 def kill_at(when: str, step: int) -> None:
     """Arranges for this process to be killed."""
 
@@ -95,6 +110,8 @@ def kill_at(when: str, step: int) -> None:
 
 if __name__ == "__main__":
     workdir, pattern, seed = sys.argv[1:4]
-    if len(sys.argv) > 4:
+    if sys.argv[4:5] == ["full"]:
+        fill_disk_at(int(sys.argv[5]))
+    elif sys.argv[4:]:
         kill_at(sys.argv[4], int(sys.argv[5]))
     train(tiny_config(pattern, int(seed)), workdir)
