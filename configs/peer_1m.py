@@ -18,6 +18,8 @@ def get_config():
     config.peer.experts_per_head = 16
     config.peer.key_width = 128
     config.optimizer.learning_rate = 1e-3
+    config.pool.storage = "float32"
+    config.pool.rule = "adamw"
     config.pool.learning_rate = 1e-3
     config.eval.rows = 2
     return config

@@ -21,7 +21,6 @@ def get_config():
     config.peer.key_width = 128
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 500
-    config.pool.learning_rate = 1e-3
     config.eval.every = 1000
     config.eval.rows = 128
     config.checkpoint.every = 500

@@ -3,62 +3,179 @@
 `down` and `up` of one expert are adjacent, so that an expert is one contiguous read. The pools
 of equal layers are stacked in one array; a layer is chosen by index at the moment of reading,
 never by slicing, because a slice inside `lax.scan` copies the whole pool.
+
+- "float32", "bfloat16": weights [*layers, N, 2, D].
+- "int8", "int4": int32 words [*layers, rows, 128], or [*layers, rows, units, 128] where a row has
+  several units (a dimension of 1 would make XLA change the layout, by a copy of the pool). A unit
+  of 128 words (512 bytes) is what a row DMA of a TPU moves for free. An expert is 2 W words
+  (`pallas_kernels.packing`; `down`, then `up`) at the beginning of a slot: the smallest power of
+  two of words that holds it, or whole units if it is larger than one. A row is one slot of whole
+  units, or one unit of several slots; expert n has slot n. A weight is its code times the float32
+  scale of its vector, scales [*layers, 2, N].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.packing import pack, unpack, words_per_vector
+
 DOWN, UP = 0, 1
+UNIT = 128  # words
+BITS = {"int8": 8, "int4": 4}
+FLOAT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STORAGES = (*FLOAT_DTYPES, *BITS)
 
 
-class ExpertPool(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertPool:
     """All experts of a layer, or of a stack of equal layers.
 
     Attributes:
-        weights: [N, 2, D], or [layers, N, 2, D] for a stack; float32 or bfloat16.
-            Index 0 of the third axis from the right is `down`, index 1 is `up`.
-        layer: which layer of a stack to read; `None` for a pool that is no stack.
+        weights: floats [*layers, N, 2, D] or int32 words [*layers, rows, (units,) 128].
+        scales: float32 [*layers, 2, N] of `down` and `up`; `None` for floats.
+        layer: which layer of a stack to read, an integer; `None` for a pool that is no stack.
+        storage: "float32", "bfloat16", "int8" or "int4".
+        num_experts: N, also the sentinel id that stands for "no expert".
+        width: D, the width of the model.
     """
 
-    weights: Float[Array, "*layers N 2 D"]
-    layer: Int[Array, ""] | None = None
+    weights: Any
+    scales: Any = None
+    layer: Any = None
+    storage: str = dataclasses.field(default="float32", metadata={"static": True})
+    num_experts: int = dataclasses.field(default=0, metadata={"static": True})
+    width: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @staticmethod
+    def of_floats(weights: Float[Array, "*layers N 2 D"]) -> ExpertPool:
+        """A pool, or a stack of pools, of given float32 or bfloat16 weights."""
+        storage = jnp.dtype(weights.dtype).name
+        return ExpertPool(weights, None, None, storage, weights.shape[-3], weights.shape[-1])
 
     @property
-    def num_experts(self) -> int:
-        """N, also the sentinel id that stands for "no expert"."""
-        return self.weights.shape[-3]
+    def is_packed(self) -> bool:
+        """Whether the weights are integer codes."""
+        return self.storage in BITS
 
     @property
-    def width(self) -> int:
-        """D, the width of the model."""
-        return self.weights.shape[-1]
+    def is_stack(self) -> bool:
+        """Whether the arrays have a leading axis of layers."""
+        weights_ndim = len(packed_shape(1, self.width, self.storage)) if self.is_packed else 3
+        return self.weights.ndim > weights_ndim
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all experts of all layers, scales not counted."""
+        layers = self.weights.shape[0] if self.is_stack else 1
+        return layers * self.num_experts * 2 * self.width
 
     def at_layer(self, layer: Int[Array, ""]) -> ExpertPool:
         """The same storage, read at `layer`. Copies nothing."""
-        return self._replace(layer=layer)
+        return dataclasses.replace(self, layer=layer)
 
 
-def read_experts(
-    pool: ExpertPool, ids: Int[Array, "*K"]
-) -> tuple[Float[Array, "*K D"], Float[Array, "*K D"]]:
-    """Reads experts as float32.
+class Experts(NamedTuple):
+    """Chosen experts, in float32: the weights are `down * down_scale` and `up * up_scale`."""
+
+    down: Float[Array, "*K D"]
+    up: Float[Array, "*K D"]
+    down_scale: Float[Array, "*K"]
+    up_scale: Float[Array, "*K"]
+
+
+def slot_words(width: int, storage: str) -> int:
+    """Words between the beginnings of two neighbouring experts.
+
+    Raises:
+        ValueError: if the width does not pack.
+    """
+    words = 2 * words_per_vector(width, BITS[storage])
+    if words > UNIT:
+        return -(-words // UNIT) * UNIT
+    return 1 << (words - 1).bit_length()
+
+
+def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, ...]:
+    """(rows, 128) or (rows, units, 128): the shape of the words of one pool."""
+    slot = slot_words(width, storage)
+    if slot > UNIT:
+        return num_experts, slot // UNIT, UNIT
+    return -(-num_experts // (UNIT // slot)), UNIT
+
+
+def read_codes(
+    words: Int[Array, "*layers_rows 128"],
+    layer: Int[Array, ""] | None,
+    ids: Int[Array, "*K"],
+    width: int,
+    storage: str,
+) -> Int[Array, "*K 2 D"]:
+    """Unpacks experts of an array laid out like the words of a pool; ids must be valid."""
+    slots = _slots(words, layer, width, storage)
+    rows = slots[ids] if layer is None else slots[layer, ids]
+    per_vector = words_per_vector(width, BITS[storage])
+    rows = rows[..., : 2 * per_vector]
+    return unpack(rows.reshape(*ids.shape, 2, per_vector), BITS[storage])
+
+
+def write_codes(
+    words: Int[Array, "*layers_rows 128"],
+    layer: Int[Array, ""] | None,
+    ids: Int[Array, " M"],
+    codes: Int[Array, "M 2 D"],
+    storage: str,
+) -> Int[Array, "*layers_rows 128"]:
+    """Overwrites experts; ids must not repeat, and negative or too large ones are dropped."""
+    width = codes.shape[-1]
+    slots = _slots(words, layer, width, storage)
+    rows = pack(codes, BITS[storage]).reshape(ids.shape[0], -1)
+    rows = jnp.pad(rows, ((0, 0), (0, slots.shape[-1] - rows.shape[-1])))
+    ids = jnp.where(ids < 0, slots.shape[-2], ids)
+    index = ids if layer is None else (layer, ids)
+    return slots.at[index].set(rows, mode="drop", unique_indices=True).reshape(words.shape)
+
+
+def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "*rows 128"]:
+    """Lays out the codes of M experts, a multiple of those in a row, as rows of words."""
+    shape = packed_shape(codes.shape[0], codes.shape[-1], storage)
+    words = jnp.zeros(shape, jnp.int32)
+    return write_codes(words, None, jnp.arange(codes.shape[0]), codes, storage)
+
+
+def _slots(words: Array, layer: Array | None, width: int, storage: str) -> Array:
+    """The same words as [slots, words of a slot], with a leading axis of layers if there is one."""
+    layers = () if layer is None else words.shape[:1]
+    return words.reshape(*layers, -1, slot_words(width, storage))
+
+
+def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
+    """Reads experts; ids outside [0, N) read zeros.
 
     Args:
         pool: a pool of one layer, or a stack with its `layer` chosen.
-        ids: expert numbers in [0, N). Any other number reads zeros.
-
-    Returns:
-        `(down, up)`, float32.
+        ids: expert numbers.
     """
     # Out-of-range ids must not wrap (negative) and must not clamp (too large).
-    safe_ids = jnp.where(ids < 0, pool.num_experts, ids)
-    index = safe_ids if pool.layer is None else (pool.layer, safe_ids)
-    rows = pool.weights.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return rows[..., DOWN, :], rows[..., UP, :]
+    valid = (ids >= 0) & (ids < pool.num_experts)
+    safe_ids = jnp.where(valid, ids, 0)
+    ones = valid.astype(jnp.float32)
+    if pool.is_packed:
+        rows = read_codes(pool.weights, pool.layer, safe_ids, pool.width, pool.storage)
+        stack = () if pool.layer is None else (pool.layer,)
+        down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones
+        up_scale = pool.scales[(*stack, UP, safe_ids)] * ones
+    else:
+        rows = pool.weights[safe_ids] if pool.layer is None else pool.weights[pool.layer, safe_ids]
+        down_scale, up_scale = ones, ones
+    rows = rows.astype(jnp.float32)
+    return Experts(rows[..., DOWN, :], rows[..., UP, :], down_scale, up_scale)
 
 
 def add_to_experts(
@@ -68,7 +185,7 @@ def add_to_experts(
     down: Float[Array, "M D"],
     up: Float[Array, "M D"],
 ) -> Float[Array, "*layers N 2 D"]:
-    """Adds rows to an array laid out like `ExpertPool.weights`; ids may repeat.
+    """Adds rows to an array laid out like the weights of a float pool; ids may repeat.
 
     Ids outside [0, N) are dropped.
     """

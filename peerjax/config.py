@@ -6,9 +6,11 @@ from typing import Any
 import ml_collections
 
 from pallas_kernels.activations import ACTIVATIONS
+from pallas_kernels.packing import words_per_vector
+from pallas_kernels.storage import BITS
 from peerjax.errors import ConfigError
 from peerjax.model import KINDS, ModelConfig, PeerConfig
-from peerjax.pool import STORAGE_DTYPES
+from peerjax.pool import STORAGES
 
 # Fields that a run may change when it is continued; all others make it another run.
 CHANGEABLE = ("steps", "log_every", "eval", "checkpoint", "data.workers")
@@ -51,9 +53,11 @@ def default_config() -> ml_collections.ConfigDict:
     peer.query_norm = "layernorm"  # or "none"
 
     pool = config.pool = ml_collections.ConfigDict()
-    pool.storage = "float32"  # or "bfloat16"
-    pool.rule = "adamw"  # how a pool is updated
-    pool.learning_rate = 3e-3  # peak; follows the schedule below
+    pool.storage = "int4"  # or "int8", "bfloat16", "float32"
+    pool.rule = "rowwise"  # how a pool is updated; or "adamw", for float storage only
+    pool.learning_rate = 1e-2  # peak; follows the schedule below
+    pool.scale_learning_rate = 1e-3  # peak; of the logarithm of a packed row's scale
+    pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 3e-3  # peak, of everything but pools
@@ -89,8 +93,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "model.activation", ACTIVATIONS)
     _require_choice(config, "peer.activation", ACTIVATIONS)
     _require_choice(config, "peer.query_norm", ("layernorm", "none"))
-    _require_choice(config, "pool.storage", STORAGE_DTYPES)
-    _require_choice(config, "pool.rule", ("adamw",))
+    _require_choice(config, "pool.storage", STORAGES)
+    _require_choice(config, "pool.rule", ("rowwise", "adamw"))
     model, peer, data = config.model, config.peer, config.data
     if data.source == "files" and not data.pattern:
         raise ConfigError("data.source is 'files' but data.pattern is empty")
@@ -117,6 +121,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"peer.num_experts={peer.num_experts} makes {total} experts, fewer than "
             f"peer.experts_per_head={peer.experts_per_head}"
         )
+    _validate_pool(config)
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
 
@@ -140,6 +145,21 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
         if not changeable and before != after:
             changed.append(f"{name} (was {before!r}, is {after!r})")
     return changed
+
+
+def _validate_pool(config: ml_collections.ConfigDict) -> None:
+    storage = config.pool.storage
+    if storage not in BITS:
+        return
+    if config.pool.rule == "adamw":
+        raise ConfigError(
+            f"pool.rule='adamw' needs float storage, but pool.storage={storage!r}; "
+            "choose pool.rule='rowwise'"
+        )
+    try:
+        words_per_vector(config.model.width, BITS[storage])
+    except ValueError as error:
+        raise ConfigError(f"model.width={config.model.width}: {error}") from None
 
 
 def _validate_layers(layers: tuple) -> None:

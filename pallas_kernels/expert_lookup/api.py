@@ -1,6 +1,7 @@
 """The public lookup and its gradient."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ def lookup(
     - `tap`: pass `Tap.zeros_for(ids, x)` and differentiate with respect to it. Its
       gradient, joined with `ids` by `FactoredGradient.from_tap`, is the exact gradient of the
       pool in T * (3 K + 2 D) numbers. The tap itself is never read: it costs nothing forward.
-    - `pool`: the ordinary dense gradient, of the size of the pool. For stacks inside
-      `lax.scan` prefer the tap: a dense cotangent is added to the whole stack every iteration.
+    - `pool`: the ordinary dense gradient of float weights, or of the scales of packed ones. For
+      stacks inside `lax.scan` prefer the tap: a dense cotangent is added to the whole stack every
+      iteration.
 
     Args:
         pool: the experts.
@@ -58,32 +60,60 @@ def lookup(
         )
     if x.shape[1] != pool.width:
         raise ValueError(f"x has width {x.shape[1]} but the experts have width {pool.width}")
-    if (pool.weights.ndim == 4) != (pool.layer is not None):
+    if pool.is_stack != (pool.layer is not None):
         raise ValueError("choose a layer of a stacked pool with `pool.at_layer(layer)`")
     if tap is None:
         tap = Tap.zeros_for(ids, x)
-    return _lookup(activation, pool.weights, pool.layer, ids, gates, x, tap)
+    static = _Static(activation, pool.storage, pool.num_experts, pool.width)
+    return _lookup(static, pool.weights, pool.scales, pool.layer, ids, gates, x, tap)
+
+
+class _Static(NamedTuple):
+    """What is known before tracing."""
+
+    activation: str
+    storage: str
+    num_experts: int
+    width: int
+
+    def pool(self, weights: Array, scales: Array | None, layer: Array | None) -> ExpertPool:
+        return ExpertPool(weights, scales, layer, self.storage, self.num_experts, self.width)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lookup(activation, weights, layer, ids, gates, x, tap):
-    return xla.forward(ExpertPool(weights, layer), ids, gates, x, activation)
+def _lookup(static, weights, scales, layer, ids, gates, x, tap):
+    pool = static.pool(weights, scales, layer)
+    return xla.forward(pool, ids, gates, x, static.activation)
 
 
-def _lookup_fwd(activation, weights, layer, ids, gates, x, tap):
-    y = xla.forward(ExpertPool(weights, layer), ids, gates, x, activation)
-    return y, (weights, layer, ids, gates, x)
+def _lookup_fwd(static, weights, scales, layer, ids, gates, x, tap):
+    y = _lookup(static, weights, scales, layer, ids, gates, x, tap)
+    return y, (weights, scales, layer, ids, gates, x)
 
 
-def _lookup_bwd(activation, residuals, dy):
-    weights, layer, ids, gates, x = residuals
-    cotangents = xla.backward(ExpertPool(weights, layer), ids, gates, x, dy, activation)
+def _lookup_bwd(static, residuals, dy):
+    weights, scales, layer, ids, gates, x = residuals
+    pool = static.pool(weights, scales, layer)
+    cotangents = xla.backward(pool, ids, gates, x, dy, static.activation)
     tap = Tap(cotangents.c_down, cotangents.c_up, x, dy)
-    # Dead code, which XLA removes, unless the pool itself is differentiated.
-    dense = FactoredGradient.from_tap(ids, tap).dense(weights.shape[-3]).astype(weights.dtype)
-    if layer is not None:
-        dense = jnp.zeros_like(weights).at[layer].set(dense)
-    return dense, None, None, cotangents.gates, cotangents.x, tap
+    # The gradients of weights and scales are dead code, which XLA removes, unless wanted.
+    if pool.is_packed:
+        d_weights = None
+        d_scales = jnp.stack(
+            [
+                jnp.zeros(pool.num_experts).at[ids].add(per_token, mode="drop")
+                for per_token in (cotangents.down_scale, cotangents.up_scale)
+            ]
+        )
+        if layer is not None:
+            d_scales = jnp.zeros_like(scales).at[layer].set(d_scales)
+    else:
+        d_weights = FactoredGradient.from_tap(ids, tap).dense(pool.num_experts)
+        d_weights = d_weights.astype(weights.dtype)
+        d_scales = None
+        if layer is not None:
+            d_weights = jnp.zeros_like(weights).at[layer].set(d_weights)
+    return d_weights, d_scales, None, None, cotangents.gates, cotangents.x, tap
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

@@ -17,12 +17,17 @@ from pallas_kernels.storage import ExpertPool, read_experts
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass of one lookup produces."""
+    """What the backward pass of one lookup produces.
+
+    `down_scale` and `up_scale` are the gradients of the chosen experts' scales, token by token.
+    """
 
     gates: Float[Array, "T K"]
     x: Float[Array, "T D"]
     c_down: Float[Array, "T K"]
     c_up: Float[Array, "T K"]
+    down_scale: Float[Array, "T K"]
+    up_scale: Float[Array, "T K"]
 
 
 def forward(
@@ -37,9 +42,10 @@ def forward(
 
     def one_token(token: tuple[Array, Array, Array]) -> Array:
         ids_K, gates_K, x_D = token
-        down_KD, up_KD = read_experts(pool, ids_K)
-        hidden_K = down_KD @ x_D.astype(jnp.float32)
-        return ((gates_K * act(hidden_K)) @ up_KD).astype(x.dtype)
+        experts = read_experts(pool, ids_K)
+        hidden_K = (experts.down @ x_D.astype(jnp.float32)) * experts.down_scale
+        mixing_K = gates_K * act(hidden_K) * experts.up_scale
+        return (mixing_K @ experts.up).astype(x.dtype)
 
     return jax.lax.map(one_token, (ids, gates, x), batch_size=tokens_per_chunk(ids.shape[1]))
 
@@ -57,15 +63,20 @@ def backward(
 
     def one_token(token: tuple[Array, Array, Array, Array]) -> Cotangents:
         ids_K, gates_K, x_D, dy_D = token
-        down_KD, up_KD = read_experts(pool, ids_K)
-        active_K, act_vjp = jax.vjp(act, down_KD @ x_D.astype(jnp.float32))
-        up_dy_K = up_KD @ dy_D.astype(jnp.float32)
+        experts = read_experts(pool, ids_K)
+        code_x_K = experts.down @ x_D.astype(jnp.float32)
+        code_dy_K = experts.up @ dy_D.astype(jnp.float32)
+        active_K, act_vjp = jax.vjp(act, code_x_K * experts.down_scale)
+        up_dy_K = code_dy_K * experts.up_scale
         (c_down_K,) = act_vjp(gates_K * up_dy_K)
+        c_up_K = gates_K * active_K
         return Cotangents(
             gates=active_K * up_dy_K,
-            x=(c_down_K @ down_KD).astype(x.dtype),
+            x=((c_down_K * experts.down_scale) @ experts.down).astype(x.dtype),
             c_down=c_down_K,
-            c_up=gates_K * active_K,
+            c_up=c_up_K,
+            down_scale=c_down_K * code_x_K,
+            up_scale=c_up_K * code_dy_K,
         )
 
     return jax.lax.map(one_token, (ids, gates, x, dy), batch_size=tokens_per_chunk(ids.shape[1]))

@@ -51,3 +51,10 @@ def dense_pool_gradient(
         return gradient.dense(num_experts)
     per_token = P(None, *BATCH)
     return jax.shard_map(local, check_vma=False, in_specs=(per_token,), out_specs=P())(gradient)
+
+
+def gather_tokens(gradient: FactoredGradient) -> FactoredGradient:
+    """Replicates the gradient of a stack of pools: every device gets all tokens, in their order."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return gradient
+    return jax.lax.with_sharding_constraint(gradient, P())

@@ -16,6 +16,7 @@ from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.errors import DivergenceError
 from peerjax.model import Decoder
+from peerjax.pool import count_expert_parameters
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
@@ -137,7 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             "steps": step,
             "tokens_per_step": tokens_per_step,
             "parameters": count_parameters(shapes.params),
-            "expert_parameters": count_parameters(shapes.pools),
+            "expert_parameters": count_expert_parameters(shapes.pools),
             "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),
         }
         report.write_report(folder, evaluation, facts)
@@ -173,7 +174,7 @@ class Pending:
 
 def _describe(shapes: Any, tokens_per_step: int, mesh: jax.sharding.Mesh, start: int) -> str:
     parameters = count_parameters(shapes.params)
-    experts = count_parameters(shapes.pools)
+    experts = count_expert_parameters(shapes.pools)
     devices = f"{mesh.size} {jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
     beginning = f"going on from step {start}" if start else "starting"
     return (

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from peerjax.model import Decoder
+from peerjax.optim import int4_accumulation
 
 PARAMS, POOLS = "params", "pools"
 # Leaves that weight decay leaves alone: norms, embeddings.
@@ -69,7 +70,11 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, peak: float) -> op
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW over params and pools, each with its own learning rate, after one global clip."""
+    """AdamW over params, and the rule that `config.pool` names over pools.
+
+    Under "rowwise" the gradients of pools are factored, and each row's step is bounded; under
+    "adamw" they are dense, and clipped together with those of params.
+    """
     optimizer = config.optimizer
 
     def adamw(peak: float, mask: Any = None) -> optax.GradientTransformation:
@@ -81,16 +86,20 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
             mask=mask,
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.partition(
-            {
-                PARAMS: adamw(optimizer.learning_rate, _decayed),
-                POOLS: adamw(config.pool.learning_rate),
-            },
-            {PARAMS: PARAMS, POOLS: POOLS},
-        ),
+    clip = optax.clip_by_global_norm(optimizer.clip_norm)
+    of_params = adamw(optimizer.learning_rate, _decayed)
+    labels = {PARAMS: PARAMS, POOLS: POOLS}
+    if config.pool.rule == "adamw":
+        of_pools = adamw(config.pool.learning_rate)
+        return optax.chain(clip, optax.partition({PARAMS: of_params, POOLS: of_pools}, labels))
+    of_pools = int4_accumulation(
+        learning_rate_schedule(config, config.pool.learning_rate),
+        scale_learning_rate=learning_rate_schedule(config, config.pool.scale_learning_rate),
+        weight_decay=optimizer.weight_decay,
+        beta2=config.pool.beta2,
+        seed=config.seed,
     )
+    return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)
 
 
 def _decayed(tree: Any) -> Any:

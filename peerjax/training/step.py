@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.model import Decoder
+from peerjax.optim import apply_updates
 from peerjax.pool import ExpertPool
-from peerjax.sharding.pools import dense_pool_gradient
+from peerjax.sharding.pools import dense_pool_gradient, gather_tokens
 from peerjax.training.state import PARAMS, POOLS, TrainState, learning_rate_schedule
 
 Batch = dict[str, Array]
@@ -37,15 +38,19 @@ def make_train_step(
             loss_of, argnums=(0, 1), has_aux=True
         )(state.params, taps, state.pools, batch)
         factored = factored_gradients(routing, tap_grads)
-        gradients = {PARAMS: grads, POOLS: dense_gradients(state.pools, factored)}
+        dense = config.pool.rule == "adamw"
+        pool_gradients = (dense_gradients if dense else whole_gradients)(state.pools, factored)
+        gradients = {PARAMS: grads, POOLS: pool_gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = apply_updates(state.trained, updates)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients if dense else grads),
             "learning_rate": schedule(state.step),
             **hit_shares(state.pools, factored),
         }
+        if not dense:
+            metrics |= update_metrics(state.pools, opt_state)
         new_state = state._replace(
             params=trained[PARAMS],
             pools=trained[POOLS],
@@ -102,8 +107,27 @@ def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
     for run, gradient in factored.items():
         pool = pools[run]["pool"]
         weights = dense_pool_gradient(gradient, pool.num_experts).astype(pool.weights.dtype)
-        gradients[run] = {"pool": ExpertPool(weights)}
+        gradients[run] = {"pool": ExpertPool.of_floats(weights)}
     return gradients
+
+
+def whole_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
+    """Factored gradients as a tree like the pools, with the tokens of all devices."""
+    return {run: {"pool": gather_tokens(factored[run])} for run in pools}
+
+
+def update_metrics(pools: Any, opt_state: Any) -> Metrics:
+    """What the last update did to the pools of each run, mean over its layers."""
+    metrics = {}
+    statistics = optax.tree.get(opt_state, "statistics")[POOLS]
+    for run, tree in statistics.items():
+        pool, counts = pools[run]["pool"], jax.tree.map(jnp.mean, tree["pool"])
+        weights = jnp.maximum(counts.rows * pool.width, 1)
+        metrics[f"pool_step/{run}"] = counts.step_size / weights
+        if pool.is_packed:
+            metrics[f"pool_clipped/{run}"] = counts.clipped / weights
+            metrics[f"pool_doubled/{run}"] = counts.doubled / jnp.maximum(counts.rows, 1)
+    return metrics
 
 
 def hit_shares(pools: Any, factored: dict[str, FactoredGradient]) -> Metrics:

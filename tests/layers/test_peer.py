@@ -26,7 +26,7 @@ def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
         heads=HEADS,
         experts_per_head=K_PER_HEAD,
     )
-    pool = ExpertPool(pool.weights[0])
+    pool = ExpertPool.of_floats(pool.weights[0])
     x = jax.random.normal(jax.random.key(1), SHAPE)
     return layer, pool, x, layer.init(jax.random.key(2), x, pool)["params"]
 
@@ -55,7 +55,7 @@ def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
         theirs.keys.copy_(torch.tensor(keys))
 
     def loss(params, weights, x):
-        y = layer.apply({"params": params}, x, ExpertPool(weights))
+        y = layer.apply({"params": params}, x, ExpertPool.of_floats(weights))
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), (d_params, d_weights, d_x) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
@@ -108,7 +108,7 @@ def test_fresh_output_has_the_scale_of_a_dense_mlp(heads, k, keys):
     dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
     layer = PEER((keys, keys), heads, k, 64)
     pool = initialize_pool(jax.random.key(2), 1, keys**2, width, heads=heads, experts_per_head=k)
-    pool = ExpertPool(pool.weights[0])
+    pool = ExpertPool.of_floats(pool.weights[0])
     y = layer.apply({"params": layer.init(jax.random.key(3), x, pool)["params"]}, x, pool)
     ratio = float(jnp.std(y) / jnp.std(dense))
     assert 0.8 < ratio < 1.25, ratio

@@ -38,7 +38,7 @@ def assert_close(actual, expected, bound=1e-5):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_the_sum_over_all_experts(problem, activation):
     weights, ids, gates, x = problem
-    y = lookup(ExpertPool(weights), ids, gates, x, activation=activation)
+    y = lookup(ExpertPool.of_floats(weights), ids, gates, x, activation=activation)
     assert_close(y, naive(weights, ids, gates, x, activation))
 
 
@@ -50,7 +50,7 @@ def test_every_gradient_equals_that_of_the_sum(problem, activation):
         return lambda *args: jnp.sum(jnp.sin(3 * function(*args)))
 
     def ours(weights, gates, x):
-        return lookup(ExpertPool(weights), ids, gates, x, activation=activation)
+        return lookup(ExpertPool.of_floats(weights), ids, gates, x, activation=activation)
 
     def oracle(weights, gates, x):
         return naive(weights, ids, gates, x, activation)
@@ -88,10 +88,10 @@ def test_tap_gives_the_dense_gradient_under_scan(remat):
         return jnp.sum(jnp.sin(y))
 
     def by_tap(taps):
-        return stack_loss(ExpertPool(weights), taps, ids, gates, x, remat)
+        return stack_loss(ExpertPool.of_floats(weights), taps, ids, gates, x, remat)
 
     def by_pool(weights):
-        return stack_loss(ExpertPool(weights), taps, ids, gates, x, remat)[0]
+        return stack_loss(ExpertPool.of_floats(weights), taps, ids, gates, x, remat)[0]
 
     tap_gradient, kept_ids = jax.jit(jax.grad(by_tap, has_aux=True))(taps)
     factored = FactoredGradient.from_tap(kept_ids, tap_gradient)
@@ -106,7 +106,9 @@ def test_ids_outside_the_pool_do_nothing(problem, outside):
     masked = ids.at[:, 2].set(outside)
 
     def loss(weights, gates, x, ids):
-        return jnp.sum(jnp.sin(lookup(ExpertPool(weights), ids, gates, x, activation="gelu")))
+        return jnp.sum(
+            jnp.sin(lookup(ExpertPool.of_floats(weights), ids, gates, x, activation="gelu"))
+        )
 
     value, gradients = jax.value_and_grad(loss, (0, 1, 2))(weights, gates, x, masked)
     without = jnp.delete(ids, 2, axis=1), jnp.delete(gates, 2, axis=1)
@@ -121,7 +123,7 @@ def test_ids_outside_the_pool_do_nothing(problem, outside):
 
 def test_bfloat16_inputs_are_accumulated_in_float32(problem):
     weights, ids, gates, x = problem
-    y = lookup(ExpertPool(weights), ids, gates, x.astype(jnp.bfloat16), activation="gelu")
+    y = lookup(ExpertPool.of_floats(weights), ids, gates, x.astype(jnp.bfloat16), activation="gelu")
     assert y.dtype == jnp.bfloat16
     expected = naive(weights, ids, gates, x.astype(jnp.bfloat16).astype(jnp.float32))
     # One rounding to bfloat16, at the end: half a unit in the eighth bit.
@@ -140,12 +142,13 @@ def test_nothing_of_size_tokens_times_experts_times_width():
     materialised = tokens * chosen * width * 4
 
     def forward(weights, gates, x):
-        return lookup(ExpertPool(weights), ids, gates, x, activation="gelu")
+        return lookup(ExpertPool.of_floats(weights), ids, gates, x, activation="gelu")
 
     def backward(weights, gates, x, tap):
         def loss(gates, x, tap):
             return jnp.sum(
-                lookup(ExpertPool(weights), ids, gates, x, activation="gelu", tap=tap) ** 2
+                lookup(ExpertPool.of_floats(weights), ids, gates, x, activation="gelu", tap=tap)
+                ** 2
             )
 
         return jax.grad(loss, (0, 1, 2))(gates, x, tap)
@@ -165,8 +168,8 @@ def test_nothing_of_size_tokens_times_experts_times_width():
 def test_wrong_shapes_are_refused(problem):
     weights, ids, gates, x = problem
     with pytest.raises(ValueError, match="width 24 but the experts have width 12"):
-        lookup(ExpertPool(weights[:, :, :12]), ids, gates, x, activation="gelu")
+        lookup(ExpertPool.of_floats(weights[:, :, :12]), ids, gates, x, activation="gelu")
     with pytest.raises(ValueError, match="choose a layer"):
-        lookup(ExpertPool(weights[None]), ids, gates, x, activation="gelu")
+        lookup(ExpertPool.of_floats(weights[None]), ids, gates, x, activation="gelu")
     with pytest.raises(ValueError, match="unknown activation 'swish'; choose one of gelu"):
-        lookup(ExpertPool(weights), ids, gates, x, activation="swish")
+        lookup(ExpertPool.of_floats(weights), ids, gates, x, activation="swish")

@@ -1,0 +1,100 @@
+"""The public update: one optimizer step of a pool, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from pallas_kernels.expert_update import xla
+from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
+from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.storage import ExpertPool
+
+
+class UpdateState(NamedTuple):
+    """What an update keeps beside the pool.
+
+    Attributes:
+        accumulators: int32 words laid out like those of the pool; `None` for float pools.
+        moments: second moment of each row of `down` and of `up`; 0 means never hit.
+        scale_moments: second moment of each scale's gradient; `None` for float pools.
+    """
+
+    accumulators: Any
+    moments: Float[Array, "*layers 2 N"]
+    scale_moments: Any
+
+    @staticmethod
+    def zeros_for(pool: ExpertPool) -> UpdateState:
+        """The state of a pool that has never been updated."""
+        layers = pool.weights.shape[:1] if pool.is_stack else ()
+        moments = jnp.zeros((*layers, 2, pool.num_experts), jnp.float32)
+        if not pool.is_packed:
+            return UpdateState(None, moments, None)
+        return UpdateState(jnp.zeros_like(pool.weights), moments, jnp.zeros_like(moments))
+
+
+def update(
+    pool: ExpertPool,
+    state: UpdateState,
+    gradient: FactoredGradient,
+    hyperparameters: Hyperparameters,
+    *,
+    seed: Integer[Array, ""] | int,
+    step: Integer[Array, ""] | int,
+) -> tuple[ExpertPool, UpdateState, Statistics]:
+    """One step of a pool, or of a stack of pools, from its factored gradient.
+
+    For each expert that was hit, its gradient rows are summed in float32 and it is rewritten once.
+    Row-wise: `delta = g / sqrt(nu)`, nu the lazy second moment of the row, the RMS of delta at most
+    1. Packed pools then move `(code + accumulator / 2^b) * scale` by `-learning_rate * delta`,
+    rounded stochastically to units of the accumulator; scales follow in log space, and double where
+    more than `grow_above` of a row's codes would clip. Float pools move by the same delta.
+
+    Donate `pool` and `state` to have them rewritten in place: the cost is that of the pairs,
+    whatever N is. Experts that are not hit stay bit-identical.
+
+    Args:
+        pool: any storage; its `layer` is ignored.
+        state: `UpdateState.zeros_for(pool)` at first.
+        gradient: with a leading axis of layers exactly if the pool is a stack.
+        hyperparameters: see there.
+        seed: of the run; with `step`, it determines all random bits.
+        step: number of the update, different every time.
+
+    Returns:
+        The new pool, the new state, and counts by layer.
+
+    Raises:
+        ValueError: if gradient and pool do not fit together.
+    """
+    if (gradient.ids.ndim == 3) != pool.is_stack:
+        raise ValueError(f"a gradient with ids {gradient.ids.shape} does not fit the pool")
+    if gradient.x.shape[-1] != pool.width:
+        raise ValueError(
+            f"the gradient has width {gradient.x.shape[-1]} but the experts {pool.width}"
+        )
+    if not pool.is_stack:
+        stacks = jax.tree.map(lambda leaf: leaf[None], (pool, state, gradient))
+        pool, state, gradient = stacks
+        result = update(pool, state, gradient, hyperparameters, seed=seed, step=step)
+        return jax.tree.map(lambda leaf: leaf[0], result)
+
+    zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
+    carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
+    carry = xla.update_stack(
+        carry,
+        gradient,
+        hyperparameters,
+        seed,
+        step,
+        num_experts=pool.num_experts,
+        storage=pool.storage,
+    )
+    new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
+    new_state = UpdateState(carry.accumulators, carry.moments, carry.scale_moments)
+    return new_pool, new_state, carry.statistics

@@ -1,0 +1,59 @@
+"""The row-wise rule: what every implementation of the update computes."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EPSILON = 1e-12
+
+
+class Hyperparameters(NamedTuple):
+    """Numbers of the rule; all may be traced.
+
+    Attributes:
+        learning_rate: RMS of a row's step, in units of the weights.
+        scale_learning_rate: size of a step of a scale's logarithm.
+        weight_decay: of hit rows, times the learning rate.
+        beta2: decay of second moments, each time a row is hit.
+        grow_above: share of clipping codes above which a row doubles its scale.
+    """
+
+    learning_rate: Any
+    scale_learning_rate: Any
+    weight_decay: Any = 0.0
+    beta2: Any = 0.99
+    grow_above: Any = 0.02
+
+
+class Statistics(NamedTuple):
+    """Counts of one update, by layer.
+
+    Attributes:
+        experts: experts hit.
+        rows: vectors (`down` or `up`) with a gradient.
+        clipped: codes that stopped at their limit.
+        doubled: rows whose scale doubled to make room.
+        step_size: sum over the weights of hit rows of |step|, in units of the accumulator
+            (packed pools) or of the weight (float pools).
+    """
+
+    experts: Float[Array, " layers"]
+    rows: Float[Array, " layers"]
+    clipped: Float[Array, " layers"]
+    doubled: Float[Array, " layers"]
+    step_size: Float[Array, " layers"]
+
+
+def precondition(
+    mean_square: Float[Array, "*C"], moments: Float[Array, "*C"], beta2: Any
+) -> tuple[Float[Array, "*C"], Float[Array, "*C"]]:
+    """The lazy second moment, and the factor that turns a gradient into a step of RMS <= 1.
+
+    A moment of 0 means "never hit": the first gradient sets it. There is no global bias
+    correction: a row first hit late would take a step many times too large.
+    """
+    decayed = beta2 * moments + (1 - beta2) * mean_square
+    new = jnp.where(moments == 0, mean_square, decayed)
+    root = jnp.sqrt(new) + EPSILON
+    return new, 1.0 / jnp.maximum(root, jnp.sqrt(mean_square))

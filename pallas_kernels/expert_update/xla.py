@@ -1,0 +1,274 @@
+"""The update in plain XLA: always works, and is the reference for every kernel.
+
+The (expert, token) pairs of a layer are sorted by expert. A loop walks the experts that were hit, a
+chunk at a time: it sums each expert's row over its pairs in ascending order of tokens, and rewrites
+the expert once, in place. Its cost depends on the pairs, not on N; its memory, on the chunk.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import storage as layout
+from pallas_kernels.counter_hash import hash_words, round_stochastically
+from pallas_kernels.expert_update import integer_step
+from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
+from pallas_kernels.factored_gradient import FactoredGradient
+
+EXPERTS_PER_CHUNK = 128
+PAIRS_PER_BLOCK = 256
+# The purpose of random bits, absorbed by their hash: other uses take other numbers.
+ROUNDING = 1
+
+
+class SortedPairs(NamedTuple):
+    """The pairs of one layer, sorted by expert, and the experts that occur in them.
+
+    Attributes:
+        token: the token of each pair.
+        c_down: its coefficients.
+        c_up: likewise.
+        rank: which of the hit experts each pair belongs to, ascending.
+        expert: the experts hit, ascending; the sentinel N in places left over.
+        first: where each hit expert's pairs begin, and the number of pairs in places left over.
+        num_hit: how many experts are hit.
+    """
+
+    token: Int[Array, " P"]
+    c_down: Float[Array, " P"]
+    c_up: Float[Array, " P"]
+    rank: Int[Array, " P"]
+    expert: Int[Array, " P"]
+    first: Int[Array, " P+1"]
+    num_hit: Int[Array, ""]
+
+
+def sort_pairs(gradient: FactoredGradient, num_experts: int) -> SortedPairs:
+    """Sorts the pairs of one layer by expert; tokens of one expert stay in ascending order.
+
+    Pairs whose id is outside [0, N) or whose coefficients are both zero are left out: they come
+    last, as the sentinel.
+    """
+    tokens, num_chosen = gradient.ids.shape
+    pairs = tokens * num_chosen
+    ids = gradient.ids.reshape(pairs)
+    c_down, c_up = gradient.c_down.reshape(pairs), gradient.c_up.reshape(pairs)
+    keep = (ids >= 0) & (ids < num_experts) & ((c_down != 0) | (c_up != 0))
+    key, order = jax.lax.sort_key_val(
+        jnp.where(keep, ids, num_experts).astype(jnp.int32), jnp.arange(pairs, dtype=jnp.int32)
+    )
+    begins = jnp.concatenate([jnp.array([True]), key[1:] != key[:-1]]) & (key < num_experts)
+    rank = jnp.cumsum(begins) - 1
+    places = jnp.where(begins, rank, pairs)
+    expert = jnp.full(pairs, num_experts, jnp.int32).at[places].set(key, mode="drop")
+    kept = jnp.sum(keep, dtype=jnp.int32)
+    first = jnp.full(pairs + 1, kept).at[places].set(jnp.arange(pairs), mode="drop")
+    return SortedPairs(
+        token=order // num_chosen,
+        c_down=c_down[order],
+        c_up=c_up[order],
+        rank=rank.astype(jnp.int32),
+        expert=expert,
+        first=first.astype(jnp.int32),
+        num_hit=jnp.sum(begins, dtype=jnp.int32),
+    )
+
+
+def row_sums(
+    pairs: SortedPairs, x: Float[Array, "T D"], dy: Float[Array, "T D"], chunk: Int[Array, ""]
+) -> Float[Array, "C 2 D"]:
+    """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32."""
+    experts, block = EXPERTS_PER_CHUNK, PAIRS_PER_BLOCK
+    num_pairs, width = pairs.token.shape[0], x.shape[1]
+    first_rank = chunk * experts
+    begin = pairs.first[jnp.minimum(first_rank, num_pairs)]
+    end = pairs.first[jnp.minimum(first_rank + experts, num_pairs)]
+
+    def add_block(index: Array, sums: Array) -> Array:
+        place = begin + index * block + jnp.arange(block)
+        safe = jnp.minimum(place, num_pairs - 1)
+        token = pairs.token[safe]
+        row = jnp.where(place < end, pairs.rank[safe] - first_rank, experts)
+        down = pairs.c_down[safe][:, None] * x[token].astype(jnp.float32)
+        up = pairs.c_up[safe][:, None] * dy[token].astype(jnp.float32)
+        rows = jnp.stack([down, up], axis=1)
+        return sums.at[row].add(rows, mode="drop", indices_are_sorted=True)
+
+    blocks = (end - begin + block - 1) // block
+    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((experts, 2, width), jnp.float32))
+
+
+class Carry(NamedTuple):
+    """What the loop rewrites in place; every array has a leading axis of layers."""
+
+    weights: Array
+    scales: Any
+    accumulators: Any
+    moments: Float[Array, "layers 2 N"]
+    scale_moments: Any
+    statistics: Statistics
+
+
+def update_stack(
+    carry: Carry,
+    gradient: FactoredGradient,
+    rule: Hyperparameters,
+    seed: Any,
+    step: Any,
+    *,
+    num_experts: int,
+    storage: str,
+) -> Carry:
+    """Applies one step to every layer of a stack."""
+    layers = gradient.ids.shape[0]
+
+    def one_layer(layer: Array, carry: Carry) -> Carry:
+        own = FactoredGradient(*(leaf[layer] for leaf in gradient))
+        pairs = sort_pairs(own, num_experts)
+
+        def one_chunk(chunk: Array, carry: Carry) -> Carry:
+            place = chunk * EXPERTS_PER_CHUNK + jnp.arange(EXPERTS_PER_CHUNK)
+            expert = pairs.expert[jnp.minimum(place, pairs.expert.shape[0] - 1)]
+            expert = jnp.where(place < pairs.num_hit, expert, num_experts)
+            sums = row_sums(pairs, own.x, own.dy, chunk)
+            rewrite = rewrite_packed if storage in layout.BITS else rewrite_floats
+            return rewrite(carry, layer, expert, sums, rule, seed, step, storage)
+
+        chunks = (pairs.num_hit + EXPERTS_PER_CHUNK - 1) // EXPERTS_PER_CHUNK
+        return jax.lax.fori_loop(0, chunks, one_chunk, carry)
+
+    return jax.lax.fori_loop(0, layers, one_layer, carry)
+
+
+def rewrite_packed(
+    carry: Carry,
+    layer: Array,
+    expert: Int[Array, " C"],
+    sums: Float[Array, "C 2 D"],
+    rule: Hyperparameters,
+    seed: Any,
+    step: Any,
+    storage: str,
+) -> Carry:
+    """One step of a chunk of packed experts."""
+    width, num_experts = sums.shape[-1], carry.moments.shape[-1]
+    code_bits = layout.BITS[storage]
+    bits = code_bits  # accumulators are packed like the codes
+    valid = expert < num_experts
+    safe = jnp.where(valid, expert, 0)
+    matrix = jnp.arange(2)
+    at = (layer, matrix, safe[:, None])
+
+    codes = layout.read_codes(carry.weights, layer, safe, width, storage)
+    accumulators = layout.read_codes(carry.accumulators, layer, safe, width, storage)
+    scales, moments, scale_moments = carry.scales[at], carry.moments[at], carry.scale_moments[at]
+    mean_square = jnp.mean(sums * sums, axis=-1)
+    hit = valid[:, None] & (mean_square > 0)
+
+    # The integer step, with the old scale.
+    new_moments, factor = precondition(mean_square, moments, rule.beta2)
+    values = integer_step.join(codes, accumulators, bits)
+    steps = (-rule.learning_rate * factor / scales * 2.0**bits)[..., None] * sums
+    steps = steps - rule.learning_rate * rule.weight_decay * values
+    counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
+    words = hash_words(seed, ROUNDING, step, *counters)
+    moved = values + integer_step.step_to_int(round_stochastically(steps, words))
+
+    # A row that would clip too much doubles its scale: v / 2, rounded stochastically. Its random
+    # bit is the lowest of the word, of which the rounding used the upper 24.
+    clips = integer_step.clips(moved, code_bits, bits)
+    doubles = jnp.mean(clips, axis=-1, dtype=jnp.float32) > rule.grow_above
+    halved = (moved + (words & 1).astype(jnp.int32)) >> 1
+    moved = jnp.where(doubles[..., None], halved, moved)
+    stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=-1)
+    moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
+    new_codes, new_accumulators = integer_step.split(moved, bits)
+
+    # The scale, in log space, from the gradient along the row of codes.
+    scale_gradient = scales * jnp.sum(sums * codes, axis=-1)
+    new_scale_moments, scale_factor = precondition(
+        scale_gradient * scale_gradient, scale_moments, rule.beta2
+    )
+    grown = jnp.where(doubles, 2.0, 1.0) * scales
+    new_scales = grown * jnp.exp(-rule.scale_learning_rate * scale_factor * scale_gradient)
+
+    # Rows without a gradient stay as they are; places left over are dropped.
+    keep = hit[..., None]
+    new_codes = jnp.where(keep, new_codes, codes)
+    new_accumulators = jnp.where(keep, new_accumulators, accumulators)
+    place = jnp.where(valid, expert, -1)
+    to = (layer, matrix, expert[:, None])
+
+    def put(array: Array, new: Array, old: Array) -> Array:
+        return array.at[to].set(jnp.where(hit, new, old), mode="drop", unique_indices=True)
+
+    return Carry(
+        layout.write_codes(carry.weights, layer, place, new_codes, storage),
+        put(carry.scales, new_scales, scales),
+        layout.write_codes(carry.accumulators, layer, place, new_accumulators, storage),
+        put(carry.moments, new_moments, moments),
+        put(carry.scale_moments, new_scale_moments, scale_moments),
+        Statistics(
+            experts=carry.statistics.experts.at[layer].add(jnp.sum(valid)),
+            rows=carry.statistics.rows.at[layer].add(jnp.sum(hit)),
+            clipped=carry.statistics.clipped.at[layer].add(jnp.sum(stopped * hit)),
+            doubled=carry.statistics.doubled.at[layer].add(jnp.sum(doubles & hit)),
+            step_size=carry.statistics.step_size.at[layer].add(jnp.sum(jnp.abs(steps) * keep)),
+        ),
+    )
+
+
+def rewrite_floats(
+    carry: Carry,
+    layer: Array,
+    expert: Int[Array, " C"],
+    sums: Float[Array, "C 2 D"],
+    rule: Hyperparameters,
+    seed: Any,
+    step: Any,
+    storage: str,
+) -> Carry:
+    """One step of a chunk of float experts under the same rule; bfloat16 rounds stochastically."""
+    num_experts, width = carry.moments.shape[-1], sums.shape[-1]
+    valid = expert < num_experts
+    safe = jnp.where(valid, expert, 0)
+    matrix = jnp.arange(2)
+    weights = carry.weights[layer, safe].astype(jnp.float32)
+    moments = carry.moments[layer, matrix, safe[:, None]]
+    mean_square = jnp.mean(sums * sums, axis=-1)
+    hit = valid[:, None] & (mean_square > 0)
+    new_moments, factor = precondition(mean_square, moments, rule.beta2)
+    steps = -rule.learning_rate * factor[..., None] * sums
+    steps = steps - rule.learning_rate * rule.weight_decay * weights
+    steps = jnp.where(hit[..., None], steps, 0.0)
+    new = weights + steps
+    if storage == "bfloat16":
+        counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
+        new = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
+    to = (layer, matrix, expert[:, None])
+    statistics = carry.statistics
+    return carry._replace(
+        weights=carry.weights.at[layer, expert].set(
+            new.astype(carry.weights.dtype), mode="drop", unique_indices=True
+        ),
+        moments=carry.moments.at[to].set(
+            jnp.where(hit, new_moments, moments), mode="drop", unique_indices=True
+        ),
+        statistics=statistics._replace(
+            experts=statistics.experts.at[layer].add(jnp.sum(valid)),
+            rows=statistics.rows.at[layer].add(jnp.sum(hit)),
+            step_size=statistics.step_size.at[layer].add(jnp.sum(jnp.abs(steps))),
+        ),
+    )
+
+
+def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> Float[Array, "*S"]:
+    """Rounds float32 to a neighbouring bfloat16 value, away from zero with the right probability.
+
+    Adds 16 random bits below the 16 that are kept, and cuts them off.
+    """
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    rounded = (bits + (words >> 16)) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(rounded, jnp.float32)

@@ -1,0 +1,43 @@
+"""Updates that replace a parameter instead of being added to it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from pallas_kernels.storage import ExpertPool
+
+
+class Overwrite(NamedTuple):
+    """An update that stands for the whole new value, written in place of a donated old one."""
+
+    value: Any
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Adds updates as `optax.apply_updates` does, and puts every `Overwrite` in place.
+
+    Args:
+        params: a tree of arrays and pools.
+        updates: a tree of the same structure, with an `Overwrite` for each pool.
+
+    Returns:
+        The new params.
+
+    Raises:
+        ValueError: if a pool would be added to: codes are no numbers to add to.
+    """
+
+    def apply(path: Any, param: Any, update: Any) -> Any:
+        if isinstance(update, Overwrite):
+            return update.value
+        if isinstance(param, ExpertPool) and param.is_packed:
+            raise ValueError(
+                f"the update of the packed pool {jax.tree_util.keystr(path)} is no Overwrite; "
+                "int4_accumulation must come last in the chain that updates pools"
+            )
+        return optax.apply_updates(param, update)
+
+    return jax.tree_util.tree_map_with_path(
+        apply, params, updates, is_leaf=lambda node: isinstance(node, ExpertPool)
+    )

@@ -1,0 +1,42 @@
+"""The integer stage against exact arithmetic, over all states and all steps -40..40."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.expert_update import integer_step
+
+
+@pytest.mark.parametrize(("code_bits", "bits"), [(4, 4), (8, 8), (4, 0), (4, 2), (4, 8)])
+def test_carry_and_saturation_are_exact(code_bits, bits):
+    top = (1 << (code_bits - 1)) - 1
+    accumulators = np.arange(-(1 << bits) // 2, (1 << bits) // 2) if bits else np.array([0])
+    codes = np.arange(-top, top + 1)
+    steps = np.arange(-40, 41)
+    w, a, r = (grid.ravel() for grid in np.meshgrid(codes, accumulators, steps, indexing="ij"))
+
+    v = integer_step.join(jnp.array(w), jnp.array(a), bits) + jnp.array(r)
+    clips = integer_step.clips(v, code_bits, bits)
+    new_w, new_a = integer_step.split(jnp.clip(v, *integer_step.limits(code_bits, bits)), bits)
+
+    # In 64-bit integers, with divisions instead of shifts.
+    unit = 2**bits
+    exact = w.astype(np.int64) * unit + a + r
+    kept = np.clip(exact, -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0))
+    code = np.floor_divide(kept + unit // 2, unit)
+    np.testing.assert_array_equal(clips, kept != exact)
+    np.testing.assert_array_equal(new_w, code)
+    np.testing.assert_array_equal(new_a, kept - code * unit)
+    assert np.abs(new_w).max() == top
+    assert new_a.min() >= accumulators.min()
+    assert new_a.max() <= accumulators.max()
+
+
+def test_the_limits_of_int4_are_those_of_the_design():
+    assert integer_step.limits(4, 4) == (-120, 119)
+
+
+def test_huge_and_tiny_steps_become_bounded_integers():
+    steps = jnp.array([1e30, -1e30, jnp.inf, -jnp.inf, 3.0, -2.0])
+    bound = int(integer_step.LARGEST_STEP)
+    assert integer_step.step_to_int(steps).tolist() == [bound, -bound, bound, -bound, 3, -2]
