@@ -66,6 +66,8 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
         ({"model.layers": ("peer",)}, "model.layers has 'peer'; give a tuple"),
         ({"peer.query_norm": "batchnorm"}, "peer.query_norm='batchnorm' is unknown"),
         ({"pool.storage": "int3"}, "pool.storage='int3' is unknown; choose from float32"),
+        ({"pool.rule": "adamw"}, "pool.rule='adamw' needs float storage, but pool.storage='int4'"),
+        ({"model.width": 20}, "model.width=20: a width of 20 does not pack: int4 codes need"),
         ({"data.pattern": ""}, "data.pattern is empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
         ({"steps": 0}, "steps=0 is not positive"),
@@ -140,6 +142,13 @@ def test_a_workdir_of_another_configuration_is_refused(corpus, finished):
     with pytest.raises(ConfigError, match=r"model.mlp_width \(was 32, is 48\)"):
         train(config, str(finished))
     assert files_of(finished) == before
+
+
+def test_a_workdir_of_another_storage_is_refused(corpus, finished):
+    config = tiny_config(corpus)
+    config.pool.storage = "int8"
+    with pytest.raises(ConfigError, match=r"pool.storage \(was 'int4', is 'int8'\)"):
+        train(config, str(finished))
 
 
 def test_another_corpus_is_refused(finished, corpus):
