@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import storage
 from pallas_kernels.chunking import tokens_per_chunk
+from pallas_kernels.sorted_pairs import EXPERTS_PER_CHUNK, num_chunks, row_sums, sort_pairs
 
 
 class Tap(NamedTuple):
@@ -76,3 +77,47 @@ class FactoredGradient(NamedTuple):
 
         total = jnp.zeros((layers, num_experts, 2, self.x.shape[-1]), jnp.float32)
         return jax.lax.scan(add_chunk, total, (layer, chunks))[0]
+
+    def rows(
+        self, num_experts: int
+    ) -> tuple[Int[Array, "*layers P"], Float[Array, "*layers P 2 D"]]:
+        """The experts with a gradient, each once, and their rows; P = T * K.
+
+        For tests and inspection: the rows take as much memory as [T, K, 2, D] floats.
+
+        Args:
+            num_experts: N, which also fills the ids of places left over.
+
+        Returns:
+            `(ids, rows)`, ids ascending, rows of places left over zero.
+        """
+        if self.ids.ndim == 3:
+            return jax.vmap(lambda own: own.rows(num_experts))(self)
+        pairs = sort_pairs(self.ids, self.c_down, self.c_up, num_experts)
+        width = self.x.shape[-1]
+
+        def put_chunk(chunk: Array, rows: Array) -> Array:
+            place = chunk * EXPERTS_PER_CHUNK + jnp.arange(EXPERTS_PER_CHUNK)
+            sums = row_sums(pairs, self.x, self.dy, chunk)
+            return rows.at[place].set(sums, mode="drop", unique_indices=True)
+
+        rows = jnp.zeros((self.ids.size, 2, width), jnp.float32)
+        return pairs.expert, jax.lax.fori_loop(0, num_chunks(pairs), put_chunk, rows)
+
+    def norm(self, num_experts: int) -> Float[Array, ""]:
+        """The exact Euclidean norm of the dense gradient, of all layers together.
+
+        A second pass over the row sums; nothing of the size of the rows is made.
+        """
+        stack = self if self.ids.ndim == 3 else jax.tree.map(lambda leaf: leaf[None], self)
+
+        def add_layer(layer: Array, total: Array) -> Array:
+            ids, c_down, c_up, x, dy = (leaf[layer] for leaf in stack)
+            pairs = sort_pairs(ids, c_down, c_up, num_experts)
+
+            def add_chunk(chunk: Array, total: Array) -> Array:
+                return total + jnp.sum(jnp.square(row_sums(pairs, x, dy, chunk)))
+
+            return jax.lax.fori_loop(0, num_chunks(pairs), add_chunk, total)
+
+        return jnp.sqrt(jax.lax.fori_loop(0, stack.ids.shape[0], add_layer, jnp.zeros(())))

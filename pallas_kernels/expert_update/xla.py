@@ -16,88 +16,10 @@ from pallas_kernels.counter_hash import hash_words, round_stochastically
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
 from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
 
-EXPERTS_PER_CHUNK = 128
-PAIRS_PER_BLOCK = 256
 # The purpose of random bits, absorbed by their hash: other uses take other numbers.
 ROUNDING = 1
-
-
-class SortedPairs(NamedTuple):
-    """The pairs of one layer, sorted by expert, and the experts that occur in them.
-
-    Attributes:
-        token: the token of each pair.
-        c_down: its coefficients.
-        c_up: likewise.
-        rank: which of the hit experts each pair belongs to, ascending.
-        expert: the experts hit, ascending; the sentinel N in places left over.
-        first: where each hit expert's pairs begin, and the number of pairs in places left over.
-        num_hit: how many experts are hit.
-    """
-
-    token: Int[Array, " P"]
-    c_down: Float[Array, " P"]
-    c_up: Float[Array, " P"]
-    rank: Int[Array, " P"]
-    expert: Int[Array, " P"]
-    first: Int[Array, " P+1"]
-    num_hit: Int[Array, ""]
-
-
-def sort_pairs(gradient: FactoredGradient, num_experts: int) -> SortedPairs:
-    """Sorts the pairs of one layer by expert; tokens of one expert stay in ascending order.
-
-    Pairs whose id is outside [0, N) or whose coefficients are both zero are left out: they come
-    last, as the sentinel.
-    """
-    tokens, num_chosen = gradient.ids.shape
-    pairs = tokens * num_chosen
-    ids = gradient.ids.reshape(pairs)
-    c_down, c_up = gradient.c_down.reshape(pairs), gradient.c_up.reshape(pairs)
-    keep = (ids >= 0) & (ids < num_experts) & ((c_down != 0) | (c_up != 0))
-    key, order = jax.lax.sort_key_val(
-        jnp.where(keep, ids, num_experts).astype(jnp.int32), jnp.arange(pairs, dtype=jnp.int32)
-    )
-    begins = jnp.concatenate([jnp.array([True]), key[1:] != key[:-1]]) & (key < num_experts)
-    rank = jnp.cumsum(begins) - 1
-    places = jnp.where(begins, rank, pairs)
-    expert = jnp.full(pairs, num_experts, jnp.int32).at[places].set(key, mode="drop")
-    kept = jnp.sum(keep, dtype=jnp.int32)
-    first = jnp.full(pairs + 1, kept).at[places].set(jnp.arange(pairs), mode="drop")
-    return SortedPairs(
-        token=order // num_chosen,
-        c_down=c_down[order],
-        c_up=c_up[order],
-        rank=rank.astype(jnp.int32),
-        expert=expert,
-        first=first.astype(jnp.int32),
-        num_hit=jnp.sum(begins, dtype=jnp.int32),
-    )
-
-
-def row_sums(
-    pairs: SortedPairs, x: Float[Array, "T D"], dy: Float[Array, "T D"], chunk: Int[Array, ""]
-) -> Float[Array, "C 2 D"]:
-    """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32."""
-    experts, block = EXPERTS_PER_CHUNK, PAIRS_PER_BLOCK
-    num_pairs, width = pairs.token.shape[0], x.shape[1]
-    first_rank = chunk * experts
-    begin = pairs.first[jnp.minimum(first_rank, num_pairs)]
-    end = pairs.first[jnp.minimum(first_rank + experts, num_pairs)]
-
-    def add_block(index: Array, sums: Array) -> Array:
-        place = begin + index * block + jnp.arange(block)
-        safe = jnp.minimum(place, num_pairs - 1)
-        token = pairs.token[safe]
-        row = jnp.where(place < end, pairs.rank[safe] - first_rank, experts)
-        down = pairs.c_down[safe][:, None] * x[token].astype(jnp.float32)
-        up = pairs.c_up[safe][:, None] * dy[token].astype(jnp.float32)
-        rows = jnp.stack([down, up], axis=1)
-        return sums.at[row].add(rows, mode="drop", indices_are_sorted=True)
-
-    blocks = (end - begin + block - 1) // block
-    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((experts, 2, width), jnp.float32))
 
 
 class Carry(NamedTuple):
@@ -125,19 +47,16 @@ def update_stack(
     layers = gradient.ids.shape[0]
 
     def one_layer(layer: Array, carry: Carry) -> Carry:
-        own = FactoredGradient(*(leaf[layer] for leaf in gradient))
-        pairs = sort_pairs(own, num_experts)
+        ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
+        pairs = sort_pairs(ids, c_down, c_up, num_experts)
 
         def one_chunk(chunk: Array, carry: Carry) -> Carry:
-            place = chunk * EXPERTS_PER_CHUNK + jnp.arange(EXPERTS_PER_CHUNK)
-            expert = pairs.expert[jnp.minimum(place, pairs.expert.shape[0] - 1)]
-            expert = jnp.where(place < pairs.num_hit, expert, num_experts)
-            sums = row_sums(pairs, own.x, own.dy, chunk)
+            expert = experts_of(pairs, chunk, num_experts)
+            sums = row_sums(pairs, x, dy, chunk)
             rewrite = rewrite_packed if storage in layout.BITS else rewrite_floats
             return rewrite(carry, layer, expert, sums, rule, seed, step, storage)
 
-        chunks = (pairs.num_hit + EXPERTS_PER_CHUNK - 1) // EXPERTS_PER_CHUNK
-        return jax.lax.fori_loop(0, chunks, one_chunk, carry)
+        return jax.lax.fori_loop(0, num_chunks(pairs), one_chunk, carry)
 
     return jax.lax.fori_loop(0, layers, one_layer, carry)
 

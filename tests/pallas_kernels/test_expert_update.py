@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import sorted_pairs
 from pallas_kernels.counter_hash import hash_words
-from pallas_kernels.expert_update import Hyperparameters, UpdateState, update, xla
+from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import BITS, read_codes
 from peerjax.pool import initialize_pool
@@ -165,8 +166,8 @@ def test_chunk_sizes_and_jit_change_nothing(storage, monkeypatch):
     pool, gradient = make_pool(storage), make_gradient()
 
     def run(experts, pairs, compile_whole):
-        monkeypatch.setattr(xla, "EXPERTS_PER_CHUNK", experts)
-        monkeypatch.setattr(xla, "PAIRS_PER_BLOCK", pairs)
+        monkeypatch.setattr(sorted_pairs, "EXPERTS_PER_CHUNK", experts)
+        monkeypatch.setattr(sorted_pairs, "PAIRS_PER_BLOCK", pairs)
         state = UpdateState.zeros_for(pool)
 
         def step(pool, state, gradient):
