@@ -4,12 +4,13 @@
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.expert_update.integer_step import largest_code
 from pallas_kernels.storage import (
     BITS,
@@ -23,7 +24,14 @@ from pallas_kernels.storage import (
     slot_words,
 )
 
-__all__ = ["STORAGES", "ExpertPool", "count_expert_parameters", "initialize_pool"]
+__all__ = [
+    "STORAGES",
+    "ExpertPool",
+    "MemoryReport",
+    "count_expert_parameters",
+    "initialize_pool",
+    "memory_report",
+]
 
 EXPERTS_PER_DRAW = 4096
 HEADROOM = 5 / 7  # of the code range, taken by the largest weight of a fresh row
@@ -103,3 +111,69 @@ def count_expert_parameters(pools: Any) -> int:
     """Weights of all experts in a tree of pools."""
     leaves = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
     return sum(pool.num_parameters for pool in leaves)
+
+
+class MemoryReport(NamedTuple):
+    """Bytes that pools keep while training, by part.
+
+    Attributes:
+        parts: bytes of "codes" (or "weights" of float pools), "scales", "accumulators",
+            "row statistics" and "factored gradient" (which lives within a step only).
+        parameters: weights of all experts.
+        experts: number of experts of all layers.
+    """
+
+    parts: dict[str, int]
+    parameters: int
+    experts: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay between steps."""
+        return sum(size for part, size in self.parts.items() if part != "factored gradient")
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes kept for each expert parameter."""
+        return self.kept / self.parameters
+
+    @property
+    def experts_per_gb(self) -> float:
+        """Experts that fit in 10^9 bytes, training state included."""
+        return self.experts / self.kept * 1e9
+
+    @property
+    def adamw_bytes(self) -> int:
+        """What float32 and AdamW take: weights, two moments and the dense gradient."""
+        return 16 * self.parameters
+
+
+def memory_report(pools: Any, states: Any = None, gradients: Any = None) -> MemoryReport:
+    """Adds up the memory of pools and of what training keeps beside them.
+
+    Args:
+        pools: a tree of `ExpertPool`; arrays or their shapes.
+        states: a tree of `UpdateState`, as the state of `int4_accumulation` has it.
+        gradients: a tree of `FactoredGradient` of one step.
+    """
+    parts = dict.fromkeys(
+        ("codes", "weights", "scales", "accumulators", "row statistics", "factored gradient"), 0
+    )
+    all_pools = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
+    for pool in all_pools:
+        parts["codes" if pool.is_packed else "weights"] += _bytes_of(pool.weights)
+        parts["scales"] += _bytes_of(pool.scales)
+    for state in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, UpdateState)):
+        parts["accumulators"] += _bytes_of(state.accumulators)
+        parts["row statistics"] += _bytes_of((state.moments, state.scale_moments))
+    parts["factored gradient"] = _bytes_of(gradients)
+    layers = [pool.weights.shape[0] if pool.is_stack else 1 for pool in all_pools]
+    return MemoryReport(
+        {part: size for part, size in parts.items() if size},
+        count_expert_parameters(pools),
+        sum(count * pool.num_experts for count, pool in zip(layers, all_pools, strict=True)),
+    )
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

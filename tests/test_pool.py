@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.expert_update import UpdateState
+from peerjax.pool import initialize_pool, memory_report
+from tests.pallas_kernels.test_expert_update import make_gradient
+
+
+def shapes(storage, width, num_experts=1 << 14, layers=2):
+    pool = jax.eval_shape(
+        lambda: initialize_pool(
+            jax.random.key(0),
+            layers,
+            num_experts,
+            width,
+            heads=1,
+            experts_per_head=4,
+            storage=storage,
+        )
+    )
+    return pool, jax.eval_shape(UpdateState.zeros_for, pool)
+
+
+@pytest.mark.parametrize(("width", "most"), [(256, 1.05), (1024, 1.02), (1536, 1.01)])
+def test_int4_keeps_about_a_byte_a_parameter(width, most):
+    report = memory_report(*shapes("int4", width))
+    assert report.parameters == 2 * (1 << 14) * 2 * width
+    assert report.experts == 2 * (1 << 14)
+    assert report.parts["codes"] == report.parts["accumulators"] == report.parameters / 2
+    # Two scales, two row moments and two scale moments an expert.
+    assert report.parts["scales"] + report.parts["row statistics"] == report.experts * 24
+    assert 1 < report.bytes_per_parameter <= most
+    assert report.adamw_bytes == 16 * report.parameters
+    assert report.experts_per_gb == pytest.approx(1e9 / (2 * width * report.bytes_per_parameter))
+
+
+def test_other_storages_and_the_gradient():
+    assert memory_report(*shapes("int8", 1024)).bytes_per_parameter == pytest.approx(2.01, abs=0.01)
+    floats = memory_report(*shapes("float32", 1024))
+    assert floats.bytes_per_parameter == pytest.approx(4.004, abs=0.001)
+    gradient = make_gradient(tokens=10, chosen=3, width=32, layers=2)
+    report = memory_report(*shapes("int4", 32), gradient)
+    assert report.parts["factored gradient"] == 2 * 10 * (3 * 3 + 2 * 32) * 4
+    assert report.kept == sum(report.parts.values()) - report.parts["factored gradient"]
+    bfloat16 = gradient._replace(x=gradient.x.astype(jnp.bfloat16))
+    assert (
+        memory_report(None, None, bfloat16).parts["factored gradient"]
+        < report.parts["factored gradient"]
+    )
