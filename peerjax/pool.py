@@ -118,7 +118,8 @@ class MemoryReport(NamedTuple):
 
     Attributes:
         parts: bytes of "codes" (or "weights" of float pools), "scales", "accumulators",
-            "row statistics" and "factored gradient" (which lives within a step only).
+            "row statistics", "moments" (of AdamW) and "factored gradient" (which lives within a
+            step only).
         parameters: weights of all experts.
         experts: number of experts of all layers.
     """
@@ -153,19 +154,33 @@ def memory_report(pools: Any, states: Any = None, gradients: Any = None) -> Memo
 
     Args:
         pools: a tree of `ExpertPool`; arrays or their shapes.
-        states: a tree of `UpdateState`, as the state of `int4_accumulation` has it.
+        states: the optimizer's state, in which each `UpdateState` (of `int4_accumulation`) and each
+            tree like a pool (moments of AdamW) is counted.
         gradients: a tree of `FactoredGradient` of one step.
     """
     parts = dict.fromkeys(
-        ("codes", "weights", "scales", "accumulators", "row statistics", "factored gradient"), 0
+        (
+            "codes",
+            "weights",
+            "scales",
+            "accumulators",
+            "row statistics",
+            "moments",
+            "factored gradient",
+        ),
+        0,
     )
     all_pools = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
     for pool in all_pools:
         parts["codes" if pool.is_packed else "weights"] += _bytes_of(pool.weights)
         parts["scales"] += _bytes_of(pool.scales)
-    for state in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, UpdateState)):
-        parts["accumulators"] += _bytes_of(state.accumulators)
-        parts["row statistics"] += _bytes_of((state.moments, state.scale_moments))
+    kinds = (UpdateState, ExpertPool)
+    for state in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, kinds)):
+        if isinstance(state, UpdateState):
+            parts["accumulators"] += _bytes_of(state.accumulators)
+            parts["row statistics"] += _bytes_of((state.moments, state.scale_moments))
+        elif isinstance(state, ExpertPool):
+            parts["moments"] += _bytes_of(state)
     parts["factored gradient"] = _bytes_of(gradients)
     layers = [pool.weights.shape[0] if pool.is_stack else 1 for pool in all_pools]
     return MemoryReport(

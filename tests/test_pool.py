@@ -48,3 +48,11 @@ def test_other_storages_and_the_gradient():
         memory_report(None, None, bfloat16).parts["factored gradient"]
         < report.parts["factored gradient"]
     )
+
+
+def test_moments_of_adamw_are_counted():
+    import optax
+
+    pool, _ = shapes("float32", 64)
+    state = jax.eval_shape(optax.adamw(1e-3).init, pool)
+    assert memory_report(pool, state).bytes_per_parameter == pytest.approx(12)

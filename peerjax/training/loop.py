@@ -16,7 +16,7 @@ from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.errors import DivergenceError
 from peerjax.model import Decoder
-from peerjax.pool import count_expert_parameters
+from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
@@ -24,7 +24,7 @@ from peerjax.training.evaluation import Evaluation, evaluate, put_batch
 from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.preemption import StopSignals
 from peerjax.training.state import TrainState, create_state, make_optimizer
-from peerjax.training.step import make_eval_step, make_train_step
+from peerjax.training.step import gradient_shapes, make_eval_step, make_train_step
 from peerjax.training.workdir import check_config, check_data, record
 
 
@@ -81,6 +81,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         step = start or 0
         first_written = 0 if start is None else start + 1
         writer = stack.enter_context(MetricsWriter(folder, first_written))
+        if shapes.pools and jax.process_index() == 0:
+            gradients = gradient_shapes(config, model)
+            report.print_memory(memory_report(shapes.pools, shapes.opt_state, gradients))
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
         stack.enter_context(progress)
         progress.say(_describe(shapes, tokens_per_step, mesh, step))

@@ -10,6 +10,7 @@ import rich.table
 from etils import epath
 
 from peerjax.analysis.plots import plot_expert_usage, plot_losses
+from peerjax.pool import MemoryReport
 from peerjax.training.evaluation import Evaluation
 from peerjax.training.metrics import read_metrics
 from peerjax.training.workdir import write_atomically
@@ -51,6 +52,22 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
         "plots": plots,
     }
     write_atomically(workdir / FILE, json.dumps(report, indent=1))
+
+
+def print_memory(memory: MemoryReport) -> None:
+    """Prints what pools keep while training, beside what float32 and AdamW would take."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    whole = {
+        **memory.parts,
+        "kept between steps": memory.kept,
+        "float32 + AdamW would take": memory.adamw_bytes,
+    }
+    rows = [
+        [part, f"{size / 2**20:,.1f}", f"{size / memory.parameters:.3f}"]
+        for part, size in whole.items()
+    ]
+    _print_table(console, "Memory of pools", ("part", "MiB", "bytes per parameter"), rows)
+    console.print(f"{memory.experts:,} experts, {memory.experts_per_gb:,.0f} per GB")
 
 
 def print_report(workdir: epath.Path) -> None:

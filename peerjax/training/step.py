@@ -101,6 +101,16 @@ def factored_gradients(routing: Any, tap_grads: Any) -> dict[str, FactoredGradie
     }
 
 
+def gradient_shapes(
+    config: ml_collections.ConfigDict, model: Decoder
+) -> dict[str, FactoredGradient]:
+    """Shapes of the factored gradients of one step, by run."""
+    data = config.data
+    tokens = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
+    return factored_gradients(shapes.get("routing", {}), shapes.get("taps", {}))
+
+
 def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
     """The gradients of float pools as trees like the pools themselves."""
     gradients = {}

@@ -1,0 +1,49 @@
+"""What the codes of packed pools look like: how they are spread, and how many rows are full."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.expert_update.integer_step import largest_code
+from pallas_kernels.storage import BITS, ExpertPool, read_codes
+
+EXPERTS_PER_CHUNK = 1024
+SATURATED_ABOVE = 0.02  # share of a row's codes at their limit; the update's default `grow_above`
+
+
+class CodeStatistics(NamedTuple):
+    """Of each layer of a stack.
+
+    Attributes:
+        histogram: share of the codes with each magnitude 0, 1, ..., largest.
+        saturated_rows: share of rows (`down` or `up`) of which more than `SATURATED_ABOVE` of the
+            codes are at their limit.
+    """
+
+    histogram: Float[Array, "layers magnitudes"]
+    saturated_rows: Float[Array, " layers"]
+
+
+def code_statistics(pool: ExpertPool) -> CodeStatistics:
+    """Reads a whole stack of packed pools, a chunk of experts at a time."""
+    top = largest_code(BITS[pool.storage])
+    layers, num_experts, chunk = pool.weights.shape[0], pool.num_experts, EXPERTS_PER_CHUNK
+    chunks = -(-num_experts // chunk)
+
+    def add_chunk(index: Array, totals: CodeStatistics) -> CodeStatistics:
+        layer, first = index // chunks, index % chunks * chunk
+        ids = first + jnp.arange(chunk)
+        valid = (ids < num_experts)[:, None, None]
+        safe = jnp.minimum(ids, num_experts - 1)
+        codes = jnp.abs(read_codes(pool.weights, layer, safe, pool.width, pool.storage))
+        counts = jnp.stack([jnp.sum((codes == each) & valid) for each in range(top + 1)])
+        full = jnp.mean(codes >= top, axis=-1) > SATURATED_ABOVE
+        return CodeStatistics(
+            totals.histogram.at[layer].add(counts / (num_experts * 2 * pool.width)),
+            totals.saturated_rows.at[layer].add(jnp.sum(full & valid[..., 0]) / (num_experts * 2)),
+        )
+
+    zeros = CodeStatistics(jnp.zeros((layers, top + 1)), jnp.zeros(layers))
+    return jax.lax.fori_loop(0, layers * chunks, add_chunk, zeros)

@@ -1,0 +1,32 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.storage import read_codes, write_codes
+from peerjax.analysis import codes as analysis
+from peerjax.analysis.codes import code_statistics
+from peerjax.pool import initialize_pool
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8"])
+def test_counts_every_code_once(storage, monkeypatch):
+    monkeypatch.setattr(analysis, "EXPERTS_PER_CHUNK", 16)  # 50 experts: the last chunk is partial
+    num_experts, width = 50, 64
+    pool = initialize_pool(
+        jax.random.key(0), 2, num_experts, width, heads=1, experts_per_head=4, storage=storage
+    )
+    top = {"int4": 7, "int8": 127}[storage]
+    full = jnp.full((3, 2, width), -top)  # three experts of the second layer at their limit
+    words = write_codes(pool.weights, jnp.int32(1), jnp.array([0, 20, 49]), full, storage)
+    pool = dataclasses.replace(pool, weights=words)
+
+    statistics = code_statistics(pool)
+
+    np.testing.assert_allclose(statistics.saturated_rows, [0, 3 / num_experts], atol=1e-6)
+    for layer in range(2):
+        codes = read_codes(words, jnp.int32(layer), jnp.arange(num_experts), width, storage)
+        expected = np.bincount(np.abs(codes).ravel(), minlength=top + 1) / codes.size
+        np.testing.assert_allclose(statistics.histogram[layer], expected, atol=1e-5)
