@@ -17,12 +17,13 @@ class CodeStatistics(NamedTuple):
     """Of each layer of a stack.
 
     Attributes:
-        histogram: share of the codes with each magnitude 0, 1, ..., largest.
+        histogram: share of the codes in each eighth of the range of magnitudes; of int4 codes,
+            these are the magnitudes 0, 1, ..., 7 themselves.
         saturated_rows: share of rows (`down` or `up`) of which more than `SATURATED_ABOVE` of the
             codes are at their limit.
     """
 
-    histogram: Float[Array, "layers magnitudes"]
+    histogram: Float[Array, "layers 8"]
     saturated_rows: Float[Array, " layers"]
 
 
@@ -38,12 +39,13 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
         valid = (ids < num_experts)[:, None, None]
         safe = jnp.minimum(ids, num_experts - 1)
         codes = jnp.abs(read_codes(pool.weights, layer, safe, pool.width, pool.storage))
-        counts = jnp.stack([jnp.sum((codes == each) & valid) for each in range(top + 1)])
+        eighth = codes >> (BITS[pool.storage] - 4)
+        counts = jnp.stack([jnp.sum((eighth == each) & valid) for each in range(8)])
         full = jnp.mean(codes >= top, axis=-1) > SATURATED_ABOVE
         return CodeStatistics(
             totals.histogram.at[layer].add(counts / (num_experts * 2 * pool.width)),
             totals.saturated_rows.at[layer].add(jnp.sum(full & valid[..., 0]) / (num_experts * 2)),
         )
 
-    zeros = CodeStatistics(jnp.zeros((layers, top + 1)), jnp.zeros(layers))
+    zeros = CodeStatistics(jnp.zeros((layers, 8)), jnp.zeros(layers))
     return jax.lax.fori_loop(0, layers * chunks, add_chunk, zeros)

@@ -61,6 +61,42 @@ def plot_expert_usage(path: epath.Path, gate_sums: Mapping[str, Float[np.ndarray
     _save(figure, path)
 
 
+def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -> None:
+    """Draws how packed pools fare over steps: hit experts, step size, full rows, code shares.
+
+    Args:
+        path: the PNG to write.
+        records: lines of `metrics.jsonl`.
+    """
+    figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
+    hit, step, full, shares = figure.subplots(2, 2).ravel()
+    names = sorted({name for record in records for name in record})
+    panels = [
+        (hit, "experts_hit/", "share of experts hit in a step"),
+        (step, "pool_step/", "mean |step| of hit weights (units of the accumulator)"),
+        (full, "/saturated_rows", "share of saturated rows"),
+    ]
+    for axes, part, title in panels:
+        for name in (name for name in names if part in name):
+            label = name.replace(part, "").removeprefix("codes/")
+            axes.plot(*_series(records, name), label=label, linewidth=1)
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+    layers = sorted({name.split("/")[1] for name in names if name.startswith("codes/")})
+    for layer in layers[:1]:
+        series = [_series(records, f"codes/{layer}/share_{eighth}") for eighth in range(8)]
+        labels = [f"{eighth}/8" for eighth in range(8)]
+        shares.stackplot(series[0][0], [values for _, values in series], labels=labels)
+        shares.set(title=f"magnitude of the codes of {layer}", xlabel="step", ylim=(0, 1))
+        shares.legend(fontsize="small", ncols=2)
+    _save(figure, path)
+
+
+def _series(records: Sequence[Mapping[str, float | int]], name: str) -> tuple[list, list]:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in points], [value for _, value in points]
+
+
 def _is_loss(name: str) -> bool:
     return name.startswith("validation/") and name.endswith("/nats_per_token")
 

@@ -13,11 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from peerjax.analysis.codes import code_statistics
 from peerjax.analysis.usage import Usage, expert_usage
 from peerjax.data.packing import PackedRows
 from peerjax.data.pipeline import Corpus, validation_rows
 from peerjax.sharding import BATCH, sharding_of
 from peerjax.training.state import TrainState
+
+_code_statistics = jax.jit(code_statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Evaluation:
     Attributes:
         losses: loss by domain.
         gate_sums: by layer name, the sum of every expert's gates over the evaluation tokens.
+        code_figures: by layer name, figures of the codes of packed pools.
     """
 
     losses: dict[str, TextLoss]
     gate_sums: dict[str, Float[np.ndarray, " N"]]
+    code_figures: dict[str, dict[str, float]]
 
     @property
     def overall(self) -> TextLoss:
@@ -77,6 +82,9 @@ class Evaluation:
         for layer, usage in self.usage.items():
             figures[f"experts/{layer}/usage"] = usage.usage
             figures[f"experts/{layer}/unevenness"] = usage.unevenness
+        for layer, of_layer in self.code_figures.items():
+            for name, value in of_layer.items():
+                figures[f"codes/{layer}/{name}"] = value
         return figures
 
 
@@ -106,7 +114,18 @@ def evaluate(
                     sums_so_far = gate_sums.setdefault(f"{run}.{index}", zeros)
                     sums_so_far += per_expert
         losses[domain] = total
-    return Evaluation(losses, gate_sums)
+    return Evaluation(losses, gate_sums, _code_figures(state.pools))
+
+
+def _code_figures(pools: Any) -> dict[str, dict[str, float]]:
+    figures = {}
+    for run, tree in pools.items():
+        if tree["pool"].is_packed:
+            statistics = jax.device_get(_code_statistics(tree["pool"]))
+            for index, (histogram, saturated) in enumerate(zip(*statistics, strict=True)):
+                shares = {f"share_{eighth}": float(s) for eighth, s in enumerate(histogram)}
+                figures[f"{run}.{index}"] = {"saturated_rows": float(saturated), **shares}
+    return figures
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

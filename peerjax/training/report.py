@@ -9,13 +9,14 @@ import rich.console
 import rich.table
 from etils import epath
 
-from peerjax.analysis.plots import plot_expert_usage, plot_losses
+from peerjax.analysis.plots import plot_expert_usage, plot_losses, plot_pools
 from peerjax.pool import MemoryReport
 from peerjax.training.evaluation import Evaluation
 from peerjax.training.metrics import read_metrics
 from peerjax.training.workdir import write_atomically
 
-FILE, LOSS_PLOT, USAGE_PLOT = "report.json", "loss.png", "expert_usage.png"
+FILE = "report.json"
+LOSS_PLOT, USAGE_PLOT, POOLS_PLOT = "loss.png", "expert_usage.png", "pools.png"
 
 
 def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, Any]) -> None:
@@ -45,6 +46,9 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
     if experts:
         plots.append(USAGE_PLOT)
         plot_expert_usage(workdir / USAGE_PLOT, evaluation.gate_sums)
+    if evaluation.code_figures:
+        plots.append(POOLS_PLOT)
+        plot_pools(workdir / POOLS_PLOT, records)
     report = {
         **run,
         "validation": losses,

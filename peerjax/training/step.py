@@ -105,10 +105,13 @@ def gradient_shapes(
     config: ml_collections.ConfigDict, model: Decoder
 ) -> dict[str, FactoredGradient]:
     """Shapes of the factored gradients of one step, by run."""
-    data = config.data
-    tokens = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
-    return factored_gradients(shapes.get("routing", {}), shapes.get("taps", {}))
+
+    def gradients() -> dict[str, FactoredGradient]:
+        tokens = jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32)
+        variables = model.init(jax.random.key(0), tokens, tokens, tokens)
+        return factored_gradients(variables.get("routing", {}), variables.get("taps", {}))
+
+    return jax.eval_shape(gradients)
 
 
 def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:

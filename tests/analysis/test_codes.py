@@ -28,5 +28,6 @@ def test_counts_every_code_once(storage, monkeypatch):
     np.testing.assert_allclose(statistics.saturated_rows, [0, 3 / num_experts], atol=1e-6)
     for layer in range(2):
         codes = read_codes(words, jnp.int32(layer), jnp.arange(num_experts), width, storage)
-        expected = np.bincount(np.abs(codes).ravel(), minlength=top + 1) / codes.size
+        eighth = np.abs(codes).ravel() * 8 // (top + 1)
+        expected = np.bincount(eighth, minlength=8) / codes.size
         np.testing.assert_allclose(statistics.histogram[layer], expected, atol=1e-5)
