@@ -1,0 +1,1 @@
+"""Measurements of what peerjax promises: `python -m benchmarks` lists them."""

@@ -1,0 +1,28 @@
+"""Lists the benchmarks, or runs one: python -m benchmarks [NAME] [--quick]."""
+
+import argparse
+import importlib
+
+from benchmarks.result import publish
+
+BENCHMARKS = {
+    "quickstart": "int4 against float32 + AdamW on the quickstart, tuned, three seeds (2 hours)",
+}
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=BENCHMARKS, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="a small version, to see it work")
+    arguments = parser.parse_args()
+    if arguments.name is None:
+        for name, description in BENCHMARKS.items():
+            print(f"{name:12} {description}")
+        return
+    run = importlib.import_module(f"benchmarks.{arguments.name}").run
+    publish(arguments.name, run(arguments.quick), arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

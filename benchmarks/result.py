@@ -1,0 +1,110 @@
+"""What a benchmark reports: a table for people, figures with their targets, one JSON object."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent / "results"
+
+
+class Figure(NamedTuple):
+    """One number; `ok` says whether it reaches its target, and is `None` where it has none."""
+
+    name: str
+    value: float
+    target: str | None = None
+    ok: bool | None = None
+
+    @staticmethod
+    def at_most(name: str, value: float, bound: float) -> "Figure":
+        """A figure that should not exceed a bound."""
+        return Figure(name, value, f"<= {bound:g}", value <= bound)
+
+    @staticmethod
+    def at_least(name: str, value: float, bound: float) -> "Figure":
+        """A figure that should reach a bound."""
+        return Figure(name, value, f">= {bound:g}", value >= bound)
+
+
+class Result(NamedTuple):
+    """What one benchmark found.
+
+    Attributes:
+        columns: of the table.
+        rows: of the table, as text.
+        figures: what is held against targets.
+        details: everything that was measured, for the file.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    figures: Sequence[Figure]
+    details: Mapping[str, Any]
+
+
+def publish(name: str, result: Result, quick: bool) -> None:
+    """Prints a result, its last line as JSON, and writes it to `benchmarks/results/`.
+
+    A quick run has a file of its own, which git ignores.
+    """
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    table = rich.table.Table(title=name, box=rich.box.SIMPLE, title_justify="left")
+    for index, column in enumerate(result.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in result.rows:
+        table.add_row(*row)
+    console.print(table)
+    for figure in result.figures:
+        mark = {True: "reached", False: "MISSED", None: ""}[figure.ok]
+        console.print(f"{figure.name}: {figure.value:.4g}  {figure.target or ''}  {mark}")
+    record = {
+        "benchmark": name,
+        "figures": [figure._asdict() for figure in result.figures],
+        "commit": _commit(),
+        "device": _device(),
+        "details": dict(result.details),
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / (f"{name}.quick.json" if quick else f"{name}.json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    return f"{os.cpu_count()} cores, {_cpu_model()}"
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
