@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import storage
 from pallas_kernels.chunking import tokens_per_chunk
@@ -49,6 +49,17 @@ class FactoredGradient(NamedTuple):
     def from_tap(ids: Int[Array, "*layers T K"], tap: Tap) -> FactoredGradient:
         """Joins the cotangent of a tap with the ids of the same forward pass."""
         return FactoredGradient(ids, *tap)
+
+    def only_if(self, condition: Bool[Array, ""]) -> FactoredGradient:
+        """The same gradient, or one that hits no expert."""
+        return self._replace(
+            c_down=jnp.where(condition, self.c_down, 0), c_up=jnp.where(condition, self.c_up, 0)
+        )
+
+    def clip(self, max_norm: float, num_experts: int) -> FactoredGradient:
+        """Scales the coefficients so that the exact norm is at most `max_norm`."""
+        factor = jnp.minimum(1.0, max_norm / jnp.maximum(self.norm(num_experts), 1e-30))
+        return self._replace(c_down=self.c_down * factor, c_up=self.c_up * factor)
 
     def dense(self, num_experts: int) -> Float[Array, "*layers N 2 D"]:
         """The gradient as an array of the pool's shape, float32.

@@ -13,7 +13,7 @@ from peerjax.model import KINDS, ModelConfig, PeerConfig
 from peerjax.pool import STORAGES
 
 # Fields that a run may change when it is continued; all others make it another run.
-CHANGEABLE = ("steps", "log_every", "eval", "checkpoint", "data.workers")
+CHANGEABLE = ("steps", "max_skipped_steps", "log_every", "eval", "checkpoint", "data.workers")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -21,6 +21,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1000
+    config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     config.log_every = 10  # steps between lines when the output is no terminal
 
     data = config.data = ml_collections.ConfigDict()
@@ -57,6 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     pool.rule = "rowwise"  # how a pool is updated; or "adamw", for float storage only
     pool.learning_rate = 1e-2  # peak; follows the schedule below
     pool.scale_learning_rate = 1e-3  # peak; of the logarithm of a packed row's scale
+    pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
@@ -67,6 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.beta2 = 0.95
     optimizer.weight_decay = 0.1  # of matrices and pools, not of norms and embeddings
     optimizer.clip_norm = 1.0  # global norm of the gradient
+    optimizer.microbatches = 1  # parts of a batch, one after the other, to save memory
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 250  # steps; also before the first and after the last
@@ -88,6 +91,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "model.heads", "model.mlp_width", "peer.heads", "peer.key_width")
     _require_positive(config, "peer.experts_per_head", "eval.every", "eval.rows", "log_every")
     _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
+    _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
     _require_choice(config, "data.source", ("packages", "files"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
     _require_choice(config, "model.activation", ACTIVATIONS)
@@ -102,6 +106,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in (0, 1)")
     if data.workers < 0:
         raise ConfigError(f"data.workers={data.workers} is negative")
+    if data.batch_size % config.optimizer.microbatches:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is not divisible by "
+            f"optimizer.microbatches={config.optimizer.microbatches}"
+        )
     if data.sequence_length > model.max_length:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} is longer than the model allows "
@@ -149,6 +158,8 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 def _validate_pool(config: ml_collections.ConfigDict) -> None:
     storage = config.pool.storage
+    if config.pool.clip_norm < 0:
+        raise ConfigError(f"pool.clip_norm={config.pool.clip_norm} is negative; 0 means none")
     if storage not in BITS:
         return
     if config.pool.rule == "adamw":

@@ -103,10 +103,11 @@ def train_batches(
         ConfigError: if the batch cannot be divided over the devices.
     """
     data, processes = config.data, jax.process_count()
-    devices = jax.device_count()
-    if data.batch_size % devices:
+    devices, microbatches = jax.device_count(), config.optimizer.microbatches
+    if data.batch_size % (devices * microbatches):
+        times = f" times optimizer.microbatches={microbatches}" if microbatches > 1 else ""
         raise ConfigError(
-            f"data.batch_size={data.batch_size} is not divisible by the {devices} devices"
+            f"data.batch_size={data.batch_size} is not divisible by the {devices} devices{times}"
         )
     dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
     dataset = dataset[jax.process_index() :: processes].batch(data.batch_size // processes)

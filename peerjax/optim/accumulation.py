@@ -36,6 +36,7 @@ def int4_accumulation(
     scale_learning_rate: optax.ScalarOrSchedule = 0.0,
     weight_decay: float = 0.0,
     beta2: float = 0.99,
+    clip_norm: float | None = None,
     grow_above: float = 0.02,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +65,9 @@ def int4_accumulation(
         scale_learning_rate: size of a step of a scale's logarithm; a number or a schedule.
         weight_decay: of rows that were hit, times the learning rate.
         beta2: decay of the second moments, each time a row is hit.
+        clip_norm: bound on the norm of the gradient of each pool, or stack of pools. Finding the
+            norm takes a second pass over the pairs; every row's step has an RMS of at most 1
+            without it.
         grow_above: share of clipping codes above which a row doubles its scale.
         seed: with the number of the update, determines every random bit.
 
@@ -123,6 +127,11 @@ def int4_accumulation(
         )
         pools, structure = jax.tree.flatten(params, is_leaf=_is_pool)
         gradients = jax.tree.leaves(updates, is_leaf=_is_gradient)
+        if clip_norm is not None:
+            gradients = [
+                gradient.clip(clip_norm, pool.num_experts)
+                for pool, gradient in zip(pools, gradients, strict=True)
+            ]
         states = jax.tree.leaves(state.pools, is_leaf=lambda node: isinstance(node, UpdateState))
         results = [
             # The number of the pool is a part of its seed: pools draw different bits.

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches
-from peerjax.errors import DivergenceError
 from peerjax.model import Decoder
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
 from peerjax.training.evaluation import Evaluation, evaluate, put_batch
+from peerjax.training.gradients import gradient_shapes
 from peerjax.training.metrics import MetricsWriter, Progress
+from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
 from peerjax.training.state import TrainState, create_state, make_optimizer
-from peerjax.training.step import gradient_shapes, make_eval_step, make_train_step
+from peerjax.training.step import make_eval_step, make_train_step
 from peerjax.training.workdir import check_config, check_data, record
 
 
@@ -97,8 +95,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             )
             return evaluation
 
+        warnings = Warnings(config)
+
         def finish(pending: Pending) -> dict[str, float]:
             figures = pending.figures()
+            for warning in warnings.about(pending, figures):
+                progress.say(warning)
             progress.update(pending.step, figures)
             speed = progress.tokens_per_second(pending.step)
             writer.write_events(pending.step, {"tokens_per_second": speed})
@@ -121,12 +123,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             evaluating = step % config.eval.every == 0 or step == config.steps
             saving = step % config.checkpoint.every == 0 or ending
             if evaluating or saving:
-                # Nothing is saved before its figures are known to be finite and written down.
+                # Nothing is saved before its figures are known and written down, or while steps
+                # are being skipped: it would take the place of an older, sounder checkpoint.
                 figures, pending = finish(pending), None
                 if evaluating:
                     evaluation = evaluate_now()
                     figures |= evaluation.metrics()
                 writer.write(step, figures)
+                saving = ending or (saving and not figures["skipped/in_a_row"])
             if saving:
                 checkpoints.save(step, state, next_batch=step)
             if ending:
@@ -146,33 +150,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         }
         report.write_report(folder, evaluation, facts)
         report.print_report(folder)
-
-
-class Pending:
-    """The figures of a step that has been started but perhaps not finished."""
-
-    def __init__(self, step: int, metrics: Mapping[str, jax.Array], rows: np.ndarray):
-        self.step = step
-        self._metrics = metrics
-        self._rows = rows
-
-    def figures(self) -> dict[str, float]:
-        """Waits for the step.
-
-        Raises:
-            DivergenceError: if the loss or the gradient is not finite.
-        """
-        figures = {name: float(value) for name, value in jax.device_get(self._metrics).items()}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(figures[name]):
-                rows = ", ".join(str(int(row)) for row in self._rows[:8])
-                raise DivergenceError(
-                    f"{name} is {figures[name]} in step {self.step} (batch {self.step - 1}, rows "
-                    f"{rows}{'...' if len(self._rows) > 8 else ''} of the training text); the "
-                    "last checkpoint before it is kept; lower the learning rates, or look at "
-                    "those rows"
-                )
-        return figures
 
 
 def _describe(shapes: Any, tokens_per_step: int, mesh: jax.sharding.Mesh, start: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -40,9 +41,13 @@ class MetricsWriter:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the line of a step, at once.
 
+        Figures that are not finite, such as the loss of a skipped step, are left out: JSON has no
+        such numbers.
+
         Raises:
             UserError: if the file cannot be written.
         """
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         try:
             with self._path.open("a") as file:
                 file.write(_as_line({"step": step, **figures}))

@@ -16,6 +16,18 @@ PARAMS, POOLS = "params", "pools"
 UNDECAYED = ("scale", "bias", "embedding")
 
 
+class Skipped(NamedTuple):
+    """Steps that changed nothing, because their loss or gradient was not finite."""
+
+    total: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+
+    @staticmethod
+    def none() -> "Skipped":
+        """The counts of a fresh run."""
+        return Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
 class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
@@ -24,7 +36,8 @@ class TrainState(NamedTuple):
         pools: the expert pools, by run of blocks.
         opt_state: state of the optimizer over `{"params": params, "pools": pools}`.
         stats: statistics of routers; the norm of each sub-key at step 0.
-        step: number of updates made.
+        step: number of steps made, skipped ones included.
+        skipped: how many of them were skipped.
         rng: the run's random key.
     """
 
@@ -33,6 +46,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     stats: Any
     step: Int[Array, ""]
+    skipped: Skipped
     rng: Key[Array, ""]
 
     @property
@@ -56,6 +70,7 @@ def create_state(
         opt_state=optimizer.init({PARAMS: params, POOLS: pools}),
         stats=variables.get("stats", {}),
         step=jnp.zeros((), jnp.int32),
+        skipped=Skipped.none(),
         rng=rng,
     )
 
@@ -97,6 +112,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         scale_learning_rate=learning_rate_schedule(config, config.pool.scale_learning_rate),
         weight_decay=optimizer.weight_decay,
         beta2=config.pool.beta2,
+        clip_norm=config.pool.clip_norm or None,
         seed=config.seed,
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)

@@ -7,38 +7,46 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.model import Decoder
 from peerjax.optim import apply_updates
 from peerjax.pool import ExpertPool
-from peerjax.sharding.pools import dense_pool_gradient, gather_tokens
-from peerjax.training.state import PARAMS, POOLS, TrainState, learning_rate_schedule
+from peerjax.training.gradients import (
+    Batch,
+    all_finite,
+    dense_gradients,
+    inputs_of,
+    layers_with_pool,
+    loss_and_gradients,
+    whole_gradients,
+)
+from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState, learning_rate_schedule
 
-Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
 def make_train_step(
     config: ml_collections.ConfigDict, model: Decoder, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds the step. The gradient of a pool leaves the model in factored form, by its tap."""
-    schedule = learning_rate_schedule(config, config.optimizer.learning_rate)
+    """Builds the step. The gradient of a pool leaves the model in factored form, by its tap.
 
-    def loss_of(params: Any, taps: Any, pools: Any, batch: Batch) -> tuple[Array, Any]:
-        variables = {"params": params, "taps": taps, "pools": pools}
-        logits, kept = model.apply(variables, *_inputs(batch), mutable=["routing"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return losses.mean(), kept.get("routing", {})
+    A step whose loss or gradient is not finite changes nothing but the counts of steps.
+    """
+    schedule = learning_rate_schedule(config, config.optimizer.learning_rate)
+    microbatches = config.optimizer.microbatches
+    dense = config.pool.rule == "adamw"
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        taps = _zero_taps(model, batch)
-        (loss, routing), (grads, tap_grads) = jax.value_and_grad(
-            loss_of, argnums=(0, 1), has_aux=True
-        )(state.params, taps, state.pools, batch)
-        factored = factored_gradients(routing, tap_grads)
-        dense = config.pool.rule == "adamw"
+        loss, (grads, factored) = loss_and_gradients(
+            model, state.params, state.pools, batch, microbatches
+        )
+        finite = all_finite((loss, grads, factored))
+        # Pools are rewritten in place, so there is no old one to go back to: they are passed over
+        # by a gradient that hits nobody.
+        factored = {run: gradient.only_if(finite) for run, gradient in factored.items()}
         pool_gradients = (dense_gradients if dense else whole_gradients)(state.pools, factored)
         gradients = {PARAMS: grads, POOLS: pool_gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
@@ -46,7 +54,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients if dense else grads),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - state.skipped.total),
             **hit_shares(state.pools, factored),
         }
         if not dense:
@@ -55,11 +63,31 @@ def make_train_step(
             params=trained[PARAMS],
             pools=trained[POOLS],
             opt_state=opt_state,
-            step=state.step + 1,
         )
-        return new_state, metrics
+        new_state = _accept(finite, new_state, state, in_place=not dense)
+        skipped = Skipped(
+            total=state.skipped.total + ~finite,
+            in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
+        )
+        metrics |= {f"skipped/{name}": count for name, count in skipped._asdict().items()}
+        return new_state._replace(step=state.step + 1, skipped=skipped), metrics
 
     return train_step
+
+
+def _accept(finite: Bool[Array, ""], new: Any, old: Any, in_place: bool) -> Any:
+    """The new tree, or the old one after a step that is skipped.
+
+    Pools `in_place` and their accumulators are taken as they are: nothing hit them.
+    """
+
+    def is_of_pool(node: Any) -> bool:
+        return in_place and isinstance(node, ExpertPool | UpdateState)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_of_pool(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_of_pool)
 
 
 def make_eval_step(model: Decoder) -> Callable[[Any, Any, Batch], dict[str, Any]]:
@@ -67,12 +95,12 @@ def make_eval_step(model: Decoder) -> Callable[[Any, Any, Batch], dict[str, Any]
 
     def eval_step(params: Any, pools: Any, batch: Batch) -> dict[str, Any]:
         variables = {"params": params, "pools": pools}
-        logits, kept = model.apply(variables, *_inputs(batch), mutable=["routing"])
+        logits, kept = model.apply(variables, *inputs_of(batch), mutable=["routing"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
         gates = {
             run: gate_sums(layer["ids"], layer["gates"], weight_BL.reshape(-1), pools[run]["pool"])
-            for run, layer in _pool_layers(kept.get("routing", {})).items()
+            for run, layer in layers_with_pool(kept.get("routing", {})).items()
         }
         return {"nats": jnp.sum(losses * weight_BL), "gate_sums": gates}
 
@@ -90,43 +118,6 @@ def gate_sums(
     zeros = jnp.zeros((ids.shape[0], pool.num_experts), jnp.float32)
     layer = jnp.arange(ids.shape[0])[:, None, None]
     return zeros.at[layer, ids].add(weighted, mode="drop")
-
-
-def factored_gradients(routing: Any, tap_grads: Any) -> dict[str, FactoredGradient]:
-    """Joins the ids that the forward pass kept with the cotangents of its taps, by run."""
-    taps = _pool_layers(tap_grads)
-    return {
-        run: FactoredGradient.from_tap(layer["ids"], taps[run]["pool"])
-        for run, layer in _pool_layers(routing).items()
-    }
-
-
-def gradient_shapes(
-    config: ml_collections.ConfigDict, model: Decoder
-) -> dict[str, FactoredGradient]:
-    """Shapes of the factored gradients of one step, by run."""
-
-    def gradients() -> dict[str, FactoredGradient]:
-        tokens = jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32)
-        variables = model.init(jax.random.key(0), tokens, tokens, tokens)
-        return factored_gradients(variables.get("routing", {}), variables.get("taps", {}))
-
-    return jax.eval_shape(gradients)
-
-
-def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
-    """The gradients of float pools as trees like the pools themselves."""
-    gradients = {}
-    for run, gradient in factored.items():
-        pool = pools[run]["pool"]
-        weights = dense_pool_gradient(gradient, pool.num_experts).astype(pool.weights.dtype)
-        gradients[run] = {"pool": ExpertPool.of_floats(weights)}
-    return gradients
-
-
-def whole_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
-    """Factored gradients as a tree like the pools, with the tokens of all devices."""
-    return {run: {"pool": gather_tokens(factored[run])} for run in pools}
 
 
 def update_metrics(pools: Any, opt_state: Any) -> Metrics:
@@ -153,18 +144,3 @@ def hit_shares(pools: Any, factored: dict[str, FactoredGradient]) -> Metrics:
         hit = hit.at[layer, gradient.ids].set(True, mode="drop")
         shares[f"experts_hit/{run}"] = hit.mean()
     return shares
-
-
-def _pool_layers(collection: Any) -> dict[str, Any]:
-    """Takes `{run: {"block": {layer name: leaves}}}` apart, one layer with a pool a run."""
-    return {run: next(iter(tree["block"].values())) for run, tree in collection.items()}
-
-
-def _inputs(batch: Batch) -> tuple[Array, Array, Array]:
-    return batch["inputs"], batch["positions"], batch["segments"]
-
-
-def _zero_taps(model: Decoder, batch: Batch) -> Any:
-    """Zeros for the model's taps; their shapes depend on the batch."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *_inputs(batch))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get("taps", {}))

@@ -53,6 +53,17 @@ def test_beside_other_parameters_in_a_partition_it_is_the_same_step(storage):
     assert jax.tree.structure(state) == jax.tree.structure(new_state)
 
 
+def test_clipping_acts_on_the_gradient_before_the_rule():
+    pool, gradient = make_pool("float32"), make_gradient()
+    norm = float(gradient.norm(pool.num_experts))
+    clipping = optim.int4_accumulation(0.1, clip_norm=norm / 4)
+    _, state = one_step(clipping, gradient, clipping.init(pool), pool)
+    plain = optim.int4_accumulation(0.1)
+    _, expected = one_step(plain, gradient, plain.init(pool), pool)
+    # A row's step does not depend on the size of its gradient, its second moment does.
+    np.testing.assert_allclose(state.pools.moments, expected.pools.moments / 16, rtol=1e-4)
+
+
 def test_no_recompilation_on_a_second_call_and_schedules_count():
     pool = make_pool("int4")
     transform = optim.int4_accumulation(optax.linear_schedule(0.0, 0.1, 4))

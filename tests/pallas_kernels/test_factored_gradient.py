@@ -23,6 +23,13 @@ def test_rows_are_the_rows_of_the_dense_gradient_each_once():
         assert not np.any(rows[layer][~kept])
 
 
+def test_clipping_bounds_the_exact_norm_and_keeps_the_direction():
+    gradient = make_gradient()
+    norm = float(gradient.norm(N))
+    np.testing.assert_allclose(gradient.clip(norm / 3, N).dense(N), dense(gradient) / 3, atol=1e-4)
+    np.testing.assert_array_equal(gradient.clip(norm * 2, N).c_up, gradient.c_up)
+
+
 def test_norm_is_that_of_the_dense_gradient_and_not_of_the_factors():
     gradient = make_gradient()
     expected = np.sqrt(np.sum(dense(gradient) ** 2))

@@ -71,6 +71,8 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
         ({"data.pattern": ""}, "data.pattern is empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
         ({"steps": 0}, "steps=0 is not positive"),
+        ({"optimizer.microbatches": 3}, "not divisible by optimizer.microbatches=3"),
+        ({"pool.clip_norm": -1.0}, "pool.clip_norm=-1.0 is negative; 0 means none"),
         ({"checkpoint.keep": 1}, "checkpoint.keep=1 is less than 2"),
     ],
 )
@@ -205,12 +207,15 @@ def test_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_p
     config.checkpoint.every = 2
     config.optimizer.learning_rate = 1e38  # 0 in the first step: of a warm-up
     config.optimizer.warmup_steps = 3
-    with pytest.raises(DivergenceError, match=r"is nan in step \d+ \(batch \d+, rows \d+, "):
+    config.max_skipped_steps = 3
+    stopped = r"not finite in step \d+ \(batch \d+, rows \d+, .*3 steps in a row were skipped"
+    with pytest.raises(DivergenceError, match=stopped):
         train(config, str(tmp_path))
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     records = read_metrics(epath.Path(tmp_path))
     assert saved
-    assert max(saved) <= records[-1]["step"]
+    first_skipped = min(record["step"] for record in records if record.get("skipped/total"))
+    assert max(saved) < first_skipped
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 

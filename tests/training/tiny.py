@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from peerjax.config import default_config
-from peerjax.training import loop
+from peerjax.training import pending
 from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.loop import train
 
@@ -82,14 +82,14 @@ def kill_at(when: str, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if when == "step":
-        figures = loop.Pending.figures
+        figures = pending.Pending.figures
 
         def figures_or_die(self):
             if self.step == step:
                 die()
             return figures(self)
 
-        loop.Pending.figures = figures_or_die
+        pending.Pending.figures = figures_or_die
         return
 
     save, seal = Checkpoints.save, Checkpoints._seal

@@ -1,0 +1,125 @@
+"""One step: microbatches add up to the batch; a step that is not finite changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peerjax.config import model_config
+from peerjax.errors import DivergenceError
+from peerjax.model import Decoder
+from peerjax.sharding import make_mesh
+from peerjax.training.gradients import loss_and_gradients
+from peerjax.training.loop import train
+from peerjax.training.pending import Pending, Warnings
+from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.step import make_train_step
+from tests.training.tiny import tiny_config
+
+VOCABULARY, ROWS, LENGTH = 61, 8, 32
+CHOICES = [("int4", "rowwise"), ("bfloat16", "rowwise"), ("float32", "adamw")]
+
+
+def make(storage="int4", rule="rowwise", **changes):
+    config = tiny_config("unused")
+    config.pool.storage, config.pool.rule = storage, rule
+    config.update_from_flattened_dict(changes)
+    model = Decoder(model_config(config, VOCABULARY))
+    optimizer = make_optimizer(config)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    return config, model, optimizer, state
+
+
+def make_batch(seed=0, low=0):
+    tokens = np.random.default_rng(seed).integers(low, VOCABULARY, (ROWS, LENGTH + 1))
+    return {
+        "inputs": jnp.asarray(tokens[:, :-1], jnp.int32),
+        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
+        "positions": jnp.tile(jnp.arange(LENGTH), (ROWS, 1)),
+        "segments": jnp.zeros((ROWS, LENGTH), jnp.int32),
+    }
+
+
+def assert_close(found, expected, bound=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - b).max() <= bound * np.abs(b).max() + 1e-9
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
+    _, model, _, state = make()
+    differentiate = jax.jit(
+        functools.partial(loss_and_gradients, model), static_argnames="microbatches"
+    )
+    whole_loss, whole = differentiate(state.params, state.pools, make_batch())
+    with jax.set_mesh(make_mesh()):
+        loss, parts = differentiate(
+            state.params, state.pools, make_batch(), microbatches=microbatches
+        )
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
+    assert_close(parts.params, whole.params)
+    assert parts.pools.keys() == whole.pools.keys() == {"run_1"}
+    np.testing.assert_array_equal(parts.pools["run_1"].ids, whole.pools["run_1"].ids)
+    assert_close(parts.pools["run_1"].dense(64), whole.pools["run_1"].dense(64))
+
+
+@pytest.mark.parametrize(("storage", "rule"), CHOICES)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(storage, rule):
+    config, model, optimizer, state = make(storage, rule, **{"optimizer.warmup_steps": 0})
+    step = jax.jit(make_train_step(config, model, optimizer))
+    embedding = state.params["embed"]["embedding"]
+    poisoned = embedding.at[0].set(jnp.inf)  # token 0 is read by the second batch only
+    state.params["embed"]["embedding"] = poisoned
+    start, _ = step(state, make_batch(1, low=1))
+    skipped, metrics = step(start, make_batch(2))
+    assert metrics["skipped/total"] == metrics["skipped/in_a_row"] == 1
+    before, after = start._asdict(), skipped._asdict()
+    for part in ("params", "pools"):
+        jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
+
+    def assert_kept(path, after, before):
+        if "statistics" not in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(after, before)
+
+    jax.tree_util.tree_map_with_path(assert_kept, after["opt_state"], before["opt_state"])
+    assert skipped.step == start.step + 1
+
+    # The next good step is the one that would have come without the bad one.
+    expected, _ = step(start, make_batch(3, low=1))
+    found, metrics = step(skipped, make_batch(3, low=1))
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, found.pools, expected.pools)
+    assert (metrics["skipped/total"], metrics["skipped/in_a_row"]) == (1, 0)
+    assert np.any(found.params["head"]["kernel"] != start.params["head"]["kernel"])
+
+
+def test_skipped_steps_are_told_and_too_many_in_a_row_stop_the_run():
+    config = tiny_config("unused")
+    config.max_skipped_steps = 2
+    warnings = Warnings(config)
+    figures = {"loss": float("nan"), "gradient_norm": float("inf"), "skipped/in_a_row": 1.0}
+    pending = Pending(7, {}, np.arange(3))
+    (told,) = warnings.about(pending, figures)
+    assert told == (
+        "warning: loss and gradient_norm are not finite in step 7 (batch 6, rows 0, 1, 2 of the "
+        "training text); the step is skipped, 1 in a row so far"
+    )
+    with pytest.raises(DivergenceError, match="2 steps in a row were skipped"):
+        list(warnings.about(pending, figures | {"skipped/in_a_row": 2.0}))
+    assert not list(warnings.about(pending, {"loss": 1.0, "skipped/in_a_row": 0.0}))
+
+
+def test_a_learning_rate_that_fills_rows_at_once_is_warned_of_once(corpus, tmp_path, capsys):
+    config = tiny_config(corpus)
+    config.steps, config.optimizer.warmup_steps = 4, 1
+    config.pool.learning_rate = 1.0
+    train(config, str(tmp_path / "large"))
+    told = capsys.readouterr().out
+    assert told.count("were full and doubled their scale") == 1
+    assert "pool.learning_rate=1.0 may be too large" in told
+    config.pool.learning_rate = 1e-2
+    train(config, str(tmp_path / "usual"))
+    assert "warning" not in capsys.readouterr().out
