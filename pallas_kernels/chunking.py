@@ -1,14 +1,42 @@
-"""How many tokens the XLA implementations handle at a time."""
+"""How much of a loop's work the XLA implementations take on at a time.
+
+A CPU wants what it handles at a time to stay in its caches, and is fast with little. An accelerator
+runs the passes of a loop one after the other, and wants few large ones. The choice is made for the
+platform that a program is compiled for, which need not be the one that compiles it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array
 
 
-def tokens_per_chunk(num_chosen: int) -> int:
-    """How many tokens, of `num_chosen` experts each, share a chunk on the default backend.
+class ChunkSize(NamedTuple):
+    """A size for CPUs and one for accelerators."""
 
-    A CPU wants the experts of a chunk to stay in its caches, and is fast with few tokens.
-    An accelerator runs the chunks one after the other, and wants few large ones.
-    """
-    if jax.default_backend() == "cpu":
-        return max(1, 256 // num_chosen)
-    return max(1, 65536 // num_chosen)
+    cpu: int
+    accelerator: int
+
+
+PAIRS_OF_TOKENS = ChunkSize(256, 65_536)  # (expert, token) pairs whose experts are read at a time
+HIT_EXPERTS = ChunkSize(128, 2048)  # experts rewritten at a time
+
+
+def with_chunk_size(function: Callable[..., Any], size: ChunkSize, *operands: Any) -> Any:
+    """Calls `function(*operands, chunk=...)` with the size of the platform."""
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=partial(function, chunk=size.cpu),
+        default=partial(function, chunk=size.accelerator),
+    )
+
+
+def map_tokens(function: Callable[[Any], Any], tokens: tuple[Array, ...], num_chosen: int) -> Any:
+    """Maps a function of one token, which reads `num_chosen` experts, over all."""
+
+    def walk(*tokens: Array, chunk: int) -> Any:
+        return jax.lax.map(function, tokens, batch_size=max(1, chunk // num_chosen))
+
+    return with_chunk_size(walk, PAIRS_OF_TOKENS, *tokens)

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import storage
-from pallas_kernels.chunking import tokens_per_chunk
-from pallas_kernels.sorted_pairs import EXPERTS_PER_CHUNK, num_chunks, row_sums, sort_pairs
+from pallas_kernels.sorted_pairs import num_chunks, row_sums, sort_pairs
+
+# Hit experts, or pairs, at a time, where a gradient is looked at as a whole.
+CHUNK = 256
 
 
 class Tap(NamedTuple):
@@ -70,7 +72,7 @@ class FactoredGradient(NamedTuple):
             stacked = jax.tree.map(lambda leaf: leaf[None], self)
             return stacked.dense(num_experts)[0]
         layers, tokens, num_chosen = self.ids.shape
-        chunk = tokens_per_chunk(num_chosen)
+        chunk = max(1, CHUNK // num_chosen)
         padding = -tokens % chunk
         no_expert = jnp.full((layers, padding, num_chosen), num_experts, self.ids.dtype)
         ids = jnp.concatenate([self.ids, no_expert], axis=1)
@@ -108,12 +110,12 @@ class FactoredGradient(NamedTuple):
         width = self.x.shape[-1]
 
         def put_chunk(chunk: Array, rows: Array) -> Array:
-            place = chunk * EXPERTS_PER_CHUNK + jnp.arange(EXPERTS_PER_CHUNK)
-            sums = row_sums(pairs, self.x, self.dy, chunk)
+            place = chunk * CHUNK + jnp.arange(CHUNK)
+            sums = row_sums(pairs, self.x, self.dy, chunk, CHUNK)
             return rows.at[place].set(sums, mode="drop", unique_indices=True)
 
         rows = jnp.zeros((self.ids.size, 2, width), jnp.float32)
-        return pairs.expert, jax.lax.fori_loop(0, num_chunks(pairs), put_chunk, rows)
+        return pairs.expert, jax.lax.fori_loop(0, num_chunks(pairs, CHUNK), put_chunk, rows)
 
     def norm(self, num_experts: int) -> Float[Array, ""]:
         """The exact Euclidean norm of the dense gradient, of all layers together.
@@ -127,8 +129,8 @@ class FactoredGradient(NamedTuple):
             pairs = sort_pairs(ids, c_down, c_up, num_experts)
 
             def add_chunk(chunk: Array, total: Array) -> Array:
-                return total + jnp.sum(jnp.square(row_sums(pairs, x, dy, chunk)))
+                return total + jnp.sum(jnp.square(row_sums(pairs, x, dy, chunk, CHUNK)))
 
-            return jax.lax.fori_loop(0, num_chunks(pairs), add_chunk, total)
+            return jax.lax.fori_loop(0, num_chunks(pairs, CHUNK), add_chunk, total)
 
         return jnp.sqrt(jax.lax.fori_loop(0, stack.ids.shape[0], add_layer, jnp.zeros(())))

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-EXPERTS_PER_CHUNK = 128
-PAIRS_PER_BLOCK = 256
-
 
 class SortedPairs(NamedTuple):
     """The pairs of one layer, sorted by expert, and the experts that occur in them.
@@ -70,37 +67,43 @@ def sort_pairs(
     )
 
 
-def num_chunks(pairs: SortedPairs) -> Int[Array, ""]:
-    """How many chunks hold the hit experts."""
-    return (pairs.num_hit + EXPERTS_PER_CHUNK - 1) // EXPERTS_PER_CHUNK
+def num_chunks(pairs: SortedPairs, size: int) -> Int[Array, ""]:
+    """How many chunks of `size` experts hold the hit experts."""
+    return (pairs.num_hit + size - 1) // size
 
 
-def experts_of(pairs: SortedPairs, chunk: Int[Array, ""], num_experts: int) -> Int[Array, " C"]:
+def experts_of(
+    pairs: SortedPairs, chunk: Int[Array, ""], size: int, num_experts: int
+) -> Int[Array, " size"]:
     """The numbers of the hit experts of one chunk; N in places left over."""
-    place = chunk * EXPERTS_PER_CHUNK + jnp.arange(EXPERTS_PER_CHUNK)
+    place = chunk * size + jnp.arange(size)
     expert = pairs.expert[jnp.minimum(place, pairs.expert.shape[0] - 1)]
     return jnp.where(place < pairs.num_hit, expert, num_experts)
 
 
 def row_sums(
-    pairs: SortedPairs, x: Float[Array, "T D"], dy: Float[Array, "T D"], chunk: Int[Array, ""]
-) -> Float[Array, "C 2 D"]:
+    pairs: SortedPairs,
+    x: Float[Array, "T D"],
+    dy: Float[Array, "T D"],
+    chunk: Int[Array, ""],
+    size: int,
+) -> Float[Array, "size 2 D"]:
     """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32."""
-    experts, block = EXPERTS_PER_CHUNK, PAIRS_PER_BLOCK
+    block = 2 * size  # pairs at a time
     num_pairs, width = pairs.token.shape[0], x.shape[1]
-    first_rank = chunk * experts
+    first_rank = chunk * size
     begin = pairs.first[jnp.minimum(first_rank, num_pairs)]
-    end = pairs.first[jnp.minimum(first_rank + experts, num_pairs)]
+    end = pairs.first[jnp.minimum(first_rank + size, num_pairs)]
 
     def add_block(index: Array, sums: Array) -> Array:
         place = begin + index * block + jnp.arange(block)
         safe = jnp.minimum(place, num_pairs - 1)
         token = pairs.token[safe]
-        row = jnp.where(place < end, pairs.rank[safe] - first_rank, experts)
+        row = jnp.where(place < end, pairs.rank[safe] - first_rank, size)
         down = pairs.c_down[safe][:, None] * x[token].astype(jnp.float32)
         up = pairs.c_up[safe][:, None] * dy[token].astype(jnp.float32)
         rows = jnp.stack([down, up], axis=1)
         return sums.at[row].add(rows, mode="drop", indices_are_sorted=True)
 
     blocks = (end - begin + block - 1) // block
-    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((experts, 2, width), jnp.float32))
+    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((size, 2, width), jnp.float32))

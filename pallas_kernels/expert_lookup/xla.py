@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
-from pallas_kernels.chunking import tokens_per_chunk
+from pallas_kernels.chunking import map_tokens
 from pallas_kernels.storage import ExpertPool, read_experts
 
 
@@ -47,7 +47,7 @@ def forward(
         mixing_K = gates_K * act(hidden_K) * experts.up_scale
         return (mixing_K @ experts.up).astype(x.dtype)
 
-    return jax.lax.map(one_token, (ids, gates, x), batch_size=tokens_per_chunk(ids.shape[1]))
+    return map_tokens(one_token, (ids, gates, x), ids.shape[1])
 
 
 def backward(
@@ -79,4 +79,4 @@ def backward(
             up_scale=c_up_K * code_dy_K,
         )
 
-    return jax.lax.map(one_token, (ids, gates, x, dy), batch_size=tokens_per_chunk(ids.shape[1]))
+    return map_tokens(one_token, (ids, gates, x, dy), ids.shape[1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from pallas_kernels.chunking import HIT_EXPERTS, with_chunk_size
 from pallas_kernels.expert_update import xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
@@ -86,15 +88,9 @@ def update(
 
     zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
     carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
-    carry = xla.update_stack(
-        carry,
-        gradient,
-        hyperparameters,
-        seed,
-        step,
-        num_experts=pool.num_experts,
-        storage=pool.storage,
-    )
+    in_chunks = partial(xla.update_stack, num_experts=pool.num_experts, storage=pool.storage)
+    operands = (carry, gradient, hyperparameters, seed, step)
+    carry = with_chunk_size(in_chunks, HIT_EXPERTS, *operands)
     new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
     new_state = UpdateState(carry.accumulators, carry.moments, carry.scale_moments)
     return new_pool, new_state, carry.statistics

@@ -42,21 +42,22 @@ def update_stack(
     *,
     num_experts: int,
     storage: str,
+    chunk: int,
 ) -> Carry:
-    """Applies one step to every layer of a stack."""
+    """Applies one step to every layer of a stack, `chunk` experts at a time."""
     layers = gradient.ids.shape[0]
 
     def one_layer(layer: Array, carry: Carry) -> Carry:
         ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
         pairs = sort_pairs(ids, c_down, c_up, num_experts)
 
-        def one_chunk(chunk: Array, carry: Carry) -> Carry:
-            expert = experts_of(pairs, chunk, num_experts)
-            sums = row_sums(pairs, x, dy, chunk)
+        def one_chunk(index: Array, carry: Carry) -> Carry:
+            expert = experts_of(pairs, index, chunk, num_experts)
+            sums = row_sums(pairs, x, dy, index, chunk)
             rewrite = rewrite_packed if storage in layout.BITS else rewrite_floats
             return rewrite(carry, layer, expert, sums, rule, seed, step, storage)
 
-        return jax.lax.fori_loop(0, num_chunks(pairs), one_chunk, carry)
+        return jax.lax.fori_loop(0, num_chunks(pairs, chunk), one_chunk, carry)
 
     return jax.lax.fori_loop(0, layers, one_layer, carry)
 
