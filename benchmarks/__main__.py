@@ -6,6 +6,10 @@ import importlib
 from benchmarks.result import publish
 
 BENCHMARKS = {
+    "memory": "bytes kept for an expert parameter while training, and the compiled step",
+    "step_time": "a training step of a million experts, beside PEER-pytorch",
+    "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
+    "lookup": "the lookup, beside gather + einsum",
     "quickstart": "int4 against float32 + AdamW on the quickstart, tuned, three seeds (2 hours)",
 }
 

@@ -57,7 +57,7 @@ def publish(name: str, result: Result, quick: bool) -> None:
 
     A quick run has a file of its own, which git ignores.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False, soft_wrap=True, width=120)
     table = rich.table.Table(title=name, box=rich.box.SIMPLE, title_justify="left")
     for index, column in enumerate(result.columns):
         table.add_column(column, justify="right" if index else "left")

@@ -8,15 +8,16 @@ never by slicing, because a slice inside `lax.scan` copies the whole pool.
 - "int8", "int4": int32 words [*layers, rows, 128], or [*layers, rows, units, 128] where a row has
   several units (a dimension of 1 would make XLA change the layout, by a copy of the pool). A unit
   of 128 words (512 bytes) is what a row DMA of a TPU moves for free. An expert is 2 W words
-  (`pallas_kernels.packing`; `down`, then `up`) at the beginning of a slot: the smallest power of
-  two of words that holds it, or whole units if it is larger than one. A row is one slot of whole
-  units, or one unit of several slots; expert n has slot n. A weight is its code times the float32
-  scale of its vector, scales [*layers, 2, N].
+  (`pallas_kernels.packing`; `down`, then `up`), and experts follow each other without a gap. A row
+  is the fewest experts that fill whole units: two in one unit at D = 256 in int4, one in two units
+  at D = 1024, eight in nine units at D = 576. Only the last row may have places left over. A weight
+  is its code times the float32 scale of its vector, scales [*layers, 2, N].
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -90,24 +91,26 @@ class Experts(NamedTuple):
     up_scale: Float[Array, "*K"]
 
 
-def slot_words(width: int, storage: str) -> int:
-    """Words between the beginnings of two neighbouring experts.
+def words_per_expert(width: int, storage: str) -> int:
+    """Words of `down` and `up` of one expert.
 
     Raises:
         ValueError: if the width does not pack.
     """
-    words = 2 * words_per_vector(width, BITS[storage])
-    if words > UNIT:
-        return -(-words // UNIT) * UNIT
-    return 1 << (words - 1).bit_length()
+    return 2 * words_per_vector(width, BITS[storage])
+
+
+def experts_per_row(width: int, storage: str) -> int:
+    """The fewest experts that fill whole units together."""
+    return UNIT // math.gcd(words_per_expert(width, storage), UNIT)
 
 
 def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, ...]:
     """(rows, 128) or (rows, units, 128): the shape of the words of one pool."""
-    slot = slot_words(width, storage)
-    if slot > UNIT:
-        return num_experts, slot // UNIT, UNIT
-    return -(-num_experts // (UNIT // slot)), UNIT
+    together = experts_per_row(width, storage)
+    rows = -(-num_experts // together)
+    units = together * words_per_expert(width, storage) // UNIT
+    return (rows, UNIT) if units == 1 else (rows, units, UNIT)
 
 
 def read_codes(
@@ -120,9 +123,7 @@ def read_codes(
     """Unpacks experts of an array laid out like the words of a pool; ids must be valid."""
     slots = _slots(words, layer, width, storage)
     rows = slots[ids] if layer is None else slots[layer, ids]
-    per_vector = words_per_vector(width, BITS[storage])
-    rows = rows[..., : 2 * per_vector]
-    return unpack(rows.reshape(*ids.shape, 2, per_vector), BITS[storage])
+    return unpack(rows.reshape(*ids.shape, 2, -1), BITS[storage])
 
 
 def write_codes(
@@ -136,7 +137,6 @@ def write_codes(
     width = codes.shape[-1]
     slots = _slots(words, layer, width, storage)
     rows = pack(codes, BITS[storage]).reshape(ids.shape[0], -1)
-    rows = jnp.pad(rows, ((0, 0), (0, slots.shape[-1] - rows.shape[-1])))
     ids = jnp.where(ids < 0, slots.shape[-2], ids)
     index = ids if layer is None else (layer, ids)
     return slots.at[index].set(rows, mode="drop", unique_indices=True).reshape(words.shape)
@@ -150,9 +150,9 @@ def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "*rows 
 
 
 def _slots(words: Array, layer: Array | None, width: int, storage: str) -> Array:
-    """The same words as [slots, words of a slot], with a leading axis of layers if there is one."""
+    """The same words as [experts, words], with a leading axis of layers if there is one."""
     layers = () if layer is None else words.shape[:1]
-    return words.reshape(*layers, -1, slot_words(width, storage))
+    return words.reshape(*layers, -1, words_per_expert(width, storage))
 
 
 def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:

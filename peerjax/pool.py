@@ -17,11 +17,10 @@ from pallas_kernels.storage import (
     DOWN,
     FLOAT_DTYPES,
     STORAGES,
-    UNIT,
     UP,
     ExpertPool,
+    experts_per_row,
     pack_experts,
-    slot_words,
 )
 
 __all__ = [
@@ -80,9 +79,9 @@ def initialize_pool(
     std = std.at[DOWN].set(width**-0.5)
     std = std.at[UP].set(residual_scale * math.sqrt(experts_per_head / heads))
     packed = storage in BITS
-    slots_per_row = max(1, UNIT // slot_words(width, storage)) if packed else 1
-    # Slots that are left over in the last row are drawn too, and never read.
-    slots = -(-num_experts // slots_per_row) * slots_per_row
+    together = experts_per_row(width, storage) if packed else 1
+    # Places that are left over in the last row are drawn too, and never read.
+    slots = -(-num_experts // together) * together
     per_draw = math.gcd(slots, EXPERTS_PER_DRAW)
     keys = jax.random.split(key, num_layers * slots // per_draw)
 

@@ -102,8 +102,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             for warning in warnings.about(pending, figures):
                 progress.say(warning)
             progress.update(pending.step, figures)
-            speed = progress.tokens_per_second(pending.step)
-            writer.write_events(pending.step, {"tokens_per_second": speed})
+            speed = {"tokens_per_second": progress.tokens_per_second}
+            writer.write_events(pending.step, speed)
             return figures
 
         # ---- Steps ----
@@ -144,6 +144,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         facts = {
             "steps": step,
             "tokens_per_step": tokens_per_step,
+            "tokens_per_second": progress.tokens_per_second,
             "parameters": count_parameters(shapes.params),
             "expert_parameters": count_expert_parameters(shapes.pools),
             "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),

@@ -101,6 +101,7 @@ class Progress:
         self._total, self._first, self._tokens = total, step, tokens_per_step
         self._line_every = line_every
         self._start: float | None = None
+        self.tokens_per_second = 0.0  # since the first step of this process, which compiled
         self._bar: rich.progress.Progress | None = None
         self._quiet = jax.process_index() != 0
         if not self._quiet and sys.stdout.isatty():
@@ -113,17 +114,14 @@ class Progress:
             self._task = self._bar.add_task("", total=total, completed=step, figures="compiling")
             self._bar.start()
 
-    def tokens_per_second(self, step: int) -> float:
-        """Mean speed since the first step of this process, whose compilation is left out."""
-        if self._start is None or step <= self._first:
-            return 0.0
-        return (step - self._first) * self._tokens / (time.monotonic() - self._start)
-
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows the figures of a step that is done."""
-        if self._start is None:  # the first step compiled
-            self._start, self._first = time.monotonic(), step
-        speed = self.tokens_per_second(step)
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self._first = now, step
+        else:
+            self.tokens_per_second = (step - self._first) * self._tokens / (now - self._start)
+        speed = self.tokens_per_second
         shares = [value for name, value in figures.items() if name.startswith("experts_hit/")]
         text = f"loss {figures['loss']:.4f}  {speed:,.0f} tokens/s"
         if shares:

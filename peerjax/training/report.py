@@ -99,7 +99,8 @@ def print_report(workdir: epath.Path) -> None:
     if rows:
         _print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
     console.print(
-        f"{report['steps']} steps of {report['tokens_per_step']:,} tokens; "
+        f"{report['steps']} steps of {report['tokens_per_step']:,} tokens, "
+        f"{report['tokens_per_second']:,.0f} tokens/s; "
         f"{report['parameters']:,} parameters and {report['expert_parameters']:,} in experts"
     )
     for plot in report["plots"]:

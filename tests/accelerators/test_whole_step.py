@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from benchmarks.compiled_step import Program, compile_step
 from configs import peer_1m
-from tests.accelerators.whole_step import Program, compile_step
 from tests.conftest import REPOSITORY
 
 SMALL, LARGE = 1 << 14, 1 << 20
@@ -26,7 +26,7 @@ def program_for(target: str, num_experts: int) -> Program:
             pytest.fail(f"{PLUGINS[target]} is not installed")
         pytest.skip("compiling for a GPU needs 'peerjax[compile-gpu]'")
     found = subprocess.run(
-        [sys.executable, "-m", "tests.accelerators.whole_step", target, str(num_experts)],
+        [sys.executable, "-m", "benchmarks.compiled_step", target, str(num_experts)],
         cwd=REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
         capture_output=True,

@@ -1,12 +1,20 @@
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import storage as layout
 from pallas_kernels.packing import codes_per_word, pack, unpack
-from pallas_kernels.storage import BITS, UNIT, packed_shape, read_codes, write_codes
+from pallas_kernels.storage import (
+    BITS,
+    UNIT,
+    packed_shape,
+    read_codes,
+    words_per_expert,
+    write_codes,
+)
 
 bit_widths = st.sampled_from([2, 4, 8, 16])
 
@@ -61,6 +69,14 @@ def test_experts_come_back_from_whole_units(storage, width):
         np.testing.assert_array_equal(read_codes(written, at, where, width, storage), before)
 
 
+@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("width", [8, 24, 192, 256, 576, 1024, 1536])
+def test_whole_rows_hold_nothing_but_codes(storage, width):
+    num_experts = 4096
+    words = math.prod(packed_shape(num_experts, width, storage))
+    assert words * 32 == num_experts * 2 * width * BITS[storage]
+
+
 @pytest.mark.parametrize("outside", [-1, -5, 40, 2**31 - 1])
 def test_writing_outside_the_pool_changes_nothing(outside):
     words = jnp.arange(2 * 10 * UNIT, dtype=jnp.int32).reshape(2, 10, UNIT)  # 40 experts of 128
@@ -80,4 +96,4 @@ def test_the_last_row_of_a_stack_of_more_than_2_to_the_31_words_is_addressed():
 
     text = jax.jit(last).lower(shape).as_text()
     assert "tensor<40x1048576x64xi32>" in text  # two indices, no flattened one
-    assert layout.slot_words(256, "int4") == 64
+    assert words_per_expert(256, "int4") == 64

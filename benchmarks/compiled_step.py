@@ -1,6 +1,6 @@
 """Compiles a whole training step for a target, and tells what the compiled program keeps.
 
-    python -m tests.accelerators.whole_step TARGET N
+    python -m benchmarks.compiled_step TARGET N
 
 prints JSON. TARGET is "cpu" or "h100"; a GPU is not needed. One process a target.
 """

@@ -1,0 +1,150 @@
+"""One training step of one layer of a million experts, by peerjax and by PEER-pytorch.
+
+    python -m benchmarks.layer_step ARM STEPS
+
+prints JSON; each arm has a process of its own, whose peak of memory is its own too. The shape is
+that of the PEER paper: 1024^2 experts, 8 heads of 16, here with D = 256 and 512 tokens.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+SIDE, D, HEADS, PER_HEAD, KEY_WIDTH, TOKENS = 1024, 256, 8, 16, 128, 512
+ROUTER_RATE, POOL_RATE = 1e-3, 1e-2
+INT4, ADAMW = "peerjax int4", "peerjax float32 + AdamW"
+TORCH_SPARSE, TORCH_ADAMW = "PEER-pytorch SparseAdam", "PEER-pytorch AdamW"
+ARMS = (INT4, TORCH_SPARSE, TORCH_ADAMW, ADAMW)
+
+
+def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Fresh inputs and targets [1, T, D] for every step, the same for all arms."""
+    rng = np.random.default_rng(0)
+    while True:
+        x, target = rng.standard_normal((2, 1, TOKENS, D), np.float32)
+        yield x, target
+
+
+def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A step that returns its loss, with int4 pools or with dense AdamW."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from pallas_kernels.factored_gradient import FactoredGradient, Tap
+    from peerjax.layers.peer import PEER
+    from peerjax.optim import apply_updates, int4_accumulation
+    from peerjax.pool import ExpertPool, initialize_pool
+
+    layer = PEER((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
+    zeros = jnp.zeros((1, TOKENS, D))
+
+    def fresh():
+        storage = "int4" if packed else "float32"
+        pool = initialize_pool(
+            jax.random.key(0),
+            1,
+            SIDE**2,
+            D,
+            heads=HEADS,
+            experts_per_head=PER_HEAD,
+            storage=storage,
+        )
+        params = layer.init(jax.random.key(1), zeros, pool.at_layer(jnp.int32(0)))["params"]
+        trained = {"params": params, "pool": pool}
+        return trained, optimizer.init(trained)
+
+    of_pool = (
+        int4_accumulation(POOL_RATE, scale_learning_rate=1e-3) if packed else optax.adamw(POOL_RATE)
+    )
+    rules = {"params": optax.adamw(ROUTER_RATE), "pool": of_pool}
+    optimizer = optax.partition(rules, {"params": "params", "pool": "pool"})
+
+    def step(trained, opt_state, x, target):
+        pool = trained["pool"]
+
+        def loss_of(params, tap):
+            variables = {"params": params, "taps": {"pool": tap}}
+            y, kept = layer.apply(variables, x, pool.at_layer(jnp.int32(0)), mutable=["routing"])
+            return jnp.mean((y - target) ** 2), kept["routing"]["ids"]
+
+        tap = Tap.zeros_for(jnp.zeros((TOKENS, HEADS * PER_HEAD), jnp.int32), x[0])
+        differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        (loss, ids), (grads, tap) = differentiate(trained["params"], tap)
+        gradient = jax.tree.map(lambda leaf: leaf[None], FactoredGradient.from_tap(ids, tap))
+        if not packed:
+            gradient = ExpertPool.of_floats(gradient.dense(pool.num_experts))
+        gradients = {"params": grads, "pool": gradient}
+        updates, opt_state = optimizer.update(gradients, opt_state, trained)
+        return apply_updates(trained, updates), opt_state, loss
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    state = jax.jit(fresh)()
+
+    def run(x: np.ndarray, target: np.ndarray) -> float:
+        nonlocal state
+        *state, loss = compiled(*state, x, target)
+        return float(jax.block_until_ready((state, loss))[1])
+
+    return run
+
+
+def torch_step(sparse: bool) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The same by PEER-pytorch, its embeddings sparse with SparseAdam, or dense with AdamW."""
+    import PEER_pytorch
+    import torch
+
+    torch.manual_seed(0)
+    layer = PEER_pytorch.PEER(
+        D,
+        heads=HEADS,
+        num_experts=SIDE**2,
+        num_experts_per_head=PER_HEAD,
+        dim_key=KEY_WIDTH,
+        non_competing_scores=False,
+    )
+    pools = [layer.weight_down_embed.weight, layer.weight_up_embed.weight]
+    for weight in pools:
+        torch.nn.init.normal_(weight, std=D**-0.5)
+    layer.weight_down_embed.sparse = layer.weight_up_embed.sparse = sparse
+    others = [p for p in layer.parameters() if all(p is not weight for weight in pools)]
+    rule = torch.optim.SparseAdam if sparse else torch.optim.AdamW
+    optimizers = [torch.optim.AdamW(others, lr=ROUTER_RATE), rule(pools, lr=1e-3)]
+
+    def run(x: np.ndarray, target: np.ndarray) -> float:
+        loss = torch.mean((layer(torch.from_numpy(x)) - torch.from_numpy(target)) ** 2)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def measure(arm: str, steps: int) -> dict[str, float | list[float]]:
+    """Seconds of each step after the first two, which compile and make states; peak memory."""
+    make = {
+        INT4: lambda: peerjax_step(packed=True),
+        ADAMW: lambda: peerjax_step(packed=False),
+        TORCH_SPARSE: lambda: torch_step(sparse=True),
+        TORCH_ADAMW: lambda: torch_step(sparse=False),
+    }
+    step, seconds = make[arm](), []
+    for (x, target), _ in zip(batches(), range(steps + 2), strict=False):
+        start = time.perf_counter()
+        loss = step(x, target)
+        seconds.append(time.perf_counter() - start)
+    if not np.isfinite(loss):
+        raise RuntimeError(f"{arm} diverged")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds[2:], "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))

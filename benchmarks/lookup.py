@@ -1,0 +1,91 @@
+"""How fast the lookup is, beside gathering the experts and multiplying with einsum, on this device.
+
+Both read the same packed codes; the other one writes them as a [T, K, D] array first.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.result import Figure, Result
+from pallas_kernels.expert_lookup import lookup
+from pallas_kernels.storage import read_experts
+from peerjax.pool import initialize_pool
+
+N, D, T, K = 1 << 20, 256, 512, 128
+
+
+def gather_and_einsum(pool, ids, gates, x):
+    """The lookup as it is usually written."""
+    experts = read_experts(pool, ids)
+    hidden = jnp.einsum("tkd,td->tk", experts.down, x) * experts.down_scale
+    mixing = gates * jax.nn.gelu(hidden, approximate=False) * experts.up_scale
+    return jnp.einsum("tk,tkd->td", mixing, experts.up)
+
+
+def run(quick: bool) -> Result:
+    """Times forward passes, and forward with backward, in turns."""
+    size = N // 64 if quick else N
+    make = jax.jit(
+        lambda: initialize_pool(
+            jax.random.key(0), 1, size, D, heads=8, experts_per_head=16, storage="int4"
+        )
+    )
+    pool = make().at_layer(jnp.int32(0))
+    ids = jax.random.randint(jax.random.key(1), (T, K), 0, size)
+    gates = jax.nn.softmax(jax.random.normal(jax.random.key(2), (T, K)))
+    x = jax.random.normal(jax.random.key(3), (T, D))
+
+    def fused(pool, ids, gates, x):
+        return lookup(pool, ids, gates, x, activation="gelu")
+
+    def with_backward(forward):
+        def loss(gates, x, pool, ids):
+            return jnp.sum(forward(pool, ids, gates, x) ** 2)
+
+        return lambda pool, ids, gates, x: jax.grad(loss, argnums=(0, 1))(gates, x, pool, ids)
+
+    programs = {
+        "lookup": fused,
+        "gather + einsum": gather_and_einsum,
+        "lookup, with backward": with_backward(fused),
+        "gather + einsum, with backward": with_backward(gather_and_einsum),
+    }
+    arguments = (pool, ids, gates, x)
+    compiled = {
+        name: jax.jit(program).lower(*arguments).compile() for name, program in programs.items()
+    }
+    difference = jnp.max(
+        jnp.abs(compiled["lookup"](*arguments) - compiled["gather + einsum"](*arguments))
+    )
+    medians = _medians(compiled, arguments, repeats=3 if quick else 15)
+    temp = {name: each.memory_analysis().temp_size_in_bytes for name, each in compiled.items()}
+    rows = [[name, f"{1e3 * medians[name]:.1f}", f"{temp[name] / 2**20:.1f}"] for name in programs]
+    slow, fast = medians["gather + einsum"], medians["lookup"]
+    both = medians["gather + einsum, with backward"] / medians["lookup, with backward"]
+    return Result(
+        columns=(f"N = {size:,}, D = {D}, T = {T}, K = {K}", "ms", "temp MiB"),
+        rows=rows,
+        figures=[
+            Figure.at_least("gather + einsum over lookup", slow / fast, 7),
+            Figure("with backward", both),
+            Figure.at_most("largest difference of their outputs", float(difference), 1e-4),
+        ],
+        details={"seconds": medians, "temp_bytes": temp},
+    )
+
+
+def _medians(
+    programs: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], repeats: int
+) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
