@@ -21,7 +21,7 @@ class ChunkSize(NamedTuple):
 
 
 PAIRS_OF_TOKENS = ChunkSize(256, 16_384)  # (expert, token) pairs whose experts are read at a time
-HIT_EXPERTS = ChunkSize(128, 2048)  # experts rewritten at a time
+HIT_EXPERTS = ChunkSize(256, 2048)  # experts rewritten at a time
 
 
 def with_chunk_size(function: Callable[..., Any], size: ChunkSize, *operands: Any) -> Any:

@@ -5,7 +5,6 @@ the bits from `bits * (c div W)` upwards, two's complement. So a shift of all wo
 neighbouring columns at once, and no lane ever moves.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -35,18 +34,19 @@ def pack(codes: Int[Array, "*S D"], bits: int) -> Int[Array, "*S W"]:
     """Packs codes, of which only the low `bits` bits are kept, into int32 words."""
     words_per_vector(codes.shape[-1], bits)
     mask = (1 << bits) - 1
-    parts = jnp.split(codes.astype(jnp.int32) & mask, codes_per_word(bits), axis=-1)
-    words = parts[0]
-    for index, part in enumerate(parts[1:], start=1):
-        words = words | (part << (bits * index))
-    return words
+    count = codes_per_word(bits)
+    parts = codes.reshape(*codes.shape[:-1], count, -1).astype(jnp.int32) & mask
+    # The parts have no bit in common: their sum is their union.
+    return jnp.sum(parts << _offsets(bits), axis=-2, dtype=jnp.int32)
 
 
 def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
     """Unpacks int32 words to int32 codes, sign included."""
     top = WORD_BITS - bits
-    parts = [
-        jax.lax.shift_right_arithmetic(words << (top - bits * index), jnp.int32(top))
-        for index in range(codes_per_word(bits))
-    ]
-    return jnp.concatenate(parts, axis=-1)
+    parts = (words[..., None, :] << (top - _offsets(bits))) >> top
+    return parts.reshape(*words.shape[:-1], -1)
+
+
+def _offsets(bits: int) -> Int[Array, "codes 1"]:
+    """The lowest bit of each code of a word."""
+    return bits * jnp.arange(codes_per_word(bits), dtype=jnp.int32)[:, None]

@@ -21,6 +21,7 @@ class SortedPairs(NamedTuple):
         rank: which of the hit experts each pair belongs to, ascending.
         expert: the experts hit, ascending; the sentinel N in places left over.
         first: where each hit expert's pairs begin, and the number of pairs in places left over.
+        rest: the pairs that are not the first of their expert, in order.
         num_hit: how many experts are hit.
     """
 
@@ -30,6 +31,7 @@ class SortedPairs(NamedTuple):
     rank: Int[Array, " P"]
     expert: Int[Array, " P"]
     first: Int[Array, " P+1"]
+    rest: Int[Array, " P"]
     num_hit: Int[Array, ""]
 
 
@@ -56,6 +58,10 @@ def sort_pairs(
     expert = jnp.full(pairs, num_experts, jnp.int32).at[places].set(key, mode="drop")
     kept = jnp.sum(keep, dtype=jnp.int32)
     first = jnp.full(pairs + 1, kept).at[places].set(jnp.arange(pairs), mode="drop")
+    # Before pair p lie rank + 1 first pairs, so that p comes at place p - rank - 1 of the rest.
+    index = jnp.arange(pairs)
+    place = jnp.where(begins | (key >= num_experts), pairs, index - rank - 1)
+    rest = jnp.zeros(pairs, jnp.int32).at[place].set(index, mode="drop", unique_indices=True)
     return SortedPairs(
         token=order // num_chosen,
         c_down=c_down[order],
@@ -63,6 +69,7 @@ def sort_pairs(
         rank=rank.astype(jnp.int32),
         expert=expert,
         first=first.astype(jnp.int32),
+        rest=rest,
         num_hit=jnp.sum(begins, dtype=jnp.int32),
     )
 
@@ -88,22 +95,37 @@ def row_sums(
     chunk: Int[Array, ""],
     size: int,
 ) -> Float[Array, "size 2 D"]:
-    """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32."""
-    block = 2 * size  # pairs at a time
-    num_pairs, width = pairs.token.shape[0], x.shape[1]
+    """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32.
+
+    The first pair of every expert is read in one sweep; what is left, little where experts are hit
+    by few tokens, is added in blocks, each expert's tokens in ascending order.
+    """
+    num_pairs = pairs.token.shape[0]
+    block = max(1, size // 2)
+
+    def rows_of(pair: Int[Array, " B"]) -> Float[Array, "B 2 D"]:
+        token = pairs.token[pair]
+        down = pairs.c_down[pair][:, None] * x[token].astype(jnp.float32)
+        up = pairs.c_up[pair][:, None] * dy[token].astype(jnp.float32)
+        return jnp.stack([down, up], axis=1)
+
     first_rank = chunk * size
-    begin = pairs.first[jnp.minimum(first_rank, num_pairs)]
-    end = pairs.first[jnp.minimum(first_rank + size, num_pairs)]
+    rank = first_rank + jnp.arange(size)
+    first = pairs.first[jnp.minimum(rank, num_pairs)]
+    hit = (rank < pairs.num_hit)[:, None, None]
+    sums = jnp.where(hit, rows_of(jnp.minimum(first, num_pairs - 1)), 0.0)
+
+    def rest_before(rank: Array) -> Array:
+        """How many pairs of lower rank are not the first of their expert."""
+        rank = jnp.minimum(rank, pairs.num_hit)
+        return pairs.first[rank] - rank
+
+    begin, end = rest_before(first_rank), rest_before(first_rank + size)
 
     def add_block(index: Array, sums: Array) -> Array:
         place = begin + index * block + jnp.arange(block)
-        safe = jnp.minimum(place, num_pairs - 1)
-        token = pairs.token[safe]
-        row = jnp.where(place < end, pairs.rank[safe] - first_rank, size)
-        down = pairs.c_down[safe][:, None] * x[token].astype(jnp.float32)
-        up = pairs.c_up[safe][:, None] * dy[token].astype(jnp.float32)
-        rows = jnp.stack([down, up], axis=1)
-        return sums.at[row].add(rows, mode="drop", indices_are_sorted=True)
+        pair = pairs.rest[jnp.minimum(place, num_pairs - 1)]
+        row = jnp.where(place < end, pairs.rank[pair] - first_rank, size)
+        return sums.at[row].add(rows_of(pair), mode="drop", indices_are_sorted=True)
 
-    blocks = (end - begin + block - 1) // block
-    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((size, 2, width), jnp.float32))
+    return jax.lax.fori_loop(0, (end - begin + block - 1) // block, add_block, sums)

@@ -34,8 +34,8 @@ class Statistics(NamedTuple):
         rows: vectors (`down` or `up`) with a gradient.
         clipped: codes that stopped at their limit.
         doubled: rows whose scale doubled to make room.
-        step_size: sum over the weights of hit rows of |step|, in units of the accumulator
-            (packed pools) or of the weight (float pools).
+        step_size: sum over the weights of hit rows of |step|, without the part of weight decay, in
+            units of the accumulator (packed pools) or of the weight (float pools).
     """
 
     experts: Float[Array, " layers"]

@@ -90,18 +90,26 @@ def rewrite_packed(
     # The integer step, with the old scale.
     new_moments, factor = precondition(mean_square, moments, rule.beta2)
     values = integer_step.join(codes, accumulators, bits)
-    steps = (-rule.learning_rate * factor / scales * 2.0**bits)[..., None] * sums
+    rate = rule.learning_rate * factor / scales * 2.0**bits
+    steps = -rate[..., None] * sums
+    step_size = rate * jnp.sum(jnp.abs(sums), axis=-1)
     steps = steps - rule.learning_rate * rule.weight_decay * values
     counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
     words = hash_words(seed, ROUNDING, step, *counters)
     moved = values + integer_step.step_to_int(round_stochastically(steps, words))
 
     # A row that would clip too much doubles its scale: v / 2, rounded stochastically. Its random
-    # bit is the lowest of the word, of which the rounding used the upper 24.
+    # bit is the lowest of the word, of which the rounding used the upper 24. This is rare, and
+    # chunks without such a row pass it by.
     clips = integer_step.clips(moved, code_bits, bits)
     doubles = jnp.mean(clips, axis=-1, dtype=jnp.float32) > rule.grow_above
-    halved = (moved + (words & 1).astype(jnp.int32)) >> 1
-    moved = jnp.where(doubles[..., None], halved, moved)
+
+    def halve(moved: Array) -> Array:
+        bit = hash_words(seed, ROUNDING, step, *counters) & 1
+        halved = (moved + bit.astype(jnp.int32)) >> 1
+        return jnp.where(doubles[..., None], halved, moved)
+
+    moved = jax.lax.cond(jnp.any(doubles), halve, lambda moved: moved, moved)
     stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=-1)
     moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
@@ -135,7 +143,7 @@ def rewrite_packed(
             rows=carry.statistics.rows.at[layer].add(jnp.sum(hit)),
             clipped=carry.statistics.clipped.at[layer].add(jnp.sum(stopped * hit)),
             doubled=carry.statistics.doubled.at[layer].add(jnp.sum(doubles & hit)),
-            step_size=carry.statistics.step_size.at[layer].add(jnp.sum(jnp.abs(steps) * keep)),
+            step_size=carry.statistics.step_size.at[layer].add(jnp.sum(step_size * hit)),
         ),
     )
 
@@ -161,6 +169,7 @@ def rewrite_floats(
     hit = valid[:, None] & (mean_square > 0)
     new_moments, factor = precondition(mean_square, moments, rule.beta2)
     steps = -rule.learning_rate * factor[..., None] * sums
+    step_size = rule.learning_rate * factor * jnp.sum(jnp.abs(sums), axis=-1)
     steps = steps - rule.learning_rate * rule.weight_decay * weights
     steps = jnp.where(hit[..., None], steps, 0.0)
     new = weights + steps
@@ -179,7 +188,7 @@ def rewrite_floats(
         statistics=statistics._replace(
             experts=statistics.experts.at[layer].add(jnp.sum(valid)),
             rows=statistics.rows.at[layer].add(jnp.sum(hit)),
-            step_size=statistics.step_size.at[layer].add(jnp.sum(jnp.abs(steps))),
+            step_size=statistics.step_size.at[layer].add(jnp.sum(step_size * hit)),
         ),
     )
 

@@ -45,17 +45,17 @@ class PEER(nn.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"], pool: ExpertPool) -> Float[Array, "B L D"]:
         """Applies the layer to every token, with experts from `pool`."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        scores1_THN, scores2_THM = self._sub_key_scores(x_TD.astype(jnp.float32))
-        ids_THk = top_k_pairs(
-            jax.lax.stop_gradient(scores1_THN),
-            jax.lax.stop_gradient(scores2_THM),
+        scores1_HTN, scores2_HTM = self._sub_key_scores(x_TD.astype(jnp.float32))
+        ids_HTk = top_k_pairs(
+            jax.lax.stop_gradient(scores1_HTN),
+            jax.lax.stop_gradient(scores2_HTM),
             self.experts_per_head,
         )
-        ids_THk = checkpoint_name(ids_THk, EXPERT_IDS)
-        gates_THk = jax.nn.softmax(pair_scores(scores1_THN, scores2_THM, ids_THk), axis=-1)
+        ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
+        gates_HTk = jax.nn.softmax(pair_scores(scores1_HTN, scores2_HTM, ids_HTk), axis=-1)
 
-        ids_TK = ids_THk.reshape(x_TD.shape[0], -1)
-        gates_TK = gates_THk.reshape(ids_TK.shape)
+        ids_TK = ids_HTk.swapaxes(0, 1).reshape(x_TD.shape[0], -1)
+        gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
         self._keep("ids", ids_TK)
         self._keep("gates", gates_TK)
         tap = self._tap(ids_TK, x_TD)
@@ -74,7 +74,9 @@ class PEER(nn.Module):
             keys = self.param(name, init, (self.heads, num_keys, self.key_width))
             if self.is_initializing():
                 self.variable("stats", f"initial_norm_{name}", jnp.linalg.norm, keys, axis=-1)
-            return jnp.einsum("thd,hnd->thn", query, keys)
+            # Heads first, as in the keys: the scores are the largest arrays of a step, and with
+            # tokens first XLA on CPU would write them down once more in another order.
+            return jnp.einsum("thd,hnd->htn", query, keys)
 
         first, second = jnp.split(query_THd, 2, axis=-1)
         return (

@@ -1,0 +1,25 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.conftest import REPOSITORY
+
+
+def test_one_and_eight_devices_write_the_same_codes(tmp_path):
+    found = {}
+    for devices in (1, 8):
+        output = tmp_path / f"{devices}.npz"
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        subprocess.run(
+            [sys.executable, "-m", "tests.optim.on_devices", str(output)],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            check=True,
+        )
+        found[devices] = np.load(output)
+        assert found[devices]["devices"] == devices
+    # Every device sums the rows of all tokens in their order: even the float sums are the same.
+    for name in set(found[1].files) - {"devices"}:
+        np.testing.assert_array_equal(found[8][name], found[1][name], err_msg=name)
