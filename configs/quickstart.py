@@ -10,5 +10,8 @@ def get_config():
     # Retrieval follows the stream, which is all one direction while unigrams are learnt:
     # a slow start keeps the experts in use.
     config.optimizer.warmup_steps = 150
+    # The best of `python -m benchmarks quickstart`.
+    config.optimizer.learning_rate = 1e-2
+    config.pool.learning_rate = 3e-2
     config.eval.every = 125
     return config
