@@ -56,3 +56,25 @@ def test_moments_of_adamw_are_counted():
     pool, _ = shapes("float32", 64)
     state = jax.eval_shape(optax.adamw(1e-3).init, pool)
     assert memory_report(pool, state).bytes_per_parameter == pytest.approx(12)
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8"])
+def test_a_pool_is_drawn_packed_and_in_chunks(storage):
+    def temporary(num_experts, width=256, layers=2):
+        def make():
+            return initialize_pool(
+                jax.random.key(0),
+                layers,
+                num_experts,
+                width,
+                heads=1,
+                experts_per_head=4,
+                storage=storage,
+            )
+
+        return jax.jit(make).lower().compile().memory_analysis().temp_size_in_bytes
+
+    small, large = 1 << 16, 1 << 22
+    scales = 2 * large * 2 * 4
+    # Beside the chunk, which does not grow, only the scales are held once more.
+    assert temporary(large) - temporary(small) <= 2 * scales
