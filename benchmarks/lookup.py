@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.result import Figure, Result
 from pallas_kernels.expert_lookup import lookup
-from pallas_kernels.storage import read_experts
+from pallas_kernels.storage import DOWN, UP, read_codes
 from peerjax.pool import initialize_pool
 
 N, D, T, K = 1 << 20, 256, 512, 128
@@ -21,10 +21,12 @@ N, D, T, K = 1 << 20, 256, 512, 128
 
 def gather_and_einsum(pool, ids, gates, x):
     """The lookup as it is usually written."""
-    experts = read_experts(pool, ids)
-    hidden = jnp.einsum("tkd,td->tk", experts.down, x) * experts.down_scale
-    mixing = gates * jax.nn.gelu(hidden, approximate=False) * experts.up_scale
-    return jnp.einsum("tk,tkd->td", mixing, experts.up)
+    codes = read_codes(pool.weights, pool.layer, ids, pool.width, pool.storage)
+    down_scale, up_scale = (pool.scales[pool.layer, vector, ids] for vector in (DOWN, UP))
+    down, up = (codes[:, :, vector].astype(jnp.float32) for vector in (DOWN, UP))
+    hidden = jnp.einsum("tkd,td->tk", down, x) * down_scale
+    mixing = gates * jax.nn.gelu(hidden, approximate=False) * up_scale
+    return jnp.einsum("tk,tkd->td", mixing, up)
 
 
 def run(quick: bool) -> Result:

@@ -20,7 +20,7 @@ class ChunkSize(NamedTuple):
     accelerator: int
 
 
-PAIRS_OF_TOKENS = ChunkSize(256, 16_384)  # (expert, token) pairs whose experts are read at a time
+PAIRS_OF_TOKENS = ChunkSize(512, 16_384)  # (expert, token) pairs whose experts are read at a time
 HIT_EXPERTS = ChunkSize(256, 2048)  # experts rewritten at a time
 
 

@@ -5,8 +5,9 @@ the bits from `bits * (c div W)` upwards, two's complement. So a shift of all wo
 neighbouring columns at once, and no lane ever moves.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int8, Num
 
 WORD_BITS = 32
 
@@ -45,6 +46,31 @@ def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
     top = WORD_BITS - bits
     parts = (words[..., None, :] << (top - _offsets(bits))) >> top
     return parts.reshape(*words.shape[:-1], -1)
+
+
+def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> Int8[Array, "*S D"]:
+    """Unpacks int32 words to int8 codes in the order of the bytes, without moving any.
+
+    Several times faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. Code
+    c of a vector is where `to_byte_order` puts its column c.
+    """
+    octets = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(*words.shape[:-1], -1)
+    planes = [(octets << (8 - bits - low)) >> (8 - bits) for low in range(0, 8, bits)]
+    return jnp.concatenate(planes, axis=-1)
+
+
+def to_byte_order(vector: Num[Array, "*S D"], bits: int) -> Num[Array, "*S D"]:
+    """Puts the columns of a vector in the order of `unpack_bytes`."""
+    planes = 8 // bits
+    by_code = vector.reshape(*vector.shape[:-1], WORD_BITS // 8, planes, -1)
+    return jnp.moveaxis(by_code, -3, -1).reshape(vector.shape)
+
+
+def from_byte_order(vector: Num[Array, "*S D"], bits: int) -> Num[Array, "*S D"]:
+    """Puts columns back where `to_byte_order` took them from."""
+    planes = 8 // bits
+    by_byte = vector.reshape(*vector.shape[:-1], planes, -1, WORD_BITS // 8)
+    return jnp.moveaxis(by_byte, -1, -3).reshape(vector.shape)
 
 
 def _offsets(bits: int) -> Int[Array, "codes 1"]:

@@ -24,7 +24,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packing import pack, unpack, words_per_vector
+from pallas_kernels.packing import (
+    from_byte_order,
+    pack,
+    to_byte_order,
+    unpack,
+    unpack_bytes,
+    words_per_vector,
+)
 
 DOWN, UP = 0, 1
 UNIT = 128  # words
@@ -83,7 +90,10 @@ class ExpertPool:
 
 
 class Experts(NamedTuple):
-    """Chosen experts, in float32: the weights are `down * down_scale` and `up * up_scale`."""
+    """Chosen experts, in float32: the weights are `down * down_scale` and `up * up_scale`.
+
+    Columns are in reading order.
+    """
 
     down: Float[Array, "*K D"]
     up: Float[Array, "*K D"]
@@ -156,7 +166,7 @@ def _slots(words: Array, layer: Array | None, width: int, storage: str) -> Array
 
 
 def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
-    """Reads experts; ids outside [0, N) read zeros.
+    """Reads experts, their columns in reading order; ids outside [0, N) read zeros.
 
     Args:
         pool: a pool of one layer, or a stack with its `layer` chosen.
@@ -167,7 +177,9 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
     safe_ids = jnp.where(valid, ids, 0)
     ones = valid.astype(jnp.float32)
     if pool.is_packed:
-        rows = read_codes(pool.weights, pool.layer, safe_ids, pool.width, pool.storage)
+        slots = _slots(pool.weights, pool.layer, pool.width, pool.storage)
+        words = slots[safe_ids] if pool.layer is None else slots[pool.layer, safe_ids]
+        rows = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
         stack = () if pool.layer is None else (pool.layer,)
         down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones
         up_scale = pool.scales[(*stack, UP, safe_ids)] * ones
@@ -176,6 +188,16 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
         down_scale, up_scale = ones, ones
     rows = rows.astype(jnp.float32)
     return Experts(rows[..., DOWN, :], rows[..., UP, :], down_scale, up_scale)
+
+
+def to_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:
+    """Puts columns in the order in which `read_experts` reads them fastest."""
+    return to_byte_order(vectors, BITS[storage]) if storage in BITS else vectors
+
+
+def from_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:
+    """Puts columns back where `to_reading_order` took them from."""
+    return from_byte_order(vectors, BITS[storage]) if storage in BITS else vectors
 
 
 def add_to_experts(

@@ -13,7 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.chunking import map_tokens
-from pallas_kernels.storage import ExpertPool, read_experts
+from pallas_kernels.storage import (
+    ExpertPool,
+    from_reading_order,
+    read_experts,
+    to_reading_order,
+)
 
 
 class Cotangents(NamedTuple):
@@ -47,7 +52,9 @@ def forward(
         mixing_K = gates_K * act(hidden_K) * experts.up_scale
         return (mixing_K @ experts.up).astype(x.dtype)
 
-    return map_tokens(one_token, (ids, gates, x), ids.shape[1])
+    x_in_order = to_reading_order(x, pool.storage)
+    y_in_order = map_tokens(one_token, (ids, gates, x_in_order), ids.shape[1])
+    return from_reading_order(y_in_order, pool.storage)
 
 
 def backward(
@@ -79,4 +86,6 @@ def backward(
             up_scale=c_up_K * code_dy_K,
         )
 
-    return map_tokens(one_token, (ids, gates, x, dy), ids.shape[1])
+    x_in_order, dy_in_order = (to_reading_order(each, pool.storage) for each in (x, dy))
+    cotangents = map_tokens(one_token, (ids, gates, x_in_order, dy_in_order), ids.shape[1])
+    return cotangents._replace(x=from_reading_order(cotangents.x, pool.storage))

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.packing import codes_per_word, pack, unpack
+from pallas_kernels.packing import (
+    codes_per_word,
+    from_byte_order,
+    pack,
+    to_byte_order,
+    unpack,
+    unpack_bytes,
+)
 from pallas_kernels.storage import (
     BITS,
     UNIT,
@@ -34,6 +41,17 @@ def test_words_come_back(bits, seed):
     words = np.random.default_rng(seed).integers(-(2**31), 2**31, (2, 4), dtype=np.int64)
     words = jnp.array(words, jnp.int32)
     np.testing.assert_array_equal(pack(unpack(words, bits), bits), words)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_hold_the_same_codes_in_byte_order(bits):
+    rng = np.random.default_rng(bits)
+    limit = 1 << (bits - 1)
+    codes = jnp.array(rng.integers(-limit, limit, (3, 5, 48)), jnp.int32)
+    in_order = to_byte_order(codes, bits)
+    np.testing.assert_array_equal(unpack_bytes(pack(codes, bits), bits), in_order)
+    np.testing.assert_array_equal(from_byte_order(in_order, bits), codes)
+    assert np.any(in_order != codes)
 
 
 def test_the_stated_order_of_nibbles():
