@@ -11,14 +11,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 SIDE, D, HEADS, PER_HEAD, KEY_WIDTH, TOKENS = 1024, 256, 8, 16, 128, 512
 ROUTER_RATE, POOL_RATE = 1e-3, 1e-2
-INT4, ADAMW = "peerjax int4", "peerjax float32 + AdamW"
+INT4, ADAMW, ROUTER = "peerjax int4", "peerjax float32 + AdamW", "router of peerjax alone"
 TORCH_SPARSE, TORCH_ADAMW = "PEER-pytorch SparseAdam", "PEER-pytorch AdamW"
-ARMS = (INT4, TORCH_SPARSE, TORCH_ADAMW, ADAMW)
+ARMS = (INT4, TORCH_SPARSE, TORCH_ADAMW, ADAMW, ROUTER)
 
 
 def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -29,6 +30,27 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield x, target
 
 
+def _layer(storage: str) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """A PEER layer, its pool, and what draws the params of its router."""
+    import jax
+    import jax.numpy as jnp
+
+    from peerjax.layers.peer import PEER
+    from peerjax.pool import initialize_pool
+
+    layer = PEER((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
+
+    def make_pool():
+        sizes = {"heads": HEADS, "experts_per_head": PER_HEAD}
+        return initialize_pool(jax.random.key(0), 1, SIDE**2, D, storage=storage, **sizes)
+
+    def init(pool):
+        x = jnp.zeros((1, TOKENS, D))
+        return layer.init(jax.random.key(1), x, pool.at_layer(jnp.int32(0)))["params"]
+
+    return layer, jax.jit(make_pool)(), init
+
+
 def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
     """A step that returns its loss, with int4 pools or with dense AdamW."""
     import jax
@@ -36,26 +58,13 @@ def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
     import optax
 
     from pallas_kernels.factored_gradient import FactoredGradient, Tap
-    from peerjax.layers.peer import PEER
     from peerjax.optim import apply_updates, int4_accumulation
-    from peerjax.pool import ExpertPool, initialize_pool
+    from peerjax.pool import ExpertPool
 
-    layer = PEER((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
-    zeros = jnp.zeros((1, TOKENS, D))
+    layer, pool, init = _layer("int4" if packed else "float32")
 
-    def fresh():
-        storage = "int4" if packed else "float32"
-        pool = initialize_pool(
-            jax.random.key(0),
-            1,
-            SIDE**2,
-            D,
-            heads=HEADS,
-            experts_per_head=PER_HEAD,
-            storage=storage,
-        )
-        params = layer.init(jax.random.key(1), zeros, pool.at_layer(jnp.int32(0)))["params"]
-        trained = {"params": params, "pool": pool}
+    def fresh(pool):
+        trained = {"params": init(pool), "pool": pool}
         return trained, optimizer.init(trained)
 
     of_pool = (
@@ -81,6 +90,42 @@ def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
         gradients = {"params": grads, "pool": gradient}
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         return apply_updates(trained, updates), opt_state, loss
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    state = jax.jit(fresh, donate_argnums=0)(pool)
+
+    def run(x: np.ndarray, target: np.ndarray) -> float:
+        nonlocal state
+        *state, loss = compiled(*state, x, target)
+        return float(jax.block_until_ready((state, loss))[1])
+
+    return run
+
+
+def router_step() -> Callable[[np.ndarray, np.ndarray], float]:
+    """What a step takes without any expert: retrieval, gates, their gradient, AdamW."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    layer, pool, init = _layer("int4")
+    optimizer = optax.adamw(ROUTER_RATE)
+
+    def fresh():
+        params = init(pool)
+        return params, optimizer.init(params)
+
+    def step(params, opt_state, x, target):
+        def loss_of(params):
+            # The lookup's result is not used: XLA removes it.
+            at_layer = pool.at_layer(jnp.int32(0))
+            _, kept = layer.apply({"params": params}, x, at_layer, mutable=["routing"])
+            gates = kept["routing"]["gates"]
+            return jnp.mean(gates * target[0, :, : gates.shape[1]])
+
+        loss, gradient = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     compiled = jax.jit(step, donate_argnums=(0, 1))
     state = jax.jit(fresh)()
@@ -132,6 +177,7 @@ def measure(arm: str, steps: int) -> dict[str, float | list[float]]:
     make = {
         INT4: lambda: peerjax_step(packed=True),
         ADAMW: lambda: peerjax_step(packed=False),
+        ROUTER: router_step,
         TORCH_SPARSE: lambda: torch_step(sparse=True),
         TORCH_ADAMW: lambda: torch_step(sparse=False),
     }

@@ -34,7 +34,7 @@ def run(quick: bool) -> Result:
     for _ in range(rounds):
         for arm, so_far in measured.items():
             # A fast step is measured more often than a slow one.
-            count = steps * (5 if arm == layer_step.INT4 else 1)
+            count = steps * (5 if arm in (layer_step.INT4, layer_step.ROUTER) else 1)
             found = _in_a_process(arm, count)
             so_far["seconds"] += found["seconds"]
             so_far["peak_bytes"] = max(so_far["peak_bytes"], found["peak_bytes"])
