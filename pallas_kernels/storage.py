@@ -131,8 +131,8 @@ def read_codes(
     storage: str,
 ) -> Int[Array, "*K 2 D"]:
     """Unpacks experts of an array laid out like the words of a pool; ids must be valid."""
-    slots = _slots(words, layer, width, storage)
-    rows = slots[ids] if layer is None else slots[layer, ids]
+    experts = _by_expert(words, layer, width, storage)
+    rows = experts[ids] if layer is None else experts[layer, ids]
     return unpack(rows.reshape(*ids.shape, 2, -1), BITS[storage])
 
 
@@ -145,11 +145,11 @@ def write_codes(
 ) -> Int[Array, "*layers_rows 128"]:
     """Overwrites experts; ids must not repeat, and negative or too large ones are dropped."""
     width = codes.shape[-1]
-    slots = _slots(words, layer, width, storage)
+    experts = _by_expert(words, layer, width, storage)
     rows = pack(codes, BITS[storage]).reshape(ids.shape[0], -1)
-    ids = jnp.where(ids < 0, slots.shape[-2], ids)
+    ids = jnp.where(ids < 0, experts.shape[-2], ids)
     index = ids if layer is None else (layer, ids)
-    return slots.at[index].set(rows, mode="drop", unique_indices=True).reshape(words.shape)
+    return experts.at[index].set(rows, mode="drop", unique_indices=True).reshape(words.shape)
 
 
 def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "*rows 128"]:
@@ -159,7 +159,7 @@ def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "*rows 
     return write_codes(words, None, jnp.arange(codes.shape[0]), codes, storage)
 
 
-def _slots(words: Array, layer: Array | None, width: int, storage: str) -> Array:
+def _by_expert(words: Array, layer: Array | None, width: int, storage: str) -> Array:
     """The same words as [experts, words], with a leading axis of layers if there is one."""
     layers = () if layer is None else words.shape[:1]
     return words.reshape(*layers, -1, words_per_expert(width, storage))
@@ -177,8 +177,8 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
     safe_ids = jnp.where(valid, ids, 0)
     ones = valid.astype(jnp.float32)
     if pool.is_packed:
-        slots = _slots(pool.weights, pool.layer, pool.width, pool.storage)
-        words = slots[safe_ids] if pool.layer is None else slots[pool.layer, safe_ids]
+        experts = _by_expert(pool.weights, pool.layer, pool.width, pool.storage)
+        words = experts[safe_ids] if pool.layer is None else experts[pool.layer, safe_ids]
         rows = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
         stack = () if pool.layer is None else (pool.layer,)
         down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones

@@ -81,9 +81,9 @@ def initialize_pool(
     packed = storage in BITS
     together = experts_per_row(width, storage) if packed else 1
     # Places that are left over in the last row are drawn too, and never read.
-    slots = -(-num_experts // together) * together
-    per_draw = math.gcd(slots, EXPERTS_PER_DRAW)
-    keys = jax.random.split(key, num_layers * slots // per_draw)
+    places = -(-num_experts // together) * together
+    per_draw = math.gcd(places, EXPERTS_PER_DRAW)
+    keys = jax.random.split(key, num_layers * places // per_draw)
 
     def draw_floats(key: Array) -> Array:
         return std * jax.random.normal(key, (per_draw, 2, width))
@@ -102,7 +102,7 @@ def initialize_pool(
 
     words, scales = jax.lax.map(draw_packed, keys)
     words = words.reshape(num_layers, -1, *words.shape[2:])
-    scales = jnp.moveaxis(scales.reshape(num_layers, slots, 2), 2, 1)[:, :, :num_experts]
+    scales = jnp.moveaxis(scales.reshape(num_layers, places, 2), 2, 1)[:, :, :num_experts]
     return ExpertPool(words, scales, None, storage, num_experts, width)
 
 

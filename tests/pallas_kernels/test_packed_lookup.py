@@ -107,7 +107,7 @@ def test_a_packed_pool_is_the_rounded_float_pool(storage):
     pool = initialize_pool(*arguments, **options, storage=storage)
     codes = np.asarray(codes_of(pool))
     scales = np.moveaxis(np.asarray(pool.scales), 1, 2)[..., None]
-    # Drawn from the same keys where slots and experts agree, as here.
+    # Drawn from the same keys where no place of the last row is left over, as here.
     assert np.abs(codes * scales - floats).max() <= 0.5001 * scales.max()
     assert (np.abs(codes * scales - floats) <= 0.5001 * scales).all()
     top = (1 << (BITS[storage] - 1)) - 1
