@@ -20,13 +20,14 @@ def lookup(
     x: Float[Array, "T D"],
     *,
     activation: str,
+    hidden_bias: Float[Array, "T K"] | None = None,
     tap: Tap | None = None,
 ) -> Float[Array, "T D"]:
-    """Sums the chosen experts of every token: `y_t = sum_k gates_tk * act(down_k . x_t) * up_k`.
+    """Sums the chosen experts: `y_t = sum_k gates_tk * act(down_k . x_t + hidden_bias_tk) * up_k`.
 
     Nothing of size [T, K, D] is ever in memory, forward or backward.
 
-    Differentiable with respect to `gates` and `x`, and to the pool in two ways:
+    Differentiable with respect to `gates`, `x` and `hidden_bias`, and to the pool in two ways:
 
     - `tap`: pass `Tap.zeros_for(ids, x)` and differentiate with respect to it. Its
       gradient, joined with `ids` by `FactoredGradient.from_tap`, is the exact gradient of the
@@ -42,6 +43,7 @@ def lookup(
         gates: mixing weights, float32.
         x: inputs, float32 or bfloat16; products are accumulated in float32.
         activation: "gelu" (exact), "relu" or "relu2".
+        hidden_bias: what is added before the activation, float32; `None` means nothing.
         tap: see above.
 
     Returns:
@@ -62,10 +64,14 @@ def lookup(
         raise ValueError(f"x has width {x.shape[1]} but the experts have width {pool.width}")
     if pool.is_stack != (pool.layer is not None):
         raise ValueError("choose a layer of a stacked pool with `pool.at_layer(layer)`")
+    if hidden_bias is None:
+        hidden_bias = jnp.zeros(ids.shape, jnp.float32)
+    elif hidden_bias.shape != ids.shape:
+        raise ValueError(f"hidden_bias {hidden_bias.shape} does not fit ids {ids.shape}")
     if tap is None:
         tap = Tap.zeros_for(ids, x)
     static = _Static(activation, pool.storage, pool.num_experts, pool.width)
-    return _lookup(static, pool.weights, pool.scales, pool.layer, ids, gates, x, tap)
+    return _lookup(static, pool.weights, pool.scales, pool.layer, ids, gates, x, hidden_bias, tap)
 
 
 class _Static(NamedTuple):
@@ -81,20 +87,20 @@ class _Static(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lookup(static, weights, scales, layer, ids, gates, x, tap):
+def _lookup(static, weights, scales, layer, ids, gates, x, hidden_bias, tap):
     pool = static.pool(weights, scales, layer)
-    return xla.forward(pool, ids, gates, x, static.activation)
+    return xla.forward(pool, ids, gates, x, hidden_bias, static.activation)
 
 
-def _lookup_fwd(static, weights, scales, layer, ids, gates, x, tap):
-    y = _lookup(static, weights, scales, layer, ids, gates, x, tap)
-    return y, (weights, scales, layer, ids, gates, x)
+def _lookup_fwd(static, weights, scales, layer, ids, gates, x, hidden_bias, tap):
+    y = _lookup(static, weights, scales, layer, ids, gates, x, hidden_bias, tap)
+    return y, (weights, scales, layer, ids, gates, x, hidden_bias)
 
 
 def _lookup_bwd(static, residuals, dy):
-    weights, scales, layer, ids, gates, x = residuals
+    weights, scales, layer, ids, gates, x, hidden_bias = residuals
     pool = static.pool(weights, scales, layer)
-    cotangents = xla.backward(pool, ids, gates, x, dy, static.activation)
+    cotangents = xla.backward(pool, ids, gates, x, hidden_bias, dy, static.activation)
     tap = Tap(cotangents.c_down, cotangents.c_up, x, dy)
     # The gradients of weights and scales are dead code, which XLA removes, unless wanted.
     if pool.is_packed:
@@ -113,7 +119,9 @@ def _lookup_bwd(static, residuals, dy):
         d_scales = None
         if layer is not None:
             d_weights = jnp.zeros_like(weights).at[layer].set(d_weights)
-    return d_weights, d_scales, None, None, cotangents.gates, cotangents.x, tap
+    c = cotangents
+    # The hidden value is the bias plus what `down` makes of x: its gradient is c_down.
+    return d_weights, d_scales, None, None, c.gates, c.x, c.c_down, tap
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

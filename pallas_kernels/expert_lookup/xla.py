@@ -40,20 +40,21 @@ def forward(
     ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
     x: Float[Array, "T D"],
+    hidden_bias: Float[Array, "T K"],
     activation: str,
 ) -> Float[Array, "T D"]:
-    """Computes `y_t = sum_k gates[t, k] * act(down_k . x_t) * up_k` in float32."""
+    """Computes `sum_k gates[t, k] * act(down_k . x_t + hidden_bias[t, k]) * up_k` in float32."""
     act = activation_by_name(activation)
 
-    def one_token(token: tuple[Array, Array, Array]) -> Array:
-        ids_K, gates_K, x_D = token
+    def one_token(token: tuple[Array, Array, Array, Array]) -> Array:
+        ids_K, gates_K, x_D, bias_K = token
         experts = read_experts(pool, ids_K)
-        hidden_K = (experts.down @ x_D.astype(jnp.float32)) * experts.down_scale
+        hidden_K = (experts.down @ x_D.astype(jnp.float32)) * experts.down_scale + bias_K
         mixing_K = gates_K * act(hidden_K) * experts.up_scale
         return (mixing_K @ experts.up).astype(x.dtype)
 
     x_in_order = to_reading_order(x, pool.storage)
-    y_in_order = map_tokens(one_token, (ids, gates, x_in_order), ids.shape[1])
+    y_in_order = map_tokens(one_token, (ids, gates, x_in_order, hidden_bias), ids.shape[1])
     return from_reading_order(y_in_order, pool.storage)
 
 
@@ -62,18 +63,19 @@ def backward(
     ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
     x: Float[Array, "T D"],
+    hidden_bias: Float[Array, "T K"],
     dy: Float[Array, "T D"],
     activation: str,
 ) -> Cotangents:
     """Reads the experts once more: cotangents, and coefficients of the factored gradient."""
     act = activation_by_name(activation)
 
-    def one_token(token: tuple[Array, Array, Array, Array]) -> Cotangents:
-        ids_K, gates_K, x_D, dy_D = token
+    def one_token(token: tuple[Array, Array, Array, Array, Array]) -> Cotangents:
+        ids_K, gates_K, x_D, bias_K, dy_D = token
         experts = read_experts(pool, ids_K)
         code_x_K = experts.down @ x_D.astype(jnp.float32)
         code_dy_K = experts.up @ dy_D.astype(jnp.float32)
-        active_K, act_vjp = jax.vjp(act, code_x_K * experts.down_scale)
+        active_K, act_vjp = jax.vjp(act, code_x_K * experts.down_scale + bias_K)
         up_dy_K = code_dy_K * experts.up_scale
         (c_down_K,) = act_vjp(gates_K * up_dy_K)
         c_up_K = gates_K * active_K
@@ -87,5 +89,6 @@ def backward(
         )
 
     x_in_order, dy_in_order = (to_reading_order(each, pool.storage) for each in (x, dy))
-    cotangents = map_tokens(one_token, (ids, gates, x_in_order, dy_in_order), ids.shape[1])
+    tokens = (ids, gates, x_in_order, hidden_bias, dy_in_order)
+    cotangents = map_tokens(one_token, tokens, ids.shape[1])
     return cotangents._replace(x=from_reading_order(cotangents.x, pool.storage))

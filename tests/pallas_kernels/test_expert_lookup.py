@@ -59,6 +59,30 @@ def test_every_gradient_equals_that_of_the_sum(problem, activation):
     assert_close(actual, jax.grad(loss(oracle), (0, 1, 2))(weights, gates, x))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_hidden_bias_is_added_before_the_activation_and_has_a_gradient(problem, activation):
+    weights, ids, gates, x = problem
+    bias = jax.random.normal(jax.random.key(3), ids.shape)
+
+    def ours(weights, gates, x, bias):
+        pool = ExpertPool.of_floats(weights)
+        y = lookup(pool, ids, gates, x, activation=activation, hidden_bias=bias)
+        return jnp.sum(jnp.sin(y))
+
+    def oracle(weights, gates, x, bias):
+        hidden = jnp.einsum("tkd,td->tk", weights[ids, 0], x) + bias
+        mixing = gates * ACTIVATIONS[activation](hidden)
+        return jnp.sum(jnp.sin(jnp.einsum("tk,tkd->td", mixing, weights[ids, 1])))
+
+    arguments = (weights, gates, x, bias)
+    np.testing.assert_allclose(ours(*arguments), oracle(*arguments), rtol=1e-5)
+    actual = jax.jit(jax.grad(ours, (0, 1, 2, 3)))(*arguments)
+    assert_close(actual, jax.grad(oracle, (0, 1, 2, 3))(*arguments))
+    pool = ExpertPool.of_floats(weights)
+    nobody = lookup(pool, jnp.full_like(ids, N), gates, x, activation=activation, hidden_bias=bias)
+    assert not np.any(nobody)
+
+
 def stack_loss(pool, taps, ids, gates, x, remat):
     """Three layers under `lax.scan`, each reading its own layer of a stack; ids as output."""
 
