@@ -60,7 +60,7 @@ class Program(NamedTuple):
         temp: bytes of temporary memory.
         aliased: bytes of arguments that are rewritten in place.
         pools: bytes of the pools and of what the optimizer keeps for them.
-        largest_float: elements of the largest float array that is no parameter.
+        largest_float: elements of the largest float array anywhere in the program.
         largest_other: elements of the largest array of another type that is not as large as the
             words of the pools (which the program also views in other shapes).
         tokens: T.

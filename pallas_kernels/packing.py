@@ -51,7 +51,7 @@ def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
 def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> Int8[Array, "*S D"]:
     """Unpacks int32 words to int8 codes in the order of the bytes, without moving any.
 
-    Several times faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. Code
+    Faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. Code
     c of a vector is where `to_byte_order` puts its column c.
     """
     octets = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(*words.shape[:-1], -1)

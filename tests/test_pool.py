@@ -7,18 +7,20 @@ from peerjax.pool import initialize_pool, memory_report
 from tests.pallas_kernels.test_expert_update import make_gradient
 
 
-def shapes(storage, width, num_experts=1 << 14, layers=2):
-    pool = jax.eval_shape(
-        lambda: initialize_pool(
-            jax.random.key(0),
-            layers,
-            num_experts,
-            width,
-            heads=1,
-            experts_per_head=4,
-            storage=storage,
-        )
+def make(storage, width, num_experts, layers=2):
+    return initialize_pool(
+        jax.random.key(0),
+        layers,
+        num_experts,
+        width,
+        heads=1,
+        experts_per_head=4,
+        storage=storage,
     )
+
+
+def shapes(storage, width, num_experts=1 << 14):
+    pool = jax.eval_shape(lambda: make(storage, width, num_experts))
     return pool, jax.eval_shape(UpdateState.zeros_for, pool)
 
 
@@ -60,19 +62,9 @@ def test_moments_of_adamw_are_counted():
 
 @pytest.mark.parametrize("storage", ["int4", "int8"])
 def test_a_pool_is_drawn_packed_and_in_chunks(storage):
-    def temporary(num_experts, width=256, layers=2):
-        def make():
-            return initialize_pool(
-                jax.random.key(0),
-                layers,
-                num_experts,
-                width,
-                heads=1,
-                experts_per_head=4,
-                storage=storage,
-            )
-
-        return jax.jit(make).lower().compile().memory_analysis().temp_size_in_bytes
+    def temporary(num_experts):
+        compiled = jax.jit(lambda: make(storage, 256, num_experts)).lower().compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = 1 << 16, 1 << 22
     scales = 2 * large * 2 * 4

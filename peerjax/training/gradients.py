@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.model import Decoder
 from peerjax.pool import ExpertPool
-from peerjax.sharding import BATCH
+from peerjax.sharding.batches import split_rows
 from peerjax.sharding.pools import dense_pool_gradient, gather_tokens
 
 Batch = dict[str, Array]
@@ -59,7 +58,7 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, total, (loss, gradients.params)), gradients.pools
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    (loss, grads), parts = jax.lax.scan(add_part, zeros, _split_rows(batch, microbatches))
+    (loss, grads), parts = jax.lax.scan(add_part, zeros, split_rows(batch, microbatches))
     return loss, Gradients(grads, jax.tree.map(_join_tokens, parts))
 
 
@@ -114,18 +113,6 @@ def layers_with_pool(collection: Any) -> dict[str, Any]:
 def inputs_of(batch: Batch) -> tuple[Array, Array, Array]:
     """What of a batch the model reads."""
     return batch["inputs"], batch["positions"], batch["segments"]
-
-
-def _split_rows(batch: Batch, parts: int) -> Batch:
-    """[B, ...] as [parts, B / parts, ...], each part over all devices."""
-
-    def split(leaf: Array) -> Array:
-        leaf = leaf.reshape(parts, -1, *leaf.shape[1:])
-        if jax.sharding.get_abstract_mesh().empty:
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf, P(None, *BATCH))
-
-    return jax.tree.map(split, batch)
 
 
 def _join_tokens(parts: Array) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Integer
 
 from peerjax.errors import DivergenceError
 
-# Share of the rows hit that double their scale in one step. Tuned runs stay below 1%.
+# Share of the rows hit that double their scale in one step: a row should hardly ever need to.
 TOO_MANY_DOUBLED = 0.05
 
 

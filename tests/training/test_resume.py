@@ -214,7 +214,11 @@ def test_eight_devices_agree_with_one_and_restore_each_others_checkpoints(
     # A float32 sum that ends a bit higher or lower now and then moves a step over the random
     # threshold of its rounding: those codes differ, and no others.
     one, other = (
-        next(array for name, array in saved_arrays(run).items() if "weights" in name)
+        next(
+            array
+            for name, array in saved_arrays(run).items()
+            if "pools" in name and "weights" in name
+        )
         for run in (one_goes_on, undisturbed(0))
     )
     codes_differ = np.bitwise_xor(one, other)[..., None] >> np.arange(0, 32, 4) & 15 != 0

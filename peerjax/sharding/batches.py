@@ -1,0 +1,21 @@
+"""Batches over a mesh."""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from peerjax.sharding.rules import BATCH
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...], each part over all devices of the mesh."""
+
+    def split(leaf: Array) -> Array:
+        leaf = leaf.reshape(parts, -1, *leaf.shape[1:])
+        if jax.sharding.get_abstract_mesh().empty:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, P(None, *BATCH))
+
+    return jax.tree.map(split, batch)
