@@ -48,15 +48,14 @@ def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
     return parts.reshape(*words.shape[:-1], -1)
 
 
-def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> Int8[Array, "*S D"]:
+def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> tuple[Int8[Array, "*S bytes"], ...]:
     """Unpacks int32 words to int8 codes in the order of the bytes, without moving any.
 
-    Faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. Code
-    c of a vector is where `to_byte_order` puts its column c.
+    Faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. There is one array
+    for each code that a byte holds. Side by side they are in the order of `to_byte_order`.
     """
     octets = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(*words.shape[:-1], -1)
-    planes = [(octets << (8 - bits - low)) >> (8 - bits) for low in range(0, 8, bits)]
-    return jnp.concatenate(planes, axis=-1)
+    return tuple((octets << (8 - bits - low)) >> (8 - bits) for low in range(0, 8, bits))
 
 
 def to_byte_order(vector: Num[Array, "*S D"], bits: int) -> Num[Array, "*S D"]:

@@ -92,11 +92,12 @@ class ExpertPool:
 class Experts(NamedTuple):
     """Chosen experts, in float32: the weights are `down * down_scale` and `up * up_scale`.
 
-    Columns are in reading order.
+    Columns are in reading order, and in as many arrays as a byte holds codes: to put them side by
+    side would cost a CPU more than the products that follow.
     """
 
-    down: Float[Array, "*K D"]
-    up: Float[Array, "*K D"]
+    down: tuple[Float[Array, "*K columns"], ...]
+    up: tuple[Float[Array, "*K columns"], ...]
     down_scale: Float[Array, "*K"]
     up_scale: Float[Array, "*K"]
 
@@ -179,15 +180,18 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
     if pool.is_packed:
         experts = _by_expert(pool.weights, pool.layer, pool.width, pool.storage)
         words = experts[safe_ids] if pool.layer is None else experts[pool.layer, safe_ids]
-        rows = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
+        parts = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
         stack = () if pool.layer is None else (pool.layer,)
         down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones
         up_scale = pool.scales[(*stack, UP, safe_ids)] * ones
     else:
         rows = pool.weights[safe_ids] if pool.layer is None else pool.weights[pool.layer, safe_ids]
+        parts = (rows,)
         down_scale, up_scale = ones, ones
-    rows = rows.astype(jnp.float32)
-    return Experts(rows[..., DOWN, :], rows[..., UP, :], down_scale, up_scale)
+    down, up = (
+        tuple(part[..., vector, :].astype(jnp.float32) for part in parts) for vector in (DOWN, UP)
+    )
+    return Experts(down, up, down_scale, up_scale)
 
 
 def to_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:

@@ -49,9 +49,9 @@ def forward(
     def one_token(token: tuple[Array, Array, Array, Array]) -> Array:
         ids_K, gates_K, x_D, bias_K = token
         experts = read_experts(pool, ids_K)
-        hidden_K = (experts.down @ x_D.astype(jnp.float32)) * experts.down_scale + bias_K
+        hidden_K = _dot(experts.down, x_D) * experts.down_scale + bias_K
         mixing_K = gates_K * act(hidden_K) * experts.up_scale
-        return (mixing_K @ experts.up).astype(x.dtype)
+        return _mix(mixing_K, experts.up).astype(x.dtype)
 
     x_in_order = to_reading_order(x, pool.storage)
     y_in_order = map_tokens(one_token, (ids, gates, x_in_order, hidden_bias), ids.shape[1])
@@ -73,15 +73,15 @@ def backward(
     def one_token(token: tuple[Array, Array, Array, Array, Array]) -> Cotangents:
         ids_K, gates_K, x_D, bias_K, dy_D = token
         experts = read_experts(pool, ids_K)
-        code_x_K = experts.down @ x_D.astype(jnp.float32)
-        code_dy_K = experts.up @ dy_D.astype(jnp.float32)
+        code_x_K = _dot(experts.down, x_D)
+        code_dy_K = _dot(experts.up, dy_D)
         active_K, act_vjp = jax.vjp(act, code_x_K * experts.down_scale + bias_K)
         up_dy_K = code_dy_K * experts.up_scale
         (c_down_K,) = act_vjp(gates_K * up_dy_K)
         c_up_K = gates_K * active_K
         return Cotangents(
             gates=active_K * up_dy_K,
-            x=((c_down_K * experts.down_scale) @ experts.down).astype(x.dtype),
+            x=_mix(c_down_K * experts.down_scale, experts.down).astype(x.dtype),
             c_down=c_down_K,
             c_up=c_up_K,
             down_scale=c_down_K * code_x_K,
@@ -92,3 +92,15 @@ def backward(
     tokens = (ids, gates, x_in_order, hidden_bias, dy_in_order)
     cotangents = map_tokens(one_token, tokens, ids.shape[1])
     return cotangents._replace(x=from_reading_order(cotangents.x, pool.storage))
+
+
+def _dot(rows: tuple[Float[Array, "K columns"], ...], vector: Float[Array, " D"]) -> Array:
+    """The product of every row with a vector, in float32."""
+    parts = jnp.split(vector.astype(jnp.float32), len(rows))
+    products = [row @ part for row, part in zip(rows, parts, strict=True)]
+    return jnp.sum(jnp.stack(products), axis=0)
+
+
+def _mix(weights: Float[Array, " K"], rows: tuple[Float[Array, "K columns"], ...]) -> Array:
+    """The weighted sum of the rows."""
+    return jnp.concatenate([weights @ row for row in rows])

@@ -49,7 +49,8 @@ def test_bytes_hold_the_same_codes_in_byte_order(bits):
     limit = 1 << (bits - 1)
     codes = jnp.array(rng.integers(-limit, limit, (3, 5, 48)), jnp.int32)
     in_order = to_byte_order(codes, bits)
-    np.testing.assert_array_equal(unpack_bytes(pack(codes, bits), bits), in_order)
+    side_by_side = jnp.concatenate(unpack_bytes(pack(codes, bits), bits), axis=-1)
+    np.testing.assert_array_equal(side_by_side, in_order)
     np.testing.assert_array_equal(from_byte_order(in_order, bits), codes)
     assert np.any(in_order != codes)
 
