@@ -5,9 +5,8 @@ of equal layers are stacked in one array; a layer is chosen by index at the mome
 never by slicing, because a slice inside `lax.scan` copies the whole pool.
 
 - "float32", "bfloat16": weights [*layers, N, 2, D].
-- "int8", "int4": int32 words [*layers, rows, 128], or [*layers, rows, units, 128] where a row has
-  several units (a dimension of 1 would make XLA change the layout, by a copy of the pool). A unit
-  of 128 words (512 bytes) is what a row DMA of a TPU moves for free. An expert is 2 W words
+- "int8", "int4": int32 words [*layers, units, 128]. A unit of 128 words (512 bytes), or several
+  in a row, is what a DMA of a TPU moves for free. An expert is 2 W words
   (`pallas_kernels.packing`; `down`, then `up`), and experts follow each other without a gap. A row
   is the fewest experts that fill whole units: two in one unit at D = 256 in int4, one in two units
   at D = 1024, eight in nine units at D = 576. Only the last row may have places left over. A weight
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class ExpertPool:
     """All experts of a layer, or of a stack of equal layers.
 
     Attributes:
-        weights: floats [*layers, N, 2, D] or int32 words [*layers, rows, (units,) 128].
+        weights: floats [*layers, N, 2, D] or int32 words [*layers, units, 128].
         scales: float32 [*layers, 2, N] of `down` and `up`; `None` for floats.
         layer: which layer of a stack to read, an integer; `None` for a pool that is no stack.
         storage: "float32", "bfloat16", "int8" or "int4".
@@ -75,8 +75,7 @@ class ExpertPool:
     @property
     def is_stack(self) -> bool:
         """Whether the arrays have a leading axis of layers."""
-        weights_ndim = len(packed_shape(1, self.width, self.storage)) if self.is_packed else 3
-        return self.weights.ndim > weights_ndim
+        return self.weights.ndim > (2 if self.is_packed else 3)
 
     @property
     def num_parameters(self) -> int:
@@ -116,54 +115,119 @@ def experts_per_row(width: int, storage: str) -> int:
     return UNIT // math.gcd(words_per_expert(width, storage), UNIT)
 
 
-def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, ...]:
-    """(rows, 128) or (rows, units, 128): the shape of the words of one pool."""
-    together = experts_per_row(width, storage)
-    rows = -(-num_experts // together)
-    units = together * words_per_expert(width, storage) // UNIT
-    return (rows, UNIT) if units == 1 else (rows, units, UNIT)
+def units_per_row(width: int, storage: str) -> int:
+    """How many units a row fills."""
+    return experts_per_row(width, storage) * words_per_expert(width, storage) // UNIT
+
+
+def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, int]:
+    """(units, 128): the shape of the words of one pool."""
+    rows = -(-num_experts // experts_per_row(width, storage))
+    return rows * units_per_row(width, storage), UNIT
 
 
 def read_codes(
-    words: Int[Array, "*layers_rows 128"],
+    words: Int[Array, "*layers units 128"],
     layer: Int[Array, ""] | None,
     ids: Int[Array, "*K"],
     width: int,
     storage: str,
 ) -> Int[Array, "*K 2 D"]:
     """Unpacks experts of an array laid out like the words of a pool; ids must be valid."""
-    experts = _by_expert(words, layer, width, storage)
-    rows = experts[ids] if layer is None else experts[layer, ids]
+    rows = _read_words(words, layer, ids, words_per_expert(width, storage))
     return unpack(rows.reshape(*ids.shape, 2, -1), BITS[storage])
 
 
 def write_codes(
-    words: Int[Array, "*layers_rows 128"],
+    words: Int[Array, "*layers units 128"],
     layer: Int[Array, ""] | None,
     ids: Int[Array, " M"],
     codes: Int[Array, "M 2 D"],
     storage: str,
-) -> Int[Array, "*layers_rows 128"]:
+) -> Int[Array, "*layers units 128"]:
     """Overwrites experts; ids must not repeat, and negative or too large ones are dropped."""
-    width = codes.shape[-1]
-    experts = _by_expert(words, layer, width, storage)
     rows = pack(codes, BITS[storage]).reshape(ids.shape[0], -1)
-    ids = jnp.where(ids < 0, experts.shape[-2], ids)
-    index = ids if layer is None else (layer, ids)
-    return experts.at[index].set(rows, mode="drop", unique_indices=True).reshape(words.shape)
+    return _write_words(words, layer, ids, rows)
 
 
-def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "*rows 128"]:
+def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "units 128"]:
     """Lays out the codes of M experts, a multiple of those in a row, as rows of words."""
     shape = packed_shape(codes.shape[0], codes.shape[-1], storage)
     words = jnp.zeros(shape, jnp.int32)
     return write_codes(words, None, jnp.arange(codes.shape[0]), codes, storage)
 
 
-def _by_expert(words: Array, layer: Array | None, width: int, storage: str) -> Array:
-    """The same words as [experts, words], with a leading axis of layers if there is one."""
-    layers = () if layer is None else words.shape[:1]
-    return words.reshape(*layers, -1, words_per_expert(width, storage))
+def _read_words(words: Array, layer: Array | None, ids: Array, size: int) -> Array:
+    """Gathers the `size` words of each expert: [*layers units 128] and [*K] give [*K size].
+
+    On a TPU, to view the words by expert would copy the pool: there, units are gathered.
+    """
+    return jax.lax.platform_dependent(
+        words,
+        ids,
+        *(() if layer is None else (layer,)),
+        tpu=partial(read_by_unit, size=size),
+        default=partial(_read_by_expert, size=size),
+    )
+
+
+def _write_words(words: Array, layer: Array | None, ids: Array, rows: Array) -> Array:
+    """Overwrites the words of experts, in place; drops ids that are outside."""
+    return jax.lax.platform_dependent(
+        words,
+        ids,
+        rows,
+        *(() if layer is None else (layer,)),
+        tpu=write_by_unit,
+        default=_write_by_expert,
+    )
+
+
+def _read_by_expert(words: Array, ids: Array, *layer: Array, size: int) -> Array:
+    return words.reshape(*words.shape[:-2], -1, size)[(*layer, ids)]
+
+
+def _write_by_expert(words: Array, ids: Array, rows: Array, *layer: Array) -> Array:
+    experts = words.reshape(*words.shape[:-2], -1, rows.shape[-1])
+    places = jnp.where(ids < 0, experts.shape[-2], ids)
+    written = experts.at[(*layer, places)].set(rows, mode="drop", unique_indices=True)
+    return written.reshape(words.shape)
+
+
+def read_by_unit(words: Array, ids: Array, *layer: Array, size: int) -> Array:
+    """Gathers the units that hold each expert, and takes its words out of them."""
+    first, offset, window = _window(ids, size)
+    units = words.at[(*layer, first[..., None] + jnp.arange(window))].get(mode="clip")
+    lanes = offset[..., None] + jnp.arange(size)
+    return jnp.take_along_axis(units.reshape(*ids.shape, -1), lanes, axis=-1)
+
+
+def write_by_unit(words: Array, ids: Array, rows: Array, *layer: Array) -> Array:
+    """Overwrites experts by adding to their units the difference of the words, which is exact.
+
+    So experts that share a unit do not overwrite each other.
+    """
+    count, size = rows.shape
+    valid = (ids >= 0) & (ids < words.shape[-2] * UNIT // size)
+    old = read_by_unit(words, jnp.where(valid, ids, 0), *layer, size=size)
+    first, offset, window = _window(ids, size)
+    lanes = offset[:, None] + jnp.arange(size)
+    change = jnp.zeros((count, window * UNIT), jnp.int32)
+    change = change.at[jnp.arange(count)[:, None], lanes].set(rows - old)
+    units = jnp.where(valid[:, None], first[:, None] + jnp.arange(window), words.shape[-2])
+    return words.at[(*layer, units)].add(change.reshape(count, window, UNIT), mode="drop")
+
+
+def _window(ids: Array, size: int) -> tuple[Array, Array, int]:
+    """Where experts of `size` words lie: their first unit, their first word in it, units to read.
+
+    The number of units is enough for any of the experts.
+    """
+    together = UNIT // math.gcd(size, UNIT)
+    in_row = (ids % together) * size
+    first = ids // together * (together * size // UNIT) + in_row // UNIT
+    largest_offset = max(place * size % UNIT for place in range(together))
+    return first, in_row % UNIT, -(-(largest_offset + size) // UNIT)
 
 
 def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
@@ -178,8 +242,8 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
     safe_ids = jnp.where(valid, ids, 0)
     ones = valid.astype(jnp.float32)
     if pool.is_packed:
-        experts = _by_expert(pool.weights, pool.layer, pool.width, pool.storage)
-        words = experts[safe_ids] if pool.layer is None else experts[pool.layer, safe_ids]
+        size = words_per_expert(pool.width, pool.storage)
+        words = _read_words(pool.weights, pool.layer, safe_ids, size)
         parts = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
         stack = () if pool.layer is None else (pool.layer,)
         down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones

@@ -18,8 +18,10 @@ from pallas_kernels.storage import (
     BITS,
     UNIT,
     packed_shape,
+    read_by_unit,
     read_codes,
     words_per_expert,
+    write_by_unit,
     write_codes,
 )
 
@@ -94,6 +96,23 @@ def test_whole_rows_hold_nothing_but_codes(storage, width):
     num_experts = 4096
     words = math.prod(packed_shape(num_experts, width, storage))
     assert words * 32 == num_experts * 2 * width * BITS[storage]
+
+
+@pytest.mark.parametrize("width", [8, 192, 256, 576, 1024, 1536])
+def test_units_are_read_and_written_as_experts_are(width):
+    """What a TPU does, against what other platforms do."""
+    num_experts, size = 37, words_per_expert(width, "int4")
+    rng = np.random.default_rng(width)
+    shape = (2, *packed_shape(num_experts, width, "int4"))
+    words = jnp.array(rng.integers(-(2**31), 2**31, shape), jnp.int32)
+    layer, ids = jnp.int32(1), jnp.array([0, 36, 5, 4, 6, -1, 2**30])
+    rows = jnp.array(rng.integers(-(2**31), 2**31, (len(ids), size)), jnp.int32)
+    written = write_by_unit(words, ids, rows, layer)
+    experts = words.reshape(2, -1, size)
+    expected = experts.at[1, ids[:5]].set(rows[:5]).reshape(shape)
+    np.testing.assert_array_equal(written, expected)
+    read = read_by_unit(words, ids[:5], layer, size=size)
+    np.testing.assert_array_equal(read, experts[1, ids[:5]])
 
 
 @pytest.mark.parametrize("outside", [-1, -5, 40, 2**31 - 1])
