@@ -23,7 +23,13 @@ def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:
 
 def hash_words(*counters: Int[Array, "..."] | UInt[Array, "..."] | int) -> UInt[Array, "..."]:
     """Hashes counters, which broadcast against each other, to uniform 32-bit words."""
-    state = jnp.uint32(GOLDEN)
+    return absorb(jnp.uint32(GOLDEN), *counters)
+
+
+def absorb(
+    state: UInt[Array, "..."], *counters: Int[Array, "..."] | UInt[Array, "..."] | int
+) -> UInt[Array, "..."]:
+    """Goes on hashing: `absorb(hash_words(a, b), c)` is `hash_words(a, b, c)`."""
     for counter in counters:
         state = _mix((state + jnp.uint32(GOLDEN)) ^ jnp.asarray(counter).astype(jnp.uint32))
     return state
@@ -31,7 +37,8 @@ def hash_words(*counters: Int[Array, "..."] | UInt[Array, "..."] | int) -> UInt[
 
 def uniform(words: UInt[Array, "*S"]) -> Float[Array, "*S"]:
     """Turns random words into float32 numbers in [0, 1), multiples of 2^-24."""
-    return (words >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    # By way of int32, of which every backend makes floats; 24 bits fit.
+    return (words >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def round_stochastically(value: Float[Array, "*S"], words: UInt[Array, "*S"]) -> Float[Array, "*S"]:

@@ -1,16 +1,19 @@
 """The public lookup and its gradient."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
+from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
 from pallas_kernels.expert_lookup import xla
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
+
+KERNELS: dict[str, Any] = {}
 
 
 def lookup(
@@ -22,6 +25,7 @@ def lookup(
     activation: str,
     hidden_bias: Float[Array, "T K"] | None = None,
     tap: Tap | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "T D"]:
     """Sums the chosen experts: `y_t = sum_k gates_tk * act(down_k . x_t + hidden_bias_tk) * up_k`.
 
@@ -45,17 +49,22 @@ def lookup(
         activation: "gelu" (exact), "relu" or "relu2".
         hidden_bias: what is added before the activation, float32; `None` means nothing.
         tap: see above.
+        implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; `None` takes the fastest that is known
+            to work on the platform and shapes. A kernel named on another platform than its own is
+            interpreted.
 
     Returns:
         y, in the dtype of x.
 
     Raises:
-        ValueError: if shapes do not fit each other, or the activation is unknown.
+        ValueError: if shapes do not fit each other, the activation or implementation is unknown, or
+            the implementation cannot do it.
 
     References:
         He, "Mixture of A Million Experts", arXiv:2407.04153, equation 2 and algorithm 1.
     """
     activation_by_name(activation)
+    check_implementation(implementation)
     if ids.shape != gates.shape or ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"ids {ids.shape}, gates {gates.shape} and x {x.shape} do not fit together"
@@ -70,7 +79,7 @@ def lookup(
         raise ValueError(f"hidden_bias {hidden_bias.shape} does not fit ids {ids.shape}")
     if tap is None:
         tap = Tap.zeros_for(ids, x)
-    static = _Static(activation, pool.storage, pool.num_experts, pool.width)
+    static = _Static(activation, pool.storage, pool.num_experts, pool.width, implementation)
     return _lookup(static, pool.weights, pool.scales, pool.layer, ids, gates, x, hidden_bias, tap)
 
 
@@ -81,15 +90,29 @@ class _Static(NamedTuple):
     storage: str
     num_experts: int
     width: int
+    implementation: str | None
 
     def pool(self, weights: Array, scales: Array | None, layer: Array | None) -> ExpertPool:
         return ExpertPool(weights, scales, layer, self.storage, self.num_experts, self.width)
 
 
+def _dispatch(static: _Static, direction: str, operands: tuple[Any, ...]) -> Any:
+    kernels = {
+        name: Kernel(
+            partial(getattr(module, direction), activation=static.activation),
+            module.cannot_look_up(*operands[:2]),
+        )
+        for name, module in KERNELS.items()
+    }
+    reference = partial(getattr(xla, direction), activation=static.activation)
+    return dispatch("look experts up", static.implementation, reference, kernels, *operands)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup(static, weights, scales, layer, ids, gates, x, hidden_bias, tap):
     pool = static.pool(weights, scales, layer)
-    return xla.forward(pool, ids, gates, x, hidden_bias, static.activation)
+    operands = (pool, ids, gates, x, hidden_bias)
+    return _dispatch(static, "forward", operands)
 
 
 def _lookup_fwd(static, weights, scales, layer, ids, gates, x, hidden_bias, tap):
@@ -100,7 +123,7 @@ def _lookup_fwd(static, weights, scales, layer, ids, gates, x, hidden_bias, tap)
 def _lookup_bwd(static, residuals, dy):
     weights, scales, layer, ids, gates, x, hidden_bias = residuals
     pool = static.pool(weights, scales, layer)
-    cotangents = xla.backward(pool, ids, gates, x, hidden_bias, dy, static.activation)
+    cotangents = _dispatch(static, "backward", (pool, ids, gates, x, hidden_bias, dy))
     tap = Tap(cotangents.c_down, cotangents.c_up, x, dy)
     # The gradients of weights and scales are dead code, which XLA removes, unless wanted.
     if pool.is_packed:

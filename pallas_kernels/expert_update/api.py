@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.chunking import HIT_EXPERTS, with_chunk_size
+from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
 from pallas_kernels.expert_update import xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
+
+KERNELS: dict[str, Any] = {}
 
 
 class UpdateState(NamedTuple):
@@ -48,6 +51,7 @@ def update(
     *,
     seed: Integer[Array, ""] | int,
     step: Integer[Array, ""] | int,
+    implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
     """One step of a pool, or of a stack of pools, from its factored gradient.
 
@@ -67,13 +71,17 @@ def update(
         hyperparameters: see there.
         seed: of the run; with `step`, it determines all random bits.
         step: number of the update, different every time.
+        implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; `None` takes the fastest that is known
+            to work on the platform. A kernel named on another platform than its own is interpreted.
 
     Returns:
         The new pool, the new state, and counts by layer.
 
     Raises:
-        ValueError: if gradient and pool do not fit together.
+        ValueError: if gradient and pool do not fit together, or the implementation is unknown or
+            cannot do it.
     """
+    check_implementation(implementation)
     if (gradient.ids.ndim == 3) != pool.is_stack:
         raise ValueError(f"a gradient with ids {gradient.ids.shape} does not fit the pool")
     if gradient.x.shape[-1] != pool.width:
@@ -83,14 +91,30 @@ def update(
     if not pool.is_stack:
         stacks = jax.tree.map(lambda leaf: leaf[None], (pool, state, gradient))
         pool, state, gradient = stacks
-        result = update(pool, state, gradient, hyperparameters, seed=seed, step=step)
+        result = update(
+            pool,
+            state,
+            gradient,
+            hyperparameters,
+            seed=seed,
+            step=step,
+            implementation=implementation,
+        )
         return jax.tree.map(lambda leaf: leaf[0], result)
 
     zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
     carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
-    in_chunks = partial(xla.update_stack, num_experts=pool.num_experts, storage=pool.storage)
+    sizes: dict[str, Any] = {"num_experts": pool.num_experts, "storage": pool.storage}
+
+    def in_chunks(*operands: Any) -> xla.Carry:
+        return with_chunk_size(partial(xla.update_stack, **sizes), HIT_EXPERTS, *operands)
+
+    kernels = {
+        name: Kernel(partial(module.update_stack, **sizes), module.cannot_update(pool, gradient))
+        for name, module in KERNELS.items()
+    }
     operands = (carry, gradient, hyperparameters, seed, step)
-    carry = with_chunk_size(in_chunks, HIT_EXPERTS, *operands)
+    carry = dispatch("update experts", implementation, in_chunks, kernels, *operands)
     new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
     new_state = UpdateState(carry.accumulators, carry.moments, carry.scale_moments)
     return new_pool, new_state, carry.statistics

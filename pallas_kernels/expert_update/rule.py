@@ -3,7 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from pallas_kernels.counter_hash import round_stochastically
+from pallas_kernels.expert_update import integer_step
 
 EPSILON = 1e-12
 
@@ -57,3 +60,60 @@ def precondition(
     new = jnp.where(moments == 0, mean_square, decayed)
     root = jnp.sqrt(new) + EPSILON
     return new, 1.0 / jnp.maximum(root, jnp.sqrt(mean_square))
+
+
+def move(
+    values: Int[Array, "*S"],
+    sums: Float[Array, "*S"],
+    rate: Float[Array, "..."],
+    words: UInt[Array, "*S"],
+    rule: Hyperparameters,
+) -> Int[Array, "*S"]:
+    """Where a step takes the values of packed rows, before anything clips.
+
+    Args:
+        values: codes joined with their accumulators.
+        sums: the gradient rows.
+        rate: `step_rate` of each row.
+        words: random bits.
+        rule: hyperparameters.
+    """
+    steps = -rate * sums - rule.learning_rate * rule.weight_decay * values
+    return values + integer_step.step_to_int(round_stochastically(steps, words))
+
+
+def step_rate(
+    factor: Float[Array, "*C"], scales: Float[Array, "*C"], rule: Hyperparameters, bits: int
+) -> Float[Array, "*C"]:
+    """Units of the accumulator that a gradient of 1 moves a row by."""
+    return rule.learning_rate * factor / scales * 2.0**bits
+
+
+def halve(moved: Int[Array, "*S"], words: UInt[Array, "*S"]) -> Int[Array, "*S"]:
+    """The values of a row whose scale doubles: v / 2, rounded stochastically.
+
+    The random bit is the lowest of the word; `move` uses the upper 24.
+    """
+    return (moved + (words & 1).astype(jnp.int32)) >> 1
+
+
+def rescale(
+    scales: Float[Array, "*C"],
+    doubles: Bool[Array, "*C"],
+    along_codes: Float[Array, "*C"],
+    moments: Float[Array, "*C"],
+    rule: Hyperparameters,
+) -> tuple[Float[Array, "*C"], Float[Array, "*C"]]:
+    """The scales after a step in log space, and the second moments of their gradient.
+
+    Args:
+        scales: before the step.
+        doubles: which rows double theirs.
+        along_codes: the product of each row's gradient with its codes.
+        moments: of the scales' gradient.
+        rule: hyperparameters.
+    """
+    gradient = scales * along_codes
+    new_moments, factor = precondition(gradient * gradient, moments, rule.beta2)
+    grown = jnp.where(doubles, 2.0, 1.0) * scales
+    return grown * jnp.exp(-rule.scale_learning_rate * factor * gradient), new_moments

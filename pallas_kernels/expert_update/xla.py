@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import storage as layout
-from pallas_kernels.counter_hash import hash_words, round_stochastically
+from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update import integer_step
-from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
+from pallas_kernels.expert_update.rule import (
+    Hyperparameters,
+    Statistics,
+    halve,
+    move,
+    precondition,
+    rescale,
+    step_rate,
+)
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
 
@@ -90,37 +98,28 @@ def rewrite_packed(
     # The integer step, with the old scale.
     new_moments, factor = precondition(mean_square, moments, rule.beta2)
     values = integer_step.join(codes, accumulators, bits)
-    rate = rule.learning_rate * factor / scales * 2.0**bits
-    steps = -rate[..., None] * sums
+    rate = step_rate(factor, scales, rule, bits)
     step_size = rate * jnp.sum(jnp.abs(sums), axis=-1)
-    steps = steps - rule.learning_rate * rule.weight_decay * values
     counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
     words = hash_words(seed, ROUNDING, step, *counters)
-    moved = values + integer_step.step_to_int(round_stochastically(steps, words))
+    moved = move(values, sums, rate[..., None], words, rule)
 
-    # A row that would clip too much doubles its scale: v / 2, rounded stochastically. Its random
-    # bit is the lowest of the word, of which the rounding used the upper 24. This is rare, and
-    # chunks without such a row pass it by.
+    # A row that would clip too much doubles its scale. This is rare, and chunks without such a row
+    # pass it by.
     clips = integer_step.clips(moved, code_bits, bits)
     doubles = jnp.mean(clips, axis=-1, dtype=jnp.float32) > rule.grow_above
 
-    def halve(moved: Array) -> Array:
-        bit = hash_words(seed, ROUNDING, step, *counters) & 1
-        halved = (moved + bit.astype(jnp.int32)) >> 1
-        return jnp.where(doubles[..., None], halved, moved)
+    def halve_doubling(moved: Array) -> Array:
+        words = hash_words(seed, ROUNDING, step, *counters)
+        return jnp.where(doubles[..., None], halve(moved, words), moved)
 
-    moved = jax.lax.cond(jnp.any(doubles), halve, lambda moved: moved, moved)
+    moved = jax.lax.cond(jnp.any(doubles), halve_doubling, lambda moved: moved, moved)
     stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=-1)
     moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
 
-    # The scale, in log space, from the gradient along the row of codes.
-    scale_gradient = scales * jnp.sum(sums * codes, axis=-1)
-    new_scale_moments, scale_factor = precondition(
-        scale_gradient * scale_gradient, scale_moments, rule.beta2
-    )
-    grown = jnp.where(doubles, 2.0, 1.0) * scales
-    new_scales = grown * jnp.exp(-rule.scale_learning_rate * scale_factor * scale_gradient)
+    along_codes = jnp.sum(sums * codes, axis=-1)
+    new_scales, new_scale_moments = rescale(scales, doubles, along_codes, scale_moments, rule)
 
     # Rows without a gradient stay as they are; places left over are dropped.
     keep = hit[..., None]
