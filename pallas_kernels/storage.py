@@ -238,24 +238,31 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
         ids: expert numbers.
     """
     # Out-of-range ids must not wrap (negative) and must not clamp (too large).
-    valid = (ids >= 0) & (ids < pool.num_experts)
-    safe_ids = jnp.where(valid, ids, 0)
-    ones = valid.astype(jnp.float32)
+    safe_ids = jnp.where((ids >= 0) & (ids < pool.num_experts), ids, 0)
     if pool.is_packed:
         size = words_per_expert(pool.width, pool.storage)
         words = _read_words(pool.weights, pool.layer, safe_ids, size)
         parts = unpack_bytes(words.reshape(*ids.shape, 2, -1), BITS[pool.storage])
-        stack = () if pool.layer is None else (pool.layer,)
-        down_scale = pool.scales[(*stack, DOWN, safe_ids)] * ones
-        up_scale = pool.scales[(*stack, UP, safe_ids)] * ones
     else:
         rows = pool.weights[safe_ids] if pool.layer is None else pool.weights[pool.layer, safe_ids]
         parts = (rows,)
-        down_scale, up_scale = ones, ones
     down, up = (
         tuple(part[..., vector, :].astype(jnp.float32) for part in parts) for vector in (DOWN, UP)
     )
-    return Experts(down, up, down_scale, up_scale)
+    return Experts(down, up, *read_scales(pool, ids))
+
+
+def read_scales(
+    pool: ExpertPool, ids: Int[Array, "*K"]
+) -> tuple[Float[Array, "*K"], Float[Array, "*K"]]:
+    """The scales of `down` and `up`, 1 for floats; 0 for ids outside [0, N)."""
+    valid = (ids >= 0) & (ids < pool.num_experts)
+    ones = valid.astype(jnp.float32)
+    if not pool.is_packed:
+        return ones, ones
+    at = () if pool.layer is None else (pool.layer,)
+    safe_ids = jnp.where(valid, ids, 0)
+    return pool.scales[(*at, DOWN, safe_ids)] * ones, pool.scales[(*at, UP, safe_ids)] * ones
 
 
 def to_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:

@@ -124,14 +124,15 @@ def _lookup_bwd(static, residuals, dy):
     weights, scales, layer, ids, gates, x, hidden_bias = residuals
     pool = static.pool(weights, scales, layer)
     cotangents = _dispatch(static, "backward", (pool, ids, gates, x, hidden_bias, dy))
-    tap = Tap(cotangents.c_down, cotangents.c_up, x, dy)
+    pairs = cotangents.pairs
+    tap = Tap(pairs.c_down, pairs.c_up, x, dy)
     # The gradients of weights and scales are dead code, which XLA removes, unless wanted.
     if pool.is_packed:
         d_weights = None
         d_scales = jnp.stack(
             [
                 jnp.zeros(pool.num_experts).at[ids].add(per_token, mode="drop")
-                for per_token in (cotangents.down_scale, cotangents.up_scale)
+                for per_token in (pairs.down_scale, pairs.up_scale)
             ]
         )
         if layer is not None:
@@ -142,9 +143,8 @@ def _lookup_bwd(static, residuals, dy):
         d_scales = None
         if layer is not None:
             d_weights = jnp.zeros_like(weights).at[layer].set(d_weights)
-    c = cotangents
     # The hidden value is the bias plus what `down` makes of x: its gradient is c_down.
-    return d_weights, d_scales, None, None, c.gates, c.x, c.c_down, tap
+    return d_weights, d_scales, None, None, pairs.gates, cotangents.x, pairs.c_down, tap
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

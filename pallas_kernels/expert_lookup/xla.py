@@ -7,12 +7,12 @@ materialising [T, K, D] makes the same lookup about ten times slower there.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.chunking import map_tokens
+from pallas_kernels.expert_lookup.pairs import PairGradients, Pairs
 from pallas_kernels.storage import (
     ExpertPool,
     from_reading_order,
@@ -22,17 +22,10 @@ from pallas_kernels.storage import (
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass of one lookup produces.
+    """What the backward pass of one lookup produces."""
 
-    `down_scale` and `up_scale` are the gradients of the chosen experts' scales, token by token.
-    """
-
-    gates: Float[Array, "T K"]
     x: Float[Array, "T D"]
-    c_down: Float[Array, "T K"]
-    c_up: Float[Array, "T K"]
-    down_scale: Float[Array, "T K"]
-    up_scale: Float[Array, "T K"]
+    pairs: PairGradients
 
 
 def forward(
@@ -49,8 +42,8 @@ def forward(
     def one_token(token: tuple[Array, Array, Array, Array]) -> Array:
         ids_K, gates_K, x_D, bias_K = token
         experts = read_experts(pool, ids_K)
-        hidden_K = _dot(experts.down, x_D) * experts.down_scale + bias_K
-        mixing_K = gates_K * act(hidden_K) * experts.up_scale
+        pairs = Pairs(gates_K, bias_K, experts.down_scale, experts.up_scale)
+        mixing_K = pairs.mixing(_dot(experts.down, x_D), act)
         return _mix(mixing_K, experts.up).astype(x.dtype)
 
     x_in_order = to_reading_order(x, pool.storage)
@@ -73,20 +66,10 @@ def backward(
     def one_token(token: tuple[Array, Array, Array, Array, Array]) -> Cotangents:
         ids_K, gates_K, x_D, bias_K, dy_D = token
         experts = read_experts(pool, ids_K)
-        code_x_K = _dot(experts.down, x_D)
-        code_dy_K = _dot(experts.up, dy_D)
-        active_K, act_vjp = jax.vjp(act, code_x_K * experts.down_scale + bias_K)
-        up_dy_K = code_dy_K * experts.up_scale
-        (c_down_K,) = act_vjp(gates_K * up_dy_K)
-        c_up_K = gates_K * active_K
-        return Cotangents(
-            gates=active_K * up_dy_K,
-            x=_mix(c_down_K * experts.down_scale, experts.down).astype(x.dtype),
-            c_down=c_down_K,
-            c_up=c_up_K,
-            down_scale=c_down_K * code_x_K,
-            up_scale=c_up_K * code_dy_K,
-        )
+        pairs = Pairs(gates_K, bias_K, experts.down_scale, experts.up_scale)
+        gradients = pairs.gradients(_dot(experts.down, x_D), _dot(experts.up, dy_D), act)
+        dx_D = _mix(gradients.c_down * experts.down_scale, experts.down)
+        return Cotangents(dx_D.astype(x.dtype), gradients)
 
     x_in_order, dy_in_order = (to_reading_order(each, pool.storage) for each in (x, dy))
     tokens = (ids, gates, x_in_order, hidden_bias, dy_in_order)

@@ -1,0 +1,74 @@
+"""The arithmetic of each (token, expert) pair, which every implementation shares."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.storage import ExpertPool, read_scales
+
+
+class Pairs(NamedTuple):
+    """What is known of each pair before any expert is read.
+
+    Attributes:
+        gate: its mixing weight; 0 where there is no expert.
+        bias: what is added to its hidden value.
+        down_scale: the scale of the expert's `down`; 0 where there is no expert.
+        up_scale: likewise of `up`.
+    """
+
+    gate: Float[Array, "*S"]
+    bias: Float[Array, "*S"]
+    down_scale: Float[Array, "*S"]
+    up_scale: Float[Array, "*S"]
+
+    @staticmethod
+    def of(
+        pool: ExpertPool,
+        ids: Int[Array, "T K"],
+        gates: Float[Array, "T K"],
+        hidden_bias: Float[Array, "T K"],
+    ) -> tuple["Pairs", Bool[Array, "T K"]]:
+        """The pairs of a lookup, and which of them have an expert."""
+        valid = (ids >= 0) & (ids < pool.num_experts)
+        down_scale, up_scale = read_scales(pool, ids)
+        # Not by multiplication: whatever stands beside the sentinel must not count.
+        return Pairs(jnp.where(valid, gates, 0), hidden_bias, down_scale, up_scale), valid
+
+    def mixing(
+        self, code_x: Float[Array, "*S"], act: Callable[[Array], Array]
+    ) -> Float[Array, "*S"]:
+        """What the codes of `up` are multiplied with, given the product of `down`'s with x."""
+        return self.gate * act(code_x * self.down_scale + self.bias) * self.up_scale
+
+    def gradients(
+        self,
+        code_x: Float[Array, "*S"],
+        code_dy: Float[Array, "*S"],
+        act: Callable[[Array], Array],
+    ) -> "PairGradients":
+        """All gradients of the pairs, given the products of codes with x and with dy."""
+        active, act_vjp = jax.vjp(act, code_x * self.down_scale + self.bias)
+        up_dy = code_dy * self.up_scale
+        (c_down,) = act_vjp(self.gate * up_dy)
+        c_up = self.gate * active
+        return PairGradients(
+            gates=active * up_dy,
+            c_down=c_down,
+            c_up=c_up,
+            down_scale=c_down * code_x,
+            up_scale=c_up * code_dy,
+        )
+
+
+class PairGradients(NamedTuple):
+    """Gradients of each pair; those of scales are to be added up by expert."""
+
+    gates: Float[Array, "*S"]
+    c_down: Float[Array, "*S"]
+    c_up: Float[Array, "*S"]
+    down_scale: Float[Array, "*S"]
+    up_scale: Float[Array, "*S"]
