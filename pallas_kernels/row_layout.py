@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import codes_per_word
@@ -65,15 +66,15 @@ class RowLayout(NamedTuple):
 
     def vector_of(self, lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
         """Whether lanes belong to `down` (0) or `up` (1)."""
-        return lane % (2 * self.words) // self.words
+        return lax.div(lax.rem(lane, 2 * self.words), self.words)
 
     def slot_of(self, lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
         """Which of the row's experts lanes belong to."""
-        return lane // (2 * self.words)
+        return lax.div(lane, 2 * self.words)
 
     def column_of(self, plane: Int[Array, "*S"], lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
         """Which column of `down` or `up` a code is."""
-        return plane * self.words + lane % self.words
+        return plane * self.words + lax.rem(lane, self.words)
 
     def spread(self, x: Float[Array, "T D"], vector: int) -> Float[Array, "T planes lanes"]:
         """Puts x where the codes of every `down` (0) or `up` (1) of a row are, zeros elsewhere."""

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
-from pallas_kernels.expert_lookup import xla
+from pallas_kernels.expert_lookup import mosaic_tpu, xla
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
 
-KERNELS: dict[str, Any] = {}
+KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu}
 
 
 def lookup(
@@ -77,6 +77,8 @@ def lookup(
         hidden_bias = jnp.zeros(ids.shape, jnp.float32)
     elif hidden_bias.shape != ids.shape:
         raise ValueError(f"hidden_bias {hidden_bias.shape} does not fit ids {ids.shape}")
+    # Not by multiplication: whatever stands beside the sentinel must not count.
+    gates = jnp.where((ids >= 0) & (ids < pool.num_experts), gates, 0)
     if tap is None:
         tap = Tap.zeros_for(ids, x)
     static = _Static(activation, pool.storage, pool.num_experts, pool.width, implementation)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import ExpertPool, read_scales
 
@@ -31,12 +30,9 @@ class Pairs(NamedTuple):
         ids: Int[Array, "T K"],
         gates: Float[Array, "T K"],
         hidden_bias: Float[Array, "T K"],
-    ) -> tuple["Pairs", Bool[Array, "T K"]]:
-        """The pairs of a lookup, and which of them have an expert."""
-        valid = (ids >= 0) & (ids < pool.num_experts)
-        down_scale, up_scale = read_scales(pool, ids)
-        # Not by multiplication: whatever stands beside the sentinel must not count.
-        return Pairs(jnp.where(valid, gates, 0), hidden_bias, down_scale, up_scale), valid
+    ) -> "Pairs":
+        """The pairs of a lookup."""
+        return Pairs(gates, hidden_bias, *read_scales(pool, ids))
 
     def mixing(
         self, code_x: Float[Array, "*S"], act: Callable[[Array], Array]

@@ -1,0 +1,361 @@
+"""The lookup for TPUs.
+
+A grid step takes a few tokens. Their experts' rows are copied from HBM to VMEM one by one, those of
+the next step while this one computes, and unpacked there plane by plane: nothing of the size
+[T, K, D] exists. Both products run on the MXU, whose inputs are bfloat16: codes are exact in it,
+and a float32 number is the sum of three.
+
+What is known of a pair of token and expert lies along lanes, and the MXU keeps it there: a vector
+times the transposed rows gives hidden values along lanes, and these times the rows the output.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.activations import activation_by_name
+from pallas_kernels.expert_lookup.pairs import Pairs
+from pallas_kernels.expert_lookup.xla import Cotangents
+from pallas_kernels.row_layout import RowLayout
+from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
+
+CHUNK = 128  # experts multiplied at a time, the side of an MXU
+ROWS_IN_FLIGHT = 256  # copies started ahead, unless one token has more
+BUFFER_BYTES = 8 << 20  # of VMEM for rows, those of a step and those of the next
+PARTS = 3  # bfloat16 numbers whose sum is a float32 number
+PAIR_ROWS = 8  # a tile's; gate, bias and two scales, slot, and nothing
+
+
+class Block(NamedTuple):
+    """What a grid step takes on: some tokens, each with K experts padded to whole chunks."""
+
+    tokens: int
+    chosen: int
+
+    @staticmethod
+    def of(tokens: int, chosen: int) -> "Block":
+        """Enough tokens for many copies in flight; one at a time where it has many experts.
+
+        A decoding step of few tokens is a single grid step: all its rows are in flight at once.
+        """
+        multiple = 8 if chosen <= CHUNK else CHUNK
+        padded = -(-chosen // multiple) * multiple
+        return Block(min(tokens, max(1, ROWS_IN_FLIGHT // padded)), padded)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a grid step."""
+        return self.tokens * self.chosen
+
+    @property
+    def chunk(self) -> int:
+        """Experts multiplied at a time."""
+        return min(self.chosen, CHUNK)
+
+
+def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
+    """Why the kernel cannot do this lookup; `None` if it can."""
+    if not pool.is_packed:
+        return f"it reads packed pools, not {pool.storage}"
+    layout = RowLayout.of(pool.width, pool.storage)
+    size = 2 * Block.of(*ids.shape).pairs * layout.lanes * 4
+    if size > BUFFER_BYTES:
+        return (
+            f"rows of {ids.shape[1]} experts a token at width {pool.width} take {size >> 20} MiB "
+            f"of VMEM, more than {BUFFER_BYTES >> 20}"
+        )
+    return None
+
+
+def forward(
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    x: Float[Array, "T D"],
+    hidden_bias: Float[Array, "T K"],
+    *,
+    activation: str,
+    interpret: Any = False,
+) -> Float[Array, "T D"]:
+    """See `pallas_kernels.expert_lookup.xla.forward`."""
+    layout = RowLayout.of(pool.width, pool.storage)
+    act = activation_by_name(activation)
+    down, up = layout.span(DOWN), layout.span(UP)
+
+    def one_chunk(pairs, slot, rows, x_ref, y_ref):
+        hidden = _dot(x_ref, rows(down), slot, layout)
+        y_ref[...] += _mix(pairs.mixing(hidden, act), rows(up), slot, layout)
+
+    pairs = Pairs.of(pool, ids, gates, hidden_bias)
+    images = [layout.spread(x.astype(jnp.float32), DOWN)[:, :, down]]
+    results = [(layout.planes, up.stop - up.start)]
+    (y,) = _walk(one_chunk, pool, ids, pairs, images, results, interpret)
+    return layout.collect(y, UP).astype(x.dtype)
+
+
+def backward(
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    x: Float[Array, "T D"],
+    hidden_bias: Float[Array, "T K"],
+    dy: Float[Array, "T D"],
+    *,
+    activation: str,
+    interpret: Any = False,
+) -> Cotangents:
+    """See `pallas_kernels.expert_lookup.xla.backward`.
+
+    The kernel reads the rows once more and gives dx, and the products of codes with x and with dy:
+    the rest is arithmetic of [T, K] numbers.
+    """
+    layout = RowLayout.of(pool.width, pool.storage)
+    act = activation_by_name(activation)
+    down, up = layout.span(DOWN), layout.span(UP)
+
+    def one_chunk(pairs, slot, rows, x_ref, dy_ref, dx_ref, code_x_ref, code_dy_ref):
+        code_x, code_dy = (
+            _dot(ref, rows(span), slot, layout) for ref, span in ((x_ref, down), (dy_ref, up))
+        )
+        code_x_ref[...], code_dy_ref[...] = code_x, code_dy
+        c_down = pairs.gradients(code_x, code_dy, act).c_down
+        dx_ref[...] += _mix(c_down * pairs.down_scale, rows(down), slot, layout)
+
+    pairs = Pairs.of(pool, ids, gates, hidden_bias)
+    images = [
+        layout.spread(x.astype(jnp.float32), DOWN)[:, :, down],
+        layout.spread(dy.astype(jnp.float32), UP)[:, :, up],
+    ]
+    results = [(layout.planes, down.stop - down.start), None, None]
+    dx, code_x, code_dy = _walk(one_chunk, pool, ids, pairs, images, results, interpret)
+    dx = layout.collect(dx, DOWN).astype(x.dtype)
+    return Cotangents(dx, pairs.gradients(code_x, code_dy, act))
+
+
+def _walk(
+    one_chunk: Callable[..., None],
+    pool: ExpertPool,
+    ids: Int[Array, "T K"],
+    pairs: Pairs,
+    images: list[Float[Array, "T planes _"]],
+    results: Sequence[tuple[int, int] | None],
+    interpret: Any,
+) -> list[Array]:
+    """Calls `one_chunk` for every token and every chunk of its experts, their rows in VMEM.
+
+    Args:
+        one_chunk: called with the pairs [1, chunk], their slots in their rows (-1 for no expert), a
+            function from a span of lanes to words [chunk, lanes], and references: of each image
+            [planes, lanes], and of each result, an image to add to or numbers of pairs [1, chunk].
+        pool: packed.
+        ids: expert numbers.
+        pairs: what is known of them.
+        images: vectors of tokens.
+        results: shapes of the images that result; `None` for numbers of pairs [T, K].
+        interpret: of `pallas_call`.
+    """
+    layout = RowLayout.of(pool.width, pool.storage)
+    tokens, chosen = ids.shape
+    block = Block.of(tokens, chosen)
+    steps = pl.cdiv(tokens, block.tokens)
+
+    def pad(array: Array, last: int = 0) -> Array:
+        first = steps * block.tokens - tokens
+        return jnp.pad(array, [(0, first), *[(0, 0)] * (array.ndim - 2), (0, last)])
+
+    # Counted from 1, so that padding means "no expert".
+    valid = (ids >= 0) & (ids < pool.num_experts)
+    unit = jnp.where(valid, 1 + ids // layout.experts * layout.units, 0)
+    slot = jnp.where(valid, 1 + ids % layout.experts, 0).astype(jnp.float32)
+    unit = pad(unit, block.chosen - chosen).reshape(steps, 1, block.pairs)
+    nothing = [jnp.zeros_like(slot)] * (PAIR_ROWS - 5)
+    known = pad(jnp.stack([*pairs, slot, *nothing], axis=1), block.chosen - chosen)
+    images = [pad(image) for image in images]
+    layer = jnp.reshape(0 if pool.layer is None else pool.layer, (1,)).astype(jnp.int32)
+    words = pool.weights if pool.layer is not None else pool.weights[None]
+
+    def by_token(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((block.tokens, *shape), lambda step, _: (step, 0, 0))
+
+    def in_smem(ahead: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (1, 1, block.pairs),
+            lambda step, _: (jnp.minimum(step + ahead, steps - 1), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+
+    shapes = [(1, block.chosen) if shape is None else shape for shape in results]
+    kernel = partial(
+        _kernel, one_chunk=one_chunk, block=block, layout=layout, is_image=[*map(bool, results)]
+    )
+    found = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(steps,),
+            in_specs=[
+                in_smem(0),
+                in_smem(1),
+                pl.BlockSpec(memory_space=pl.ANY),
+                by_token(PAIR_ROWS, block.chosen),
+                *[by_token(*image.shape[1:]) for image in images],
+            ],
+            out_specs=[by_token(*shape) for shape in shapes],
+            scratch_shapes=[
+                pltpu.VMEM((2, layout.units, block.pairs, UNIT), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((steps * block.tokens, *shape), jnp.float32) for shape in shapes
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="expert_lookup",
+    )(layer, unit, unit, words, known, *images)
+    return [
+        result[:tokens] if shape else result[:tokens, 0, :chosen]
+        for result, shape in zip(found, results, strict=True)
+    ]
+
+
+def _kernel(
+    layer_ref,
+    unit_ref,
+    next_unit_ref,
+    words_ref,
+    known_ref,
+    *refs,
+    one_chunk,
+    block,
+    layout,
+    is_image,
+):
+    *refs, rows_ref, arrived = refs
+    step, last = pl.program_id(0), pl.num_programs(0) - 1
+    layer, turn = layer_ref[0], step % 2
+
+    def for_each_row(unit_ref, turn, act):
+        """Acts on the copy of each row of a step; pairs without an expert have none."""
+
+        def body(pair, _):
+            unit = unit_ref[0, 0, pair] - 1
+
+            @pl.when(unit >= 0)
+            def _():
+                row = words_ref.at[layer, pl.ds(unit, layout.units)]
+                place = rows_ref.at[turn, :, pair]
+                act(pltpu.make_async_copy(row, place, arrived.at[turn]))
+
+            return 0
+
+        jax.lax.fori_loop(0, block.pairs, body, 0)
+
+    @pl.when(step == 0)
+    def _():
+        # Where no row is copied to, words still are unpacked: they must be numbers.
+        rows_ref[...] = jnp.zeros_like(rows_ref)
+        for_each_row(unit_ref, turn, lambda copy: copy.start())
+
+    @pl.when(step < last)
+    def _():
+        for_each_row(next_unit_ref, 1 - turn, lambda copy: copy.start())
+
+    for_each_row(unit_ref, turn, lambda copy: copy.wait())
+
+    def one_token(token, _):
+        outputs = refs[len(refs) - len(is_image) :]
+        for ref, image in zip(outputs, is_image, strict=True):
+            if image:
+                ref[token] = jnp.zeros(ref.shape[1:], ref.dtype)
+        for begin in range(0, block.chosen, block.chunk):
+            chunk = pl.ds(begin, block.chunk)
+            place = pl.ds(pl.multiple_of(token * block.chosen, 8) + begin, block.chunk)
+
+            def rows(span, place=place):
+                units = range(span.start // UNIT, span.stop // UNIT)
+                return jnp.concatenate([rows_ref[turn, unit, place] for unit in units], axis=1)
+
+            known = known_ref[token, :, chunk]
+            *pairs, slot = (known[row : row + 1] for row in range(5))
+            of_token = [ref.at[token] for ref in refs[: len(refs) - len(is_image)]]
+            of_token += [
+                ref.at[token] if image else ref.at[token, :, chunk]
+                for ref, image in zip(outputs, is_image, strict=True)
+            ]
+            slot = slot.astype(jnp.int32) - 1
+            one_chunk(Pairs(*pairs), slot, rows, *of_token)
+        return 0
+
+    jax.lax.fori_loop(0, block.tokens, one_token, 0)
+
+
+def _dot(
+    image_ref: Any, rows: Int[Array, "chunk lanes"], slot: Int[Array, "1 chunk"], layout: RowLayout
+) -> Float[Array, "1 chunk"]:
+    """The product of an image with every row, within the lanes of the row's slot."""
+    lane_slot = layout.slot_of(jax.lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1))
+    products = [
+        _multiply(_by_slot(image_ref[plane : plane + 1], lane_slot, layout), codes, contract=1)
+        for plane, codes in enumerate(_planes(rows, layout))
+    ]
+    return _of_slot(sum(products[1:], products[0]), slot, layout)
+
+
+def _mix(
+    weights: Float[Array, "1 chunk"],
+    rows: Int[Array, "chunk lanes"],
+    slot: Int[Array, "1 chunk"],
+    layout: RowLayout,
+) -> Float[Array, "planes lanes"]:
+    """The weighted sum of rows, each within the lanes of its slot."""
+    lane_slot = layout.slot_of(jax.lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1))
+    by_slot = _by_slot(weights, slot, layout)
+    products = [_multiply(by_slot, codes, contract=0) for codes in _planes(rows, layout)]
+    return jnp.concatenate([_of_slot(each, lane_slot, layout) for each in products], axis=0)
+
+
+def _multiply(parts: Array, codes: Array, contract: int) -> Float[Array, "parts n"]:
+    """A product on the MXU, over the rows (0) or the lanes (1) of codes."""
+    dimensions = (((1,), (contract,)), ((), ()))
+    return jax.lax.dot_general(parts, codes, dimensions, preferred_element_type=jnp.float32)
+
+
+def _planes(rows: Int[Array, "chunk lanes"], layout: RowLayout) -> list[Array]:
+    """The codes of each plane, in bfloat16, in which they are exact."""
+    top = 32 - layout.bits
+    planes = [(rows << (top - layout.bits * plane)) >> top for plane in range(layout.planes)]
+    return [codes.astype(jnp.float32).astype(jnp.bfloat16) for codes in planes]
+
+
+def _by_slot(vector: Float[Array, "1 n"], place: Int[Array, "1 n"], layout: RowLayout) -> Array:
+    """The vector where `place` is each of the slots, in bfloat16 parts that sum to it.
+
+    Returns:
+        bfloat16 [PARTS * experts, n]: the first parts of all slots, the second parts, ...
+    """
+    slots = jax.lax.broadcasted_iota(jnp.int32, (layout.experts, 1), 0)
+    left = jnp.where(place == slots, vector, 0.0)
+    parts = []
+    for _ in range(PARTS):
+        parts.append(left.astype(jnp.bfloat16))
+        left = left - parts[-1].astype(jnp.float32)
+    return jnp.concatenate(parts, axis=0)
+
+
+def _of_slot(
+    products: Float[Array, "parts n"], place: Int[Array, "1 n"], layout: RowLayout
+) -> Float[Array, "1 n"]:
+    """The products of the slot that `place` names, their parts added up."""
+    slots = jax.lax.broadcasted_iota(jnp.int32, (layout.experts, 1), 0)
+    total = sum(
+        products[part * layout.experts : (part + 1) * layout.experts] for part in range(1, PARTS)
+    )
+    total = total + products[: layout.experts]
+    return jnp.sum(jnp.where(place == slots, total, 0.0), axis=0, keepdims=True)
