@@ -72,7 +72,7 @@ class RowLayout(NamedTuple):
         """Which of the row's experts lanes belong to."""
         return lax.div(lane, 2 * self.words)
 
-    def column_of(self, plane: Int[Array, "*S"], lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
+    def column_of(self, plane: Int[Array, "..."], lane: Int[Array, "..."]) -> Int[Array, "..."]:
         """Which column of `down` or `up` a code is."""
         return plane * self.words + lax.rem(lane, self.words)
 

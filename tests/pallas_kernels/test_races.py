@@ -9,8 +9,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.expert_lookup import mosaic_tpu as lookup_tpu
 from pallas_kernels.expert_lookup import xla as lookup_xla
+from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
+from pallas_kernels.expert_update import mosaic_tpu as update_tpu
+from pallas_kernels.expert_update import xla as update_xla
+from pallas_kernels.expert_update.xla import Carry
 from tests.pallas_kernels.interpreters import no_races_on_tpu
-from tests.pallas_kernels.test_kernels import assert_equal_to_rounding, make_inputs, make_pool
+from tests.pallas_kernels.test_kernels import (
+    assert_equal_to_rounding,
+    make_gradient,
+    make_inputs,
+    make_pool,
+)
 
 
 @pytest.mark.parametrize(("width", "tokens", "chosen"), [(256, 70, 8), (1024, 3, 16)])
@@ -27,6 +36,26 @@ def test_the_lookup_for_tpus(width, tokens, chosen):
         found = lookup_tpu.backward(*inputs, y, activation="gelu", interpret=interpret)
         found = jax.block_until_ready(found)
     assert_equal_to_rounding(found, lookup_xla.backward(*inputs, y, "gelu"))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_update_for_tpus(resident, monkeypatch):
+    num_experts, width = 30, 256
+    if not resident:
+        monkeypatch.setattr(update_tpu, "RESIDENT_BYTES", 0)
+    pool = make_pool("int4", width, num_experts)
+    gradient = make_gradient(num_experts, 40, 4, width)
+    rule = Hyperparameters(0.02, 0.003)
+    state = UpdateState.zeros_for(pool)
+    zeros = jnp.zeros(2)
+    carry = Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
+    sizes = {"num_experts": num_experts, "storage": "int4"}
+    expected = update_xla.update_stack(carry, gradient, rule, 1, 2, chunk=16, **sizes)
+    with no_races_on_tpu() as interpret:
+        found = update_tpu.update_stack(carry, gradient, rule, 1, 2, interpret=interpret, **sizes)
+        found = jax.block_until_ready(found)
+    assert np.mean(np.asarray(found.weights) != np.asarray(expected.weights)) <= 1e-3
+    assert_equal_to_rounding(found[1:2] + found[3:], expected[1:2] + expected[3:], 1e-4)
 
 
 def test_a_race_is_seen():

@@ -1,0 +1,439 @@
+"""The update for TPUs.
+
+The (token, expert) pairs of a layer, sorted by expert, are walked a block at a time. A row's
+gradient is summed over its pairs in float32, in ascending order of tokens, and goes on from block
+to block. In the block of a row's last pair, its codes and accumulators are there, copied while the
+block before was computed; the rule is applied to eight rows at a time, and they are copied back. A
+row is read and written once; the rows of experts that are not hit are never touched.
+
+Scales and second moments are a few numbers an expert: XLA gathers them before, and scatters what
+becomes of them after, from sums over each row that the kernel hands out.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.counter_hash import absorb, hash_words
+from pallas_kernels.expert_update import integer_step
+from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
+from pallas_kernels.expert_update.rule import (
+    Hyperparameters,
+    halve,
+    move,
+    precondition,
+    step_rate,
+)
+from pallas_kernels.expert_update.xla import ROUNDING, Carry
+from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.row_layout import RowLayout
+from pallas_kernels.sorted_pairs import sort_pairs
+from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
+
+BLOCK = 128  # pairs a grid step walks
+GROUP = 8  # rows that are rewritten together, the sublanes of a register
+RESIDENT_BYTES = 16 << 20  # x and dy are kept in VMEM up to this size; above, fetched by pair
+VMEM_BYTES = 48 << 20
+
+TOKEN, SLOT, UNIT_OF_LAST, ROWS_OF_GROUP = range(4)  # integers of a pair
+NUMBERS = 4  # of those, and rows of an int32 block
+
+
+def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
+    """Why the kernel cannot do this update; `None` if it can."""
+    del gradient
+    if not pool.is_packed:
+        return f"it rewrites packed pools, not {pool.storage}"
+    layout = RowLayout.of(pool.width, pool.storage)
+    size = BLOCK * layout.lanes * 4 * (4 + 3 * layout.planes)
+    if size + RESIDENT_BYTES > VMEM_BYTES:
+        return f"rows of width {pool.width} take {size >> 20} MiB of VMEM"
+    return None
+
+
+def update_stack(
+    carry: Carry,
+    gradient: FactoredGradient,
+    rule: Hyperparameters,
+    seed: Any,
+    step: Any,
+    *,
+    num_experts: int,
+    storage: str,
+    interpret: Any = False,
+) -> Carry:
+    """See `pallas_kernels.expert_update.xla.update_stack`."""
+    layers, _, width = gradient.x.shape
+    layout = RowLayout.of(width, storage)
+
+    def one_layer(layer: Array, carry: Carry) -> Carry:
+        ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
+        rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
+        prefix = hash_words(seed, ROUNDING, step, layer, jnp.arange(2))
+        images = layout.spread(x.astype(jnp.float32), DOWN)
+        images = images + layout.spread(dy.astype(jnp.float32), UP)
+        codes, accumulators, sums = _rewrite(
+            carry, layer, rows, images, rule, prefix, layout, interpret
+        )
+        carry = carry._replace(weights=codes, accumulators=accumulators)
+        return finish(carry, layer, rows, sums, rule, layout)
+
+    return jax.lax.fori_loop(0, layers, one_layer, carry)
+
+
+def _rewrite(
+    carry: Carry,
+    layer: Array,
+    rows: SortedRows,
+    images: Float[Array, "T planes lanes"],
+    rule: Hyperparameters,
+    prefix: Array,
+    layout: RowLayout,
+    interpret: Any,
+) -> tuple[Array, Array, RowSums]:
+    """Codes and accumulators after the step, in place, and the sums of each row."""
+    size = rows.row.shape[0]
+    steps, segments = pl.cdiv(size, BLOCK), 2 * layout.experts
+
+    def in_blocks(array: Array) -> Array:
+        """[..., P] as [steps, numbers, BLOCK], zeros at the end."""
+        numbers = array.reshape(-1, size)
+        padded = jnp.pad(numbers, ((0, 0), (0, steps * BLOCK - size)))
+        return padded.reshape(-1, steps, BLOCK).swapaxes(0, 1)
+
+    # Counted from 1, so that padding means "not the last of a row".
+    unit = jnp.where(rows.is_last, 1 + rows.row * layout.units, 0)
+    is_last = in_blocks(rows.is_last.astype(jnp.int32))
+    of_group = jnp.sum(is_last.reshape(steps, 1, -1, GROUP), axis=-1)
+    of_group = jnp.pad(of_group, ((0, 0), (0, 0), (0, BLOCK - of_group.shape[-1])))
+    by_pair = in_blocks(jnp.stack([rows.pairs.token, rows.slot, unit]))
+    integers = jnp.concatenate([by_pair, of_group], axis=1)
+    coefficients = in_blocks(jnp.stack([rows.pairs.c_down, rows.pairs.c_up]))
+    # Numbers of rows: what the kernel must know by column. Halves of integers are exact in float32.
+    experts = rows.experts(layout)
+    scales, moments = (
+        gather(each, layer, experts).reshape(segments, size)
+        for each in (carry.scales, carry.moments)
+    )
+    halves = jnp.stack([rows.row >> 16, rows.row & 0xFFFF]).astype(jnp.float32)
+    known = in_blocks(jnp.concatenate([scales, moments, halves]))
+    known = jnp.pad(known, ((0, 0), (0, -known.shape[1] % 8), (0, 0)))
+
+    scalars = jnp.stack([layer, rows.num_pairs, *prefix.astype(jnp.int32)]).astype(jnp.int32)
+    of_rule = jnp.stack([jnp.asarray(each, jnp.float32) for each in rule])
+    images = images[:, :, None]
+    is_resident = images.size * 4 <= RESIDENT_BYTES
+    sums_rows = -(-len(RowSums._fields) * segments // 8) * 8
+
+    def in_smem(rows: int, ahead: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (1, rows, BLOCK),
+            lambda step, *_: (jnp.clip(step + ahead, 0, steps - 1), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    image_buffer = images.shape if is_resident else (2, BLOCK, *images.shape[1:])
+    codes, accumulators, sums = pl.pallas_call(
+        partial(_kernel, layout=layout, is_resident=is_resident),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(steps,),
+            in_specs=[
+                in_smem(NUMBERS, -1),
+                in_smem(NUMBERS, 0),
+                in_smem(NUMBERS, 1),
+                in_smem(2, 0),
+                pl.BlockSpec((1, known.shape[1], BLOCK), lambda step, *_: (step, 0, 0)),
+                in_hbm,
+                in_hbm,
+                in_hbm,
+            ],
+            out_specs=[
+                in_hbm,
+                in_hbm,
+                pl.BlockSpec((1, sums_rows, BLOCK), lambda step, *_: (step, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((2, 2, layout.units, BLOCK, UNIT), jnp.int32),
+                pltpu.VMEM(image_buffer, jnp.float32),
+                pltpu.VMEM((layout.planes, 1, layout.lanes), jnp.float32),
+                pltpu.VMEM((layout.planes, BLOCK, layout.lanes), jnp.float32),
+                pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
+                pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, 2)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(carry.weights.shape, jnp.int32),
+            jax.ShapeDtypeStruct(carry.accumulators.shape, jnp.int32),
+            jax.ShapeDtypeStruct((steps, sums_rows, BLOCK), jnp.float32),
+        ],
+        input_output_aliases={8: 0, 9: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="expert_update",
+    )(
+        scalars,
+        of_rule,
+        integers,
+        integers,
+        integers,
+        coefficients,
+        known,
+        images,
+        carry.weights,
+        carry.accumulators,
+    )
+    sums = sums.swapaxes(0, 1).reshape(sums_rows, -1)[: len(RowSums._fields) * segments, :size]
+    return codes, accumulators, RowSums(*sums.reshape(-1, layout.experts, 2, size))
+
+
+def _kernel(
+    scalars_ref,
+    rule_ref,
+    before_ref,
+    now_ref,
+    after_ref,
+    coefficients_ref,
+    known_ref,
+    images_ref,
+    _codes_in,
+    _accumulators_in,
+    codes_ref,
+    accumulators_ref,
+    sums_out_ref,
+    words_ref,
+    image_ref,
+    running_ref,
+    gradient_ref,
+    known_columns_ref,
+    sum_columns_ref,
+    arrived,
+    *,
+    layout,
+    is_resident,
+):
+    step, last = pl.program_id(0), pl.num_programs(0) - 1
+    layer, turn = scalars_ref[0], step % 2
+    READ, WRITTEN, FETCHED = range(3)
+
+    def pairs_of(step):
+        return jnp.clip(scalars_ref[1] - step * BLOCK, 0, BLOCK)
+
+    def copies(integers_ref, pair, turn, *, back):
+        """The copies of a row's codes and accumulators; none unless the pair is a row's last."""
+        unit = pl.ds(integers_ref[0, UNIT_OF_LAST, pair] - 1, layout.units)
+        for kind, ref in enumerate((codes_ref, accumulators_ref)):
+            there, here = ref.at[layer, unit], words_ref.at[turn, kind, :, pair]
+            if back:
+                yield pltpu.make_async_copy(here, there, arrived.at[WRITTEN, turn])
+            else:
+                yield pltpu.make_async_copy(there, here, arrived.at[READ, turn])
+
+    def for_rows(integers_ref, begin, count, act, turn, *, back):
+        def body(index, _):
+            pair = begin + index
+
+            @pl.when(integers_ref[0, UNIT_OF_LAST, pair] > 0)
+            def _():
+                for copy in copies(integers_ref, pair, turn, back=back):
+                    act(copy)
+
+            return 0
+
+        jax.lax.fori_loop(0, count, body, 0)
+
+    def for_images(integers_ref, step, act, turn):
+        def body(pair, _):
+            source = images_ref.at[integers_ref[0, TOKEN, pair]]
+            act(pltpu.make_async_copy(source, image_ref.at[turn, pair], arrived.at[FETCHED, turn]))
+            return 0
+
+        if not is_resident:
+            jax.lax.fori_loop(0, pairs_of(step), body, 0)
+
+    def start(copy):
+        copy.start()
+
+    def wait(copy):
+        copy.wait()
+
+    @pl.when(step == 0)
+    def _():
+        # Rows that are not there are computed with the others of their group, to no effect.
+        words_ref[...] = jnp.zeros_like(words_ref)
+        gradient_ref[...] = jnp.zeros_like(gradient_ref)
+        running_ref[...] = jnp.zeros_like(running_ref)
+        if is_resident:
+            pltpu.sync_copy(images_ref, image_ref)
+        for_rows(now_ref, 0, BLOCK, start, turn, back=False)
+        for_images(now_ref, step, start, turn)
+
+    @pl.when(step > 0)
+    def _():
+        for_rows(before_ref, 0, BLOCK, wait, 1 - turn, back=True)
+
+    @pl.when(step < last)
+    def _():
+        for_rows(after_ref, 0, BLOCK, start, 1 - turn, back=False)
+        for_images(after_ref, step + 1, start, 1 - turn)
+
+    for_images(now_ref, step, wait, turn)
+    segment = _segment_of_lanes(layout)
+
+    def add_pair(pair, _):
+        slot = now_ref[0, SLOT, pair]
+        down = jnp.where(segment == 2 * slot, coefficients_ref[0, 0, pair], 0.0)
+        both = jnp.where(segment == 2 * slot + 1, coefficients_ref[0, 1, pair], down)
+        image = image_ref[now_ref[0, TOKEN, pair]] if is_resident else image_ref[turn, pair]
+        total = running_ref[...] + both[None] * image
+        gradient_ref[:, pl.ds(pair, 1)] = total
+        running_ref[...] = jnp.where(now_ref[0, UNIT_OF_LAST, pair] > 0, 0.0, total)
+        return 0
+
+    jax.lax.fori_loop(0, pairs_of(step), add_pair, 0)
+    known = known_ref[0]
+    missing = jnp.zeros((BLOCK - known.shape[0], BLOCK), jnp.float32)
+    known_columns_ref[...] = jnp.concatenate([known, missing], axis=0).T
+    for_rows(now_ref, 0, BLOCK, wait, turn, back=False)
+    rule = Hyperparameters(*[rule_ref[index] for index in range(len(Hyperparameters._fields))])
+
+    def rewrite_group(group, _):
+        @pl.when(now_ref[0, ROWS_OF_GROUP, group] > 0)
+        def _():
+            begin = pl.multiple_of(group * GROUP, GROUP)
+            rows = pl.ds(begin, GROUP)
+            words = [
+                jnp.concatenate(
+                    [words_ref[turn, kind, unit, rows] for unit in range(layout.units)], axis=1
+                )
+                for kind in range(2)
+            ]
+            known = known_columns_ref[rows]
+            prefix = [scalars_ref[2 + vector].astype(jnp.uint32) for vector in range(2)]
+            *words, sums = _rule_of_rows(*words, gradient_ref[:, rows], known, prefix, rule, layout)
+            for kind in range(2):
+                for unit in range(layout.units):
+                    lanes = slice(unit * UNIT, (unit + 1) * UNIT)
+                    words_ref[turn, kind, unit, rows] = words[kind][:, lanes]
+            sum_columns_ref[rows] = sums
+            for_rows(now_ref, begin, GROUP, start, turn, back=True)
+
+        return 0
+
+    jax.lax.fori_loop(0, BLOCK // GROUP, rewrite_group, 0)
+    sums_out_ref[0] = sum_columns_ref[...].T[: sums_out_ref.shape[1]]
+
+    @pl.when(step == last)
+    def _():
+        for_rows(now_ref, 0, BLOCK, wait, turn, back=True)
+
+
+def _rule_of_rows(
+    codes_words: Int[Array, "rows lanes"],
+    accumulator_words: Int[Array, "rows lanes"],
+    gradient: Float[Array, "planes rows lanes"],
+    known: Float[Array, "rows 128"],
+    prefix: list[Array],
+    rule: Hyperparameters,
+    layout: RowLayout,
+) -> tuple[Array, Array, Array]:
+    """One step of some rows: their words, and their sums as columns."""
+    segments, bits = 2 * layout.experts, layout.bits
+    segment = _segment_of_lanes(layout)
+    width = layout.planes * layout.words
+
+    def sums_of(values: Float[Array, "planes rows lanes"]) -> list[Float[Array, "rows 1"]]:
+        by_lane = jnp.sum(values, axis=0)
+        return [
+            jnp.sum(jnp.where(segment == each, by_lane, 0.0), axis=1, keepdims=True)
+            for each in range(segments)
+        ]
+
+    def on_lanes(columns: list[Float[Array, "rows 1"]]) -> Float[Array, "rows lanes"]:
+        lanes = jnp.zeros((codes_words.shape[0], layout.lanes), jnp.float32)
+        for each, column in enumerate(columns):
+            lanes = jnp.where(segment == each, column, lanes)
+        return lanes
+
+    def column(index: int) -> Float[Array, "rows 1"]:
+        return known[:, index : index + 1]
+
+    scales = [column(index) for index in range(segments)]
+    moments = [column(segments + index) for index in range(segments)]
+    high, low = (column(2 * segments + half).astype(jnp.int32) for half in range(2))
+    row = (high << 16) + low
+
+    mean_square = [each / width for each in sums_of(gradient * gradient)]
+    rates = []
+    for square, moment, scale in zip(mean_square, moments, scales, strict=True):
+        _, factor = precondition(square, moment, rule.beta2)
+        rates.append(step_rate(factor, scale, rule, bits))
+    codes, accumulators = (_unpack(each, layout) for each in (codes_words, accumulator_words))
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1)
+    plane = jax.lax.broadcasted_iota(jnp.int32, (layout.planes, 1, layout.lanes), 0)
+    state = jnp.where(layout.vector_of(lane) == 0, prefix[0], prefix[1])
+    state = absorb(state, row * layout.experts + layout.slot_of(lane))
+    random = absorb(state[None], layout.column_of(plane, lane[None]))
+    moved = move(
+        integer_step.join(codes, accumulators, bits), gradient, on_lanes(rates)[None], random, rule
+    )
+
+    def share_of_clipping(moved: Array) -> list[Float[Array, "rows 1"]]:
+        return sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
+
+    doubles = [
+        (clipping / width > rule.grow_above).astype(jnp.float32)
+        for clipping in share_of_clipping(moved)
+    ]
+    moved = jnp.where(on_lanes(doubles)[None] > 0, halve(moved, random), moved)
+    stopped = share_of_clipping(moved)
+    moved = jnp.clip(moved, *integer_step.limits(bits, bits))
+    new_codes, new_accumulators = integer_step.split(moved, bits)
+    hit = on_lanes([(square > 0).astype(jnp.float32) for square in mean_square])[None] > 0
+    words = [
+        _pack(jnp.where(hit, new, old), layout)
+        for new, old in ((new_codes, codes), (new_accumulators, accumulators))
+    ]
+    magnitude = sums_of(jnp.abs(gradient))
+    along_codes = sums_of(gradient * codes.astype(jnp.float32))
+    # In the order of `RowSums`.
+    sums = [*mean_square, *magnitude, *along_codes, *doubles, *stopped]
+    return words[0], words[1], _as_columns(sums)
+
+
+def _segment_of_lanes(layout: RowLayout) -> Int[Array, "1 lanes"]:
+    """Which vector of which expert a lane belongs to: `2 * slot + vector`."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1)
+    return 2 * layout.slot_of(lane) + layout.vector_of(lane)
+
+
+def _unpack(words: Int[Array, "rows lanes"], layout: RowLayout) -> Int[Array, "planes rows lanes"]:
+    top = 32 - layout.bits
+    return jnp.stack(
+        [(words << (top - layout.bits * plane)) >> top for plane in range(layout.planes)]
+    )
+
+
+def _pack(codes: Int[Array, "planes rows lanes"], layout: RowLayout) -> Int[Array, "rows lanes"]:
+    mask = (1 << layout.bits) - 1
+    words = codes[0] & mask
+    for plane in range(1, layout.planes):
+        words = words | ((codes[plane] & mask) << (layout.bits * plane))
+    return words
+
+
+def _as_columns(columns: list[Float[Array, "rows 1"]]) -> Float[Array, "rows 128"]:
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK), 1)
+    result = jnp.zeros((columns[0].shape[0], BLOCK), jnp.float32)
+    for index, column in enumerate(columns):
+        result = jnp.where(lane == index, column, result)
+    return result

@@ -1,0 +1,119 @@
+"""What surrounds an update kernel: the rows that are hit, and what becomes of their scales."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.expert_update.rule import Hyperparameters, precondition, rescale, step_rate
+from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.row_layout import RowLayout
+from pallas_kernels.sorted_pairs import SortedPairs
+
+
+class SortedRows(NamedTuple):
+    """The pairs of a layer, sorted by expert, and the rows of the pool that they hit.
+
+    A row (`pallas_kernels.row_layout`) is rewritten at the last of its pairs. Numbers of a row are
+    therefore kept by pair, and count at a row's last pair only.
+
+    Attributes:
+        pairs: see there.
+        row: the row of each pair; meaningless where there is no expert.
+        slot: the place of its expert in the row.
+        is_last: whether it is the last pair of its row.
+        num_pairs: how many pairs have an expert. They come first.
+    """
+
+    pairs: SortedPairs
+    row: Int[Array, " P"]
+    slot: Int[Array, " P"]
+    is_last: Bool[Array, " P"]
+    num_pairs: Int[Array, ""]
+
+    @staticmethod
+    def of(pairs: SortedPairs, layout: RowLayout) -> "SortedRows":
+        """Finds the rows of sorted pairs."""
+        size = pairs.token.shape[0]
+        expert = pairs.expert[pairs.rank]
+        row, num_pairs = expert // layout.experts, pairs.first[pairs.num_hit]
+        is_kept = jnp.arange(size) < num_pairs
+        follows = jnp.concatenate([row[1:], row[-1:]])
+        is_final = jnp.arange(size) == num_pairs - 1
+        is_last = is_kept & (is_final | (row != follows))
+        return SortedRows(pairs, row, expert % layout.experts, is_last, num_pairs)
+
+    def experts(self, layout: RowLayout) -> Int[Array, "experts P"]:
+        """The experts of each pair's row."""
+        return self.row * layout.experts + jnp.arange(layout.experts)[:, None]
+
+
+class RowSums(NamedTuple):
+    """What a kernel hands out of each row: by slot, vector (`down`, `up`), and pair.
+
+    Pairs come last here and everywhere near: a TPU pads a last dimension of two to 128.
+
+    Attributes:
+        mean_square: of the gradient.
+        magnitude: sum of the gradient's absolute values.
+        along_codes: the product of gradient and codes, before the step.
+        doubles: 1 where the scale doubles, else 0.
+        stopped: codes that stopped at their limit.
+    """
+
+    mean_square: Float[Array, "experts 2 P"]
+    magnitude: Float[Array, "experts 2 P"]
+    along_codes: Float[Array, "experts 2 P"]
+    doubles: Float[Array, "experts 2 P"]
+    stopped: Float[Array, "experts 2 P"]
+
+
+def gather(
+    array: Float[Array, "layers 2 N"], layer: Array, experts: Int[Array, "experts P"]
+) -> Float[Array, "experts 2 P"]:
+    """The numbers of both vectors of experts; of any expert where there is none."""
+    return array[layer, jnp.arange(2)[:, None], experts[:, None]]
+
+
+def finish(
+    carry: Carry,
+    layer: Array,
+    rows: SortedRows,
+    sums: RowSums,
+    rule: Hyperparameters,
+    layout: RowLayout,
+) -> Carry:
+    """Scales, second moments and statistics of a layer whose codes have been rewritten."""
+    experts = rows.experts(layout)
+    scales, moments, scale_moments = (
+        gather(array, layer, experts)
+        for array in (carry.scales, carry.moments, carry.scale_moments)
+    )
+    hit = rows.is_last & (sums.mean_square > 0)
+    new_moments, factor = precondition(sums.mean_square, moments, rule.beta2)
+    step_size = step_rate(factor, scales, rule, layout.bits) * sums.magnitude
+    new_scales, new_scale_moments = rescale(
+        scales, sums.doubles > 0, sums.along_codes, scale_moments, rule
+    )
+    place = jnp.where(hit, experts[:, None], carry.moments.shape[-1])
+
+    def put(array: Array, new: Array) -> Array:
+        to = (layer, jnp.arange(2)[:, None], place)
+        return array.at[to].set(new, mode="drop", unique_indices=True)
+
+    def add(total: Array, each: Array) -> Array:
+        return total.at[layer].add(jnp.sum(jnp.where(hit, each, 0), dtype=jnp.float32))
+
+    statistics = carry.statistics
+    return carry._replace(
+        scales=put(carry.scales, new_scales),
+        moments=put(carry.moments, new_moments),
+        scale_moments=put(carry.scale_moments, new_scale_moments),
+        statistics=statistics._replace(
+            experts=statistics.experts.at[layer].add(rows.pairs.num_hit.astype(jnp.float32)),
+            rows=add(statistics.rows, jnp.ones_like(sums.doubles)),
+            clipped=add(statistics.clipped, sums.stopped),
+            doubled=add(statistics.doubled, sums.doubles),
+            step_size=add(statistics.step_size, step_size),
+        ),
+    )
