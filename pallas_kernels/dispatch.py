@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
-PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+IMPLEMENTATIONS = ("xla", "mosaic_tpu")
+PLATFORMS = {"mosaic_tpu": "tpu"}
 logger = logging.getLogger(__name__)
 
 
@@ -80,5 +80,5 @@ def dispatch(
 @functools.cache
 def _say_once(operation: str, name: str, reason: str) -> None:
     """Says in the log that XLA does what a kernel for the platform at hand cannot."""
-    if jax.default_backend() == {"tpu": "tpu", "cuda": "gpu"}[PLATFORMS[name]]:
+    if jax.default_backend() == PLATFORMS[name]:
         logger.warning("XLA will %s: %s cannot (%s)", operation, name, reason)

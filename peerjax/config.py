@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from pallas_kernels.activations import ACTIVATIONS
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
 from peerjax.errors import ConfigError
@@ -13,7 +14,15 @@ from peerjax.model import KINDS, ModelConfig, PeerConfig
 from peerjax.pool import STORAGES
 
 # Fields that a run may change when it is continued; all others make it another run.
-CHANGEABLE = ("steps", "max_skipped_steps", "log_every", "eval", "checkpoint", "data.workers")
+CHANGEABLE = (
+    "steps",
+    "max_skipped_steps",
+    "log_every",
+    "eval",
+    "checkpoint",
+    "data.workers",
+    "kernels",
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -61,6 +70,11 @@ def default_config() -> ml_collections.ConfigDict:
     pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
 
+    kernels = config.kernels = ml_collections.ConfigDict()
+    # Of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu".
+    # A kernel named on another platform than its own is interpreted: slow.
+    kernels.implementation = "auto"
+
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 3e-3  # peak, of everything but pools
     optimizer.warmup_steps = 50
@@ -99,6 +113,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "peer.query_norm", ("layernorm", "none"))
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", "adamw"))
+    _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
     model, peer, data = config.model, config.peer, config.data
     if data.source == "files" and not data.pattern:
         raise ConfigError("data.source is 'files' but data.pattern is empty")
@@ -141,7 +156,18 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
     del fields["max_length"]
     fields["layers"] = tuple((kind, count) for kind, count in config.model.layers)
     peer = PeerConfig(**{**config.peer, "num_experts": tuple(config.peer.num_experts)})
-    return ModelConfig(vocab_size=vocab_size, peer=peer, pool_storage=config.pool.storage, **fields)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        peer=peer,
+        pool_storage=config.pool.storage,
+        implementation=implementation_of(config),
+        **fields,
+    )
+
+
+def implementation_of(config: ml_collections.ConfigDict) -> str | None:
+    """What the configuration says about kernels, as `pallas_kernels` takes it."""
+    return None if config.kernels.implementation == "auto" else config.kernels.implementation
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:

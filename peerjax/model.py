@@ -48,6 +48,7 @@ class ModelConfig:
     remat: bool
     peer: PeerConfig
     pool_storage: str
+    implementation: str | None = None  # of lookups
 
     @property
     def depth(self) -> int:
@@ -83,7 +84,8 @@ class Block(nn.Module):
         """The feed-forward layer of this block's kind."""
         config = self.config
         if self.kind == PEER_KIND:
-            peer = PEER(**dataclasses.asdict(config.peer), name="peer")
+            fields = dataclasses.asdict(config.peer)
+            peer = PEER(**fields, implementation=config.implementation, name="peer")
             return peer(x_BLD, pool.at_layer(layer))
         dtype = jnp.dtype(config.dtype)
         mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")

@@ -50,6 +50,8 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
     layout = RowLayout.of(pool.width, pool.storage)
+    if len(RowSums._fields) * 2 * layout.experts > BLOCK:
+        return f"{layout.experts} experts of width {pool.width} share a row, too many to add up"
     size = BLOCK * layout.lanes * 4 * (4 + 3 * layout.planes)
     if size + RESIDENT_BYTES > VMEM_BYTES:
         return f"rows of width {pool.width} take {size >> 20} MiB of VMEM"

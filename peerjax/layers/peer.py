@@ -32,6 +32,7 @@ class PEER(nn.Module):
         key_width: width of a sub-key.
         activation: "gelu" (exact), "relu" or "relu2".
         query_norm: "layernorm" or "none".
+        implementation: of the lookup; `None` chooses by the platform.
     """
 
     num_experts: tuple[int, int]
@@ -40,6 +41,7 @@ class PEER(nn.Module):
     key_width: int
     activation: str = "gelu"
     query_norm: str = "layernorm"
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"], pool: ExpertPool) -> Float[Array, "B L D"]:
@@ -59,7 +61,15 @@ class PEER(nn.Module):
         self._keep("ids", ids_TK)
         self._keep("gates", gates_TK)
         tap = self._tap(ids_TK, x_TD)
-        y_TD = sharded_lookup(pool, ids_TK, gates_TK, x_TD, activation=self.activation, tap=tap)
+        y_TD = sharded_lookup(
+            pool,
+            ids_TK,
+            gates_TK,
+            x_TD,
+            activation=self.activation,
+            tap=tap,
+            implementation=self.implementation,
+        )
         return y_TD.reshape(x_BLD.shape)
 
     def _sub_key_scores(self, x_TD: Array) -> tuple[Array, Array]:

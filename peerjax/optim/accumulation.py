@@ -10,10 +10,11 @@ import optax
 from jaxtyping import Array, Int
 
 from pallas_kernels.counter_hash import hash_words
-from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState, update
+from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
 from peerjax.optim.overwrite import Overwrite
+from peerjax.sharding.pools import replicated_update
 
 
 class AccumulationState(NamedTuple):
@@ -39,6 +40,7 @@ def int4_accumulation(
     clip_norm: float | None = None,
     grow_above: float = 0.02,
     seed: int = 0,
+    implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Row-wise steps of expert pools, accumulated in integers of the width of the codes.
 
@@ -70,6 +72,7 @@ def int4_accumulation(
             without it.
         grow_above: share of clipping codes above which a row doubles its scale.
         seed: with the number of the update, determines every random bit.
+        implementation: of `pallas_kernels.expert_update.update`; `None` chooses by the platform.
 
     Returns:
         The transform.
@@ -135,7 +138,13 @@ def int4_accumulation(
         states = jax.tree.leaves(state.pools, is_leaf=lambda node: isinstance(node, UpdateState))
         results = [
             # The number of the pool is a part of its seed: pools draw different bits.
-            update(*each, hyperparameters, seed=hash_words(seed, number), step=state.count)
+            replicated_update(
+                *each,
+                hyperparameters,
+                seed=hash_words(seed, number),
+                step=state.count,
+                implementation=implementation,
+            )
             for number, each in enumerate(zip(pools, states, gradients, strict=True))
         ]
         new_pools, new_states, statistics = zip(*results, strict=True) if results else ((), (), ())

@@ -5,12 +5,14 @@ operations, so that a layer can be used on its own.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_lookup import lookup
+from pallas_kernels.expert_update import Statistics, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
 from peerjax.sharding.rules import BATCH
@@ -24,19 +26,40 @@ def sharded_lookup(
     *,
     activation: str,
     tap: Tap | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "T D"]:
     """`pallas_kernels.expert_lookup.lookup` with tokens split over the mesh's `data` axis."""
     if tap is None:
         tap = Tap.zeros_for(ids, x)
 
     def local(pool, ids, gates, x, tap):
-        return lookup(pool, ids, gates, x, activation=activation, tap=tap)
+        return lookup(
+            pool, ids, gates, x, activation=activation, tap=tap, implementation=implementation
+        )
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(pool, ids, gates, x, tap)
     # check_vma: a custom backward cannot state which cotangents vary over which axis.
     over_mesh = partial(jax.shard_map, check_vma=False, out_specs=BATCH)
     return over_mesh(local, in_specs=(P(), BATCH, BATCH, BATCH, BATCH))(pool, ids, gates, x, tap)
+
+
+def replicated_update(
+    *operands: Any, seed: Any, step: Any, implementation: str | None = None
+) -> tuple[ExpertPool, UpdateState, Statistics]:
+    """`pallas_kernels.expert_update.update`, by every device of the mesh for itself.
+
+    All hold the same pool and the same gradient, and draw the same random bits.
+    """
+
+    def local(seed: Any, step: Any, *operands: Any) -> tuple[ExpertPool, UpdateState, Statistics]:
+        return update(*operands, seed=seed, step=step, implementation=implementation)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(seed, step, *operands)
+    # A kernel cannot be partitioned: that there is nothing to partition must be said.
+    over_mesh = jax.shard_map(local, check_vma=False, in_specs=P(), out_specs=P())
+    return over_mesh(seed, step, *operands)
 
 
 def dense_pool_gradient(

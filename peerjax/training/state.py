@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, Int, Key
 
+from peerjax.config import implementation_of
 from peerjax.model import Decoder
 from peerjax.optim import int4_accumulation
 
@@ -114,6 +115,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         beta2=config.pool.beta2,
         clip_norm=config.pool.clip_norm or None,
         seed=config.seed,
+        implementation=implementation_of(config),
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)
 
