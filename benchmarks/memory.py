@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.compiled_step import compile_step
+from benchmarks.compiled_step import compile_step, million
 from benchmarks.result import Figure, Result
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
@@ -26,7 +26,7 @@ def run(quick: bool) -> Result:
         ]
         for width, report in reports.items()
     ]
-    small, large = compile_step(SMALL), compile_step(LARGE)
+    small, large = compile_step(million(SMALL)), compile_step(million(LARGE))
     scores = 4 * large.tokens * large.heads * 2 * round(LARGE**0.5) * 4
     more = large.temp - small.temp
     gathered = large.tokens * large.chosen * large.width

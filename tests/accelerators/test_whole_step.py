@@ -1,65 +1,93 @@
-"""The memory of a compiled training step, for the CPU at hand and for a GPU that is not there."""
+"""The memory of a compiled training step, for the CPU at hand and for accelerators that are not."""
 
 import functools
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from benchmarks.compiled_step import Program, compile_step
+from benchmarks.compiled_step import Program, compile_step, million
+from benchmarks.targets import TPUS, missing, run_for
 from configs import peer_1m
-from tests.conftest import REPOSITORY
 
 SMALL, LARGE = 1 << 14, 1 << 20
-PLUGINS = {"h100": "jax_cuda12_plugin"}
+EVERY_TARGET = ["cpu", "h100", *TPUS]
+GIB = 1 << 30
+
+
+def require(target: str) -> None:
+    """Skips where a target's compiler is not installed, but not where it must be."""
+    extra = missing(target)
+    if extra and os.environ.get("PEERJAX_TARGETS"):
+        pytest.fail(f"compiling for {target} needs 'peerjax[{extra}]'")
+    if extra:
+        pytest.skip(f"compiling for {target} needs 'peerjax[{extra}]'")
 
 
 @functools.cache
-def program_for(target: str, num_experts: int) -> Program:
+def program_for(target: str, recipe: str, *changes: str) -> Program:
+    require(target)
+    return Program(**run_for(target, "benchmarks.compiled_step", recipe, *changes))
+
+
+@functools.cache
+def million_for(target: str, num_experts: int) -> Program:
     if target == "cpu":
-        return compile_step(num_experts)
-    if importlib.util.find_spec(PLUGINS[target]) is None:
-        if os.environ.get("PEERJAX_TARGETS"):
-            pytest.fail(f"{PLUGINS[target]} is not installed")
-        pytest.skip("compiling for a GPU needs 'peerjax[compile-gpu]'")
-    found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled_step", target, str(num_experts)],
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return Program(**json.loads(found.stdout.splitlines()[-1]))
+        return compile_step(million(num_experts))
+    root = round(num_experts**0.5)
+    return program_for(target, "peer_1m_cpu", f"peer.num_experts=({root}, {root})")
 
 
 @pytest.mark.parametrize("target", ["cpu", "h100"])
 def test_a_larger_pool_adds_only_router_scores_to_the_temporary_memory(target):
-    small, large = program_for(target, SMALL), program_for(target, LARGE)
+    small, large = million_for(target, SMALL), million_for(target, LARGE)
     scores = 4 * large.tokens * large.heads * 2 * round(LARGE**0.5) * 4
     assert large.temp - small.temp <= scores
     assert scores < large.pools / 4  # the bound is far below anything the size of the pool
 
 
 @pytest.mark.parametrize("target", ["cpu", "h100"])
-def test_pools_and_their_accumulators_are_rewritten_in_place(target):
-    large = program_for(target, LARGE)
-    assert large.aliased >= large.pools
-
-
-@pytest.mark.parametrize("target", ["cpu", "h100"])
 def test_no_gathered_experts_and_no_float_copy_of_a_pool_exist(target):
-    large = program_for(target, LARGE)
+    large = million_for(target, LARGE)
     gathered = large.tokens * large.chosen * large.width
     assert gathered < LARGE * large.width
     assert large.largest_float < gathered
     assert large.largest_other < gathered
 
 
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_pools_and_their_accumulators_are_rewritten_in_place(target):
+    large = million_for(target, LARGE)
+    assert large.aliased >= large.pools
+    assert large.pool_copies == 0
+
+
 def test_the_search_finds_what_it_looks_for():
-    dense = compile_step(SMALL, recipe=peer_1m)  # float32 and AdamW
+    config = peer_1m.get_config()  # float32 and AdamW
+    config.peer.num_experts = (128, 128)
+    dense = compile_step(config)
     assert dense.largest_float >= SMALL * 2 * dense.width
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "parameters", "memory"),
+    [("h100", "peer_60b_one_gpu", 60e9, 75 * GIB), ("v5e", "peer_12b_one_v5e", 12e9, 15 * GIB)],
+)
+def test_what_trains_on_one_accelerator(target, recipe, parameters, memory):
+    """Arguments, results and temporary memory, factored gradients included."""
+    program = program_for(target, recipe)
+    assert program.expert_parameters >= parameters
+    assert program.total <= memory
+    assert program.aliased >= program.pools
+    assert program.pool_copies == 0
+
+
+@pytest.mark.parametrize("target", [*TPUS])
+def test_twelve_layers_compile_with_their_kernels(target):
+    program = program_for(
+        target,
+        "peer_12b_one_v5e",
+        "kernels.implementation='mosaic_tpu'",
+        "peer.num_experts=(256, 256)",
+    )
+    assert program.aliased >= program.pools
+    assert program.pool_copies == 0

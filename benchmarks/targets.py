@@ -1,0 +1,121 @@
+"""Accelerators to compile for, none of which needs to be there.
+
+Each target is compiled for in a process of its own: `environment` says how to start it.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+GPUS = ("h100",)
+TARGETS = (*TPUS, *GPUS)
+# The package that compiles, and the extra that installs it.
+COMPILERS = {
+    **dict.fromkeys(TPUS, ("libtpu", "compile-tpu")),
+    **dict.fromkeys(GPUS, ("jax_cuda12_plugin", "compile-gpu")),
+}
+GIB = 1 << 30
+MEMORY = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 79 * GIB}
+# What XLA must know of a GPU to compile for it.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 12 minor: 9 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def device_of(target: str) -> Any:
+    """A device to compile for; `None` for the CPU at hand."""
+    if target == "cpu":
+        return None
+    if target in TPUS:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology="1x1x1", topology_name=""
+        )
+    return topology.devices[0]
+
+
+def on(device: Any, tree: Any) -> Any:
+    """The shapes of a tree of arrays, on a device that need not exist."""
+    if device is None:
+        return tree
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+    )
+
+
+def missing(target: str) -> str | None:
+    """The extra that must be installed to compile for a target; `None` if nothing is missing."""
+    if target == "cpu":
+        return None
+    package, extra = COMPILERS[target]
+    return None if importlib.util.find_spec(package) else extra
+
+
+def environment(target: str) -> dict[str, str]:
+    """Variables of a process that compiles for a target and has no accelerator."""
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if target in TPUS:
+        # No questions to a metadata server, no lock against other processes, no logs.
+        variables |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_LOG_DIR": "disabled",
+            "TPU_MIN_LOG_LEVEL": "3",
+        }
+    else:
+        variables["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    return variables
+
+
+def run_for(target: str, module: str, *arguments: str) -> Any:
+    """Runs `python -m module target arguments...` and returns the JSON of its last line.
+
+    Raises:
+        RuntimeError: with the end of its output, if it fails.
+    """
+    found = subprocess.run(
+        [sys.executable, "-m", module, target, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=environment(target),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode:
+        raise RuntimeError(f"{module} {target} {' '.join(arguments)}: {found.stderr[-3000:]}")
+    return json.loads(found.stdout.splitlines()[-1])

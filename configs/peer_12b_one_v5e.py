@@ -1,0 +1,9 @@
+"""Twelve billion expert parameters on one TPU v5e of 16 GB: `peer_60b_one_gpu.py` with 704^2."""
+
+from configs import peer_60b_one_gpu
+
+
+def get_config():
+    config = peer_60b_one_gpu.get_config()
+    config.peer.num_experts = (704, 704)
+    return config
