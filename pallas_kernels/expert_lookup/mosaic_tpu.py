@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.expert_lookup.pairs import Pairs
 from pallas_kernels.expert_lookup.xla import Cotangents
+from pallas_kernels.row_copies import for_each, wait_for
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
@@ -174,6 +175,8 @@ def _walk(
     unit = jnp.where(valid, 1 + ids // layout.experts * layout.units, 0)
     slot = jnp.where(valid, 1 + ids % layout.experts, 0).astype(jnp.float32)
     unit = pad(unit, block.chosen - chosen).reshape(steps, 1, block.pairs)
+    rows = jnp.sum(unit > 0, axis=-1, keepdims=True, dtype=unit.dtype)
+    unit_and_rows = jnp.concatenate([unit, rows], axis=-1)
     nothing = [jnp.zeros_like(slot)] * (PAIR_ROWS - 5)
     known = pad(jnp.stack([*pairs, slot, *nothing], axis=1), block.chosen - chosen)
     images = [pad(image) for image in images]
@@ -185,7 +188,7 @@ def _walk(
 
     def in_smem(ahead: int) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (1, 1, block.pairs),
+            (1, 1, block.pairs + 1),
             lambda step, _: (jnp.minimum(step + ahead, steps - 1), 0, 0),
             memory_space=pltpu.SMEM,
         )
@@ -215,10 +218,13 @@ def _walk(
         out_shape=[
             jax.ShapeDtypeStruct((steps * block.tokens, *shape), jnp.float32) for shape in shapes
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        # Units of valid ids are within the pool; the checks would take half of an issue's time.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="expert_lookup",
-    )(layer, unit, unit, words, known, *images)
+    )(layer, unit_and_rows, unit_and_rows, words, known, *images)
     return [
         result[:tokens] if shape else result[:tokens, 0, :chosen]
         for result, shape in zip(found, results, strict=True)
@@ -241,33 +247,31 @@ def _kernel(
     step, last = pl.program_id(0), pl.num_programs(0) - 1
     layer, turn = layer_ref[0], step % 2
 
-    def for_each_row(unit_ref, turn, act):
-        """Acts on the copy of each row of a step; pairs without an expert have none."""
+    def fetch(unit_ref, turn):
+        """Starts the copy of each row of a step; pairs without an expert have none."""
 
-        def body(pair, _):
+        def start(pair):
             unit = unit_ref[0, 0, pair] - 1
 
             @pl.when(unit >= 0)
             def _():
                 row = words_ref.at[layer, pl.ds(unit, layout.units)]
-                place = rows_ref.at[turn, :, pair]
-                act(pltpu.make_async_copy(row, place, arrived.at[turn]))
+                pltpu.make_async_copy(row, rows_ref.at[turn, :, pair], arrived.at[turn]).start()
 
-            return 0
-
-        jax.lax.fori_loop(0, block.pairs, body, 0)
+        for_each(block.pairs, start)
 
     @pl.when(step == 0)
     def _():
         # Where no row is copied to, words still are unpacked: they must be numbers.
         rows_ref[...] = jnp.zeros_like(rows_ref)
-        for_each_row(unit_ref, turn, lambda copy: copy.start())
+        fetch(unit_ref, turn)
 
     @pl.when(step < last)
     def _():
-        for_each_row(next_unit_ref, 1 - turn, lambda copy: copy.start())
+        fetch(next_unit_ref, 1 - turn)
 
-    for_each_row(unit_ref, turn, lambda copy: copy.wait())
+    one, all_rows = rows_ref.at[turn, :, 0], rows_ref.at[turn]
+    wait_for(unit_ref[0, 0, block.pairs], block.pairs, one, all_rows, arrived.at[turn])
 
     def one_token(token, _):
         outputs = refs[len(refs) - len(is_image) :]

@@ -31,6 +31,7 @@ from pallas_kernels.expert_update.rule import (
 )
 from pallas_kernels.expert_update.xla import ROUNDING, Carry
 from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.row_copies import for_each, wait_for
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
@@ -40,8 +41,8 @@ GROUP = 8  # rows that are rewritten together, the sublanes of a register
 RESIDENT_BYTES = 16 << 20  # x and dy are kept in VMEM up to this size; above, fetched by pair
 VMEM_BYTES = 48 << 20
 
-TOKEN, SLOT, UNIT_OF_LAST, ROWS_OF_GROUP = range(4)  # integers of a pair
-NUMBERS = 4  # of those, and rows of an int32 block
+# Integers of a pair; and rows to rewrite in each group, in all of them at the end.
+TOKEN, SLOT, UNIT_OF_LAST, ROWS = range(4)
 
 
 def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
@@ -112,7 +113,9 @@ def _rewrite(
     unit = jnp.where(rows.is_last, 1 + rows.row * layout.units, 0)
     is_last = in_blocks(rows.is_last.astype(jnp.int32))
     of_group = jnp.sum(is_last.reshape(steps, 1, -1, GROUP), axis=-1)
-    of_group = jnp.pad(of_group, ((0, 0), (0, 0), (0, BLOCK - of_group.shape[-1])))
+    gap = jnp.zeros((steps, 1, BLOCK - 1 - of_group.shape[-1]), jnp.int32)
+    of_all = jnp.sum(of_group, axis=-1, keepdims=True)
+    of_group = jnp.concatenate([of_group, gap, of_all], axis=-1)
     by_pair = in_blocks(jnp.stack([rows.pairs.token, rows.slot, unit]))
     integers = jnp.concatenate([by_pair, of_group], axis=1)
     coefficients = in_blocks(jnp.stack([rows.pairs.c_down, rows.pairs.c_up]))
@@ -147,9 +150,9 @@ def _rewrite(
             num_scalar_prefetch=2,
             grid=(steps,),
             in_specs=[
-                in_smem(NUMBERS, -1),
-                in_smem(NUMBERS, 0),
-                in_smem(NUMBERS, 1),
+                in_smem(4, -1),
+                in_smem(4, 0),
+                in_smem(4, 1),
                 in_smem(2, 0),
                 pl.BlockSpec((1, known.shape[1], BLOCK), lambda step, *_: (step, 0, 0)),
                 in_hbm,
@@ -168,7 +171,8 @@ def _rewrite(
                 pltpu.VMEM((layout.planes, BLOCK, layout.lanes), jnp.float32),
                 pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
                 pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
-                pltpu.SemaphoreType.DMA((3, 2)),
+                pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=[
@@ -178,7 +182,9 @@ def _rewrite(
         ],
         input_output_aliases={8: 0, 9: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # rows of valid ids are within the pool
         ),
         interpret=interpret,
         name="expert_update",
@@ -218,55 +224,47 @@ def _kernel(
     gradient_ref,
     known_columns_ref,
     sum_columns_ref,
-    arrived,
+    rows_copied,
+    images_copied,
     *,
     layout,
     is_resident,
 ):
     step, last = pl.program_id(0), pl.num_programs(0) - 1
     layer, turn = scalars_ref[0], step % 2
-    READ, WRITTEN, FETCHED = range(3)
 
     def pairs_of(step):
         return jnp.clip(scalars_ref[1] - step * BLOCK, 0, BLOCK)
 
-    def copies(integers_ref, pair, turn, *, back):
-        """The copies of a row's codes and accumulators; none unless the pair is a row's last."""
-        unit = pl.ds(integers_ref[0, UNIT_OF_LAST, pair] - 1, layout.units)
-        for kind, ref in enumerate((codes_ref, accumulators_ref)):
-            there, here = ref.at[layer, unit], words_ref.at[turn, kind, :, pair]
-            if back:
-                yield pltpu.make_async_copy(here, there, arrived.at[WRITTEN, turn])
-            else:
-                yield pltpu.make_async_copy(there, here, arrived.at[READ, turn])
+    def copy_row(integers_ref, pair, turn, *, back):
+        """Starts to copy codes and accumulators of a row, if the pair is the row's last."""
+        unit = integers_ref[0, UNIT_OF_LAST, pair] - 1
 
-    def for_rows(integers_ref, begin, count, act, turn, *, back):
-        def body(index, _):
-            pair = begin + index
+        @pl.when(unit >= 0)
+        def _():
+            for kind, ref in enumerate((codes_ref, accumulators_ref)):
+                there = ref.at[layer, pl.ds(unit, layout.units)]
+                here = words_ref.at[turn, kind, :, pair]
+                source, target = (here, there) if back else (there, here)
+                pltpu.make_async_copy(source, target, rows_copied.at[int(back), turn]).start()
 
-            @pl.when(integers_ref[0, UNIT_OF_LAST, pair] > 0)
-            def _():
-                for copy in copies(integers_ref, pair, turn, back=back):
-                    act(copy)
+    def wait_for_rows(integers_ref, turn, *, back):
+        count = integers_ref[0, ROWS, BLOCK - 1]
+        one, all_rows = words_ref.at[turn, :, :, 0], words_ref.at[turn]
+        wait_for(count, BLOCK, one, all_rows, rows_copied.at[int(back), turn])
 
-            return 0
-
-        jax.lax.fori_loop(0, count, body, 0)
-
-    def for_images(integers_ref, step, act, turn):
-        def body(pair, _):
-            source = images_ref.at[integers_ref[0, TOKEN, pair]]
-            act(pltpu.make_async_copy(source, image_ref.at[turn, pair], arrived.at[FETCHED, turn]))
-            return 0
-
+    def fetch(integers_ref, step, turn):
+        """Starts to copy all that a step needs."""
+        for_each(BLOCK, lambda pair: copy_row(integers_ref, pair, turn, back=False))
         if not is_resident:
-            jax.lax.fori_loop(0, pairs_of(step), body, 0)
 
-    def start(copy):
-        copy.start()
+            def fetch_image(pair, _):
+                source = images_ref.at[integers_ref[0, TOKEN, pair]]
+                target, fetched = image_ref.at[turn, pair], images_copied.at[turn]
+                pltpu.make_async_copy(source, target, fetched).start()
+                return 0
 
-    def wait(copy):
-        copy.wait()
+            jax.lax.fori_loop(0, pairs_of(step), fetch_image, 0)
 
     @pl.when(step == 0)
     def _():
@@ -276,40 +274,39 @@ def _kernel(
         running_ref[...] = jnp.zeros_like(running_ref)
         if is_resident:
             pltpu.sync_copy(images_ref, image_ref)
-        for_rows(now_ref, 0, BLOCK, start, turn, back=False)
-        for_images(now_ref, step, start, turn)
+        fetch(now_ref, step, turn)
 
     @pl.when(step > 0)
     def _():
-        for_rows(before_ref, 0, BLOCK, wait, 1 - turn, back=True)
+        wait_for_rows(before_ref, 1 - turn, back=True)
 
     @pl.when(step < last)
     def _():
-        for_rows(after_ref, 0, BLOCK, start, 1 - turn, back=False)
-        for_images(after_ref, step + 1, start, 1 - turn)
+        fetch(after_ref, step + 1, 1 - turn)
 
-    for_images(now_ref, step, wait, turn)
+    if not is_resident:
+        one, every = image_ref.at[turn, 0], image_ref.at[turn]
+        wait_for(pairs_of(step), BLOCK, one, every, images_copied.at[turn])
     segment = _segment_of_lanes(layout)
 
-    def add_pair(pair, _):
+    def add_pair(pair, running):
         slot = now_ref[0, SLOT, pair]
         down = jnp.where(segment == 2 * slot, coefficients_ref[0, 0, pair], 0.0)
         both = jnp.where(segment == 2 * slot + 1, coefficients_ref[0, 1, pair], down)
         image = image_ref[now_ref[0, TOKEN, pair]] if is_resident else image_ref[turn, pair]
-        total = running_ref[...] + both[None] * image
+        total = running + both[None] * image
         gradient_ref[:, pl.ds(pair, 1)] = total
-        running_ref[...] = jnp.where(now_ref[0, UNIT_OF_LAST, pair] > 0, 0.0, total)
-        return 0
+        return jnp.where(now_ref[0, UNIT_OF_LAST, pair] > 0, 0.0, total)
 
-    jax.lax.fori_loop(0, pairs_of(step), add_pair, 0)
+    running_ref[...] = jax.lax.fori_loop(0, pairs_of(step), add_pair, running_ref[...])
     known = known_ref[0]
     missing = jnp.zeros((BLOCK - known.shape[0], BLOCK), jnp.float32)
     known_columns_ref[...] = jnp.concatenate([known, missing], axis=0).T
-    for_rows(now_ref, 0, BLOCK, wait, turn, back=False)
+    wait_for_rows(now_ref, turn, back=False)
     rule = Hyperparameters(*[rule_ref[index] for index in range(len(Hyperparameters._fields))])
 
     def rewrite_group(group, _):
-        @pl.when(now_ref[0, ROWS_OF_GROUP, group] > 0)
+        @pl.when(now_ref[0, ROWS, group] > 0)
         def _():
             begin = pl.multiple_of(group * GROUP, GROUP)
             rows = pl.ds(begin, GROUP)
@@ -327,7 +324,7 @@ def _kernel(
                     lanes = slice(unit * UNIT, (unit + 1) * UNIT)
                     words_ref[turn, kind, unit, rows] = words[kind][:, lanes]
             sum_columns_ref[rows] = sums
-            for_rows(now_ref, begin, GROUP, start, turn, back=True)
+            for_each(GROUP, lambda index: copy_row(now_ref, begin + index, turn, back=True))
 
         return 0
 
@@ -336,7 +333,7 @@ def _kernel(
 
     @pl.when(step == last)
     def _():
-        for_rows(now_ref, 0, BLOCK, wait, turn, back=True)
+        wait_for_rows(now_ref, turn, back=True)
 
 
 def _rule_of_rows(
