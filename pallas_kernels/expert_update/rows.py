@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -72,7 +73,8 @@ def gather(
     array: Float[Array, "layers 2 N"], layer: Array, experts: Int[Array, "experts P"]
 ) -> Float[Array, "experts 2 P"]:
     """The numbers of both vectors of experts; of any expert where there is none."""
-    return array[layer, jnp.arange(2)[:, None], experts[:, None]]
+    # The layer first: XLA for TPUs would bring the whole stack into another order.
+    return array[layer][jnp.arange(2)[:, None], experts[:, None]]
 
 
 def finish(
@@ -98,8 +100,9 @@ def finish(
     place = jnp.where(hit, experts[:, None], carry.moments.shape[-1])
 
     def put(array: Array, new: Array) -> Array:
-        to = (layer, jnp.arange(2)[:, None], place)
-        return array.at[to].set(new, mode="drop", unique_indices=True)
+        to = (jnp.arange(2)[:, None], place)
+        own = array[layer].at[to].set(new, mode="drop", unique_indices=True)
+        return jax.lax.dynamic_update_index_in_dim(array, own, layer, 0)
 
     def add(total: Array, each: Array) -> Array:
         return total.at[layer].add(jnp.sum(jnp.where(hit, each, 0), dtype=jnp.float32))

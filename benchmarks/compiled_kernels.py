@@ -1,0 +1,268 @@
+"""Compiles every kernel for a target, and tells what the compiled kernels keep and move.
+
+    python -m benchmarks.compiled_kernels TARGET [--quick] [--loops]
+
+prints JSON, a list of `Compiled`. The target (`benchmarks.targets`) need not be there. `--loops`
+has libtpu write its instructions down, which takes some time.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.compiled_step import pool_copies
+from benchmarks.targets import TPUS, device_of, on
+from pallas_kernels.expert_lookup import api as lookup_api
+from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
+from pallas_kernels.expert_update import mosaic_tpu as update_tpu
+from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.row_layout import RowLayout
+from pallas_kernels.storage import ExpertPool, packed_shape
+
+LAYERS = 12  # of the stack whose layer is read, or all of whose are rewritten
+
+
+class Shape(NamedTuple):
+    """Sizes that a kernel is compiled for."""
+
+    width: int
+    num_experts: int
+    tokens: int
+    chosen: int
+    storage: str = "int4"
+
+
+SHAPES = (
+    Shape(256, 1 << 21, 512, 128),
+    Shape(1024, 1 << 19, 512, 128),
+    Shape(1024, 1 << 19, 1, 128),  # decoding
+    Shape(2048, 1 << 18, 512, 128),
+    Shape(1024, 1 << 19, 32, 64),
+    Shape(576, 1 << 19, 64, 64),  # eight experts in nine units
+    Shape(1024, 1 << 18, 512, 128, "int8"),
+)
+
+QUICK = 3  # of them
+
+
+class Compiled(NamedTuple):
+    """What is known of a compiled kernel, with what surrounds it.
+
+    Attributes:
+        kernel: "lookup", "lookup backward" or "update".
+        shape: a `Shape`.
+        pool: bytes of the codes of all layers.
+        temp: bytes of temporary memory.
+        images: bytes of that which the vectors of tokens take, spread over planes and lanes.
+        aliased: bytes rewritten in place.
+        pool_copies: instructions that copy an array of the size of the codes.
+        vmem: bytes of VMEM, or of shared memory, that the kernel asks for.
+        row_copies: DMAs of rows of the pool if all pairs hit different rows.
+        row_bytes: bytes that these move.
+        vector_bytes: bytes of vectors of tokens that other copies of a kernel move.
+        block_bytes: bytes that the pipeline of the grid moves.
+        least_bytes: the fewest bytes that must move.
+        loops: bundles (cycles) of the kernel's innermost loops, in order; TPUs only.
+    """
+
+    kernel: str
+    shape: Shape
+    pool: int
+    temp: int
+    images: int
+    aliased: int
+    pool_copies: int
+    vmem: int
+    row_copies: int
+    row_bytes: int
+    vector_bytes: int
+    block_bytes: int
+    least_bytes: int
+    loops: list[int]
+
+
+def implementation_for(target: str) -> str:
+    """The kernels that run on a target."""
+    return "mosaic_tpu" if target in TPUS else "mosaic_gpu"
+
+
+def programs(
+    target: str, shape: Shape
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]:
+    """The kernels of a target: functions, shapes of their arguments, arguments that are donated."""
+    device, name = device_of(target), implementation_for(target)
+    kernels = lookup_api.KERNELS[name]
+
+    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return on(device, jax.ShapeDtypeStruct(sizes, dtype))
+
+    width, num_experts, tokens, chosen, storage = shape
+    words = array(jnp.int32, LAYERS, *packed_shape(num_experts, width, storage))
+    by_row = array(jnp.float32, LAYERS, 2, num_experts)
+    stack = ExpertPool(words, by_row, None, storage, num_experts, width)
+    pool = stack.at_layer(array(jnp.int32))
+    ids, gates = array(jnp.int32, tokens, chosen), array(jnp.float32, tokens, chosen)
+    x = array(jnp.bfloat16, tokens, width)
+    state = UpdateState(words, by_row, by_row)
+    gradient = FactoredGradient(
+        *[array(leaf.dtype, LAYERS, *leaf.shape) for leaf in (ids, gates, gates, x, x)]
+    )
+
+    def one_update(pool: Any, state: Any, gradient: Any, step: Any) -> Any:
+        rule = Hyperparameters(1e-2, 1e-3)
+        return update(pool, state, gradient, rule, seed=0, step=step, implementation=name)
+
+    forward = functools.partial(kernels.forward, activation="gelu")
+    backward = functools.partial(kernels.backward, activation="gelu")
+    return {
+        "lookup": (forward, (pool, ids, gates, x, gates), ()),
+        "lookup backward": (backward, (pool, ids, gates, x, gates, x), ()),
+        "update": (one_update, (stack, state, gradient, array(jnp.int32)), (0, 1)),
+    }
+
+
+def least_bytes(kernel: str, shape: Shape) -> int:
+    """The fewest bytes that a layer must move, x and dy in bfloat16, all pairs in other rows."""
+    width, _, tokens, chosen, storage = shape
+    pairs, vectors = tokens * chosen, tokens * width * 2
+    codes = pairs * 2 * width * RowLayout.of(width, storage).bits // 8
+    if kernel == "lookup":  # codes, two scales; ids, gates; x, y
+        return codes + pairs * (8 + 8) + 2 * vectors
+    if kernel == "lookup backward":  # and dy, dx, gradients of gates, c_down, c_up
+        return codes + pairs * (8 + 8 + 12) + 3 * vectors
+    # Codes, accumulators, scales and two moments of both vectors, read and written; coefficients.
+    return 2 * (2 * codes + pairs * 24) + pairs * 12 + 2 * vectors
+
+
+def _vector_bytes(shape: Shape) -> int:
+    """What the update for TPUs copies of x and dy: all once if VMEM holds it, else by pair."""
+    layout = RowLayout.of(shape.width, shape.storage)
+    image = layout.planes * layout.lanes * 4
+    is_resident = shape.tokens * image <= update_tpu.RESIDENT_BYTES
+    return image * (shape.tokens if is_resident else shape.tokens * shape.chosen)
+
+
+def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) -> list[Compiled]:
+    """Compiles every kernel for some shapes.
+
+    Args:
+        target: what for.
+        shapes: sizes.
+        dump: where libtpu writes instructions down, if it does.
+    """
+    found = []
+    for shape in shapes:
+        for kernel, (function, arguments, donated) in programs(target, shape).items():
+            compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+            memory = compiled.memory_analysis()
+            layout = RowLayout.of(shape.width, shape.storage)
+            words = arguments[0].weights.size
+            calls = _pallas_calls(jax.make_jaxpr(function)(*arguments).jaxpr)
+            copies = shape.tokens * shape.chosen * (4 if kernel == "update" else 1)
+            images = shape.tokens * layout.planes * layout.lanes * 4
+            found.append(
+                Compiled(
+                    kernel=kernel,
+                    shape=shape,
+                    pool=4 * words,
+                    temp=memory.temp_size_in_bytes,
+                    images=2 * images if kernel == "lookup backward" else images,
+                    aliased=memory.alias_size_in_bytes,
+                    pool_copies=pool_copies(compiled.as_text(), words),
+                    vmem=sum(_vmem(call) for call in calls),
+                    row_copies=copies,
+                    row_bytes=copies * layout.lanes * 4,
+                    vector_bytes=_vector_bytes(shape) if kernel == "update" else 0,
+                    block_bytes=sum(_block_bytes(call) for call in calls),
+                    least_bytes=least_bytes(kernel, shape),
+                    loops=_innermost_loops(dump),
+                )
+            )
+    return found
+
+
+def _pallas_calls(jaxpr: Any) -> list[Any]:
+    """The equations of kernels for TPUs, wherever they are in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(equation)
+            continue
+        for parameter in equation.params.values():
+            for each in parameter if isinstance(parameter, list | tuple) else [parameter]:
+                inner = getattr(each, "jaxpr", each)
+                found += _pallas_calls(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def _vmem(call: Any) -> int:
+    """Bytes of VMEM that a kernel asks for: scratch, and its blocks twice."""
+    total = 0
+    for variable in call.params["jaxpr"].invars:
+        space = getattr(variable.aval, "memory_space", None)
+        space = getattr(space, "value", str(space)).lower()
+        size = int(np.prod(variable.aval.shape)) * 4
+        total += {"vmem": size, "default": 2 * size}.get(space, 0)
+    return total
+
+
+def _block_bytes(call: Any) -> int:
+    """Bytes that the pipeline moves over the whole grid: a block of each array a step."""
+    grid = call.params["grid_mapping"]
+    blocks = [each.transformed_block_aval for each in grid.block_mappings]
+    moved = [each for each in blocks if "any" not in str(each.memory_space).lower()]
+    return int(np.prod(grid.grid)) * sum(int(np.prod(each.shape)) * 4 for each in moved)
+
+
+def _write_instructions_to(folder: str) -> None:
+    """Has libtpu, which is not loaded yet, write down the instructions of what it compiles."""
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def _innermost_loops(folder: Path | None) -> list[int]:
+    """Bundles of each innermost loop of the kernel compiled last; empties the folder."""
+    if folder is None:
+        return []
+    text = "".join(
+        path.read_text()
+        for path in folder.glob("*expert_*-final_bundles.txt")
+        if "schedule" not in path.name
+    )
+    for path in folder.iterdir():
+        path.unlink()
+    # A bundle begins with its address, a mark, and as many ">" as loops that it is in.
+    marks = re.findall(r"0x[0-9a-f]+[^:{]*:([ >]*){", text)
+    depths = [mark.count(">") for mark in marks]
+    loops, deepest = [], max(depths, default=0)
+    for before, depth in zip([0, *depths], depths, strict=False):
+        if depth == deepest and before != deepest:
+            loops.append(0)
+        if depth == deepest:
+            loops[-1] += 1
+    return loops
+
+
+def main() -> None:
+    """Parses the command line."""
+    target, *options = sys.argv[1:]
+    shapes = SHAPES[:QUICK] if "--quick" in options else SHAPES
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = target in TPUS and "--loops" in options
+        if wanted:
+            _write_instructions_to(folder)
+        found = compile_all(target, shapes, Path(folder) if wanted else None)
+    print(json.dumps([each._asdict() for each in found]))
+
+
+if __name__ == "__main__":
+    main()

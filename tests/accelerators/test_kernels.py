@@ -1,0 +1,105 @@
+"""Kernels compiled for accelerators that are not there: memory, aliasing, and what is refused."""
+
+import functools
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.compiled_kernels import Compiled, Shape
+from benchmarks.kernels_aot import moved
+from benchmarks.targets import MEMORY, TPUS, environment, run_for
+from tests.accelerators.test_whole_step import require
+from tests.conftest import REPOSITORY
+
+VMEM_LIMIT = 48 << 20  # less than any of these has
+
+
+@functools.cache
+def compiled_for(target: str) -> list[Compiled]:
+    require(target)
+    found = run_for(target, "benchmarks.compiled_kernels", "--quick")
+    return [Compiled(**{**each, "shape": Shape(*each["shape"])}) for each in found]
+
+
+@pytest.mark.parametrize("target", [*TPUS])
+def test_no_kernel_needs_memory_of_the_size_of_the_pool(target):
+    for each in compiled_for(target):
+        assert each.temp - each.images < 0.02 * each.pool, each
+        assert each.pool_copies == 0, each
+        assert 2 * each.pool < MEMORY[target]
+
+
+@pytest.mark.parametrize("target", [*TPUS])
+def test_codes_and_accumulators_are_rewritten_in_place(target):
+    updates = [each for each in compiled_for(target) if each.kernel == "update"]
+    assert updates
+    for each in updates:
+        assert each.aliased >= 2 * each.pool, each
+
+
+@pytest.mark.parametrize("target", [*TPUS])
+def test_what_is_on_chip_fits(target):
+    assert all(0 < each.vmem <= VMEM_LIMIT for each in compiled_for(target))
+
+
+@pytest.mark.parametrize("target", [*TPUS])
+def test_traffic_is_near_the_least_where_an_expert_fills_its_units(target):
+    for each in compiled_for(target):
+        assert each.row_bytes >= each.least_bytes / 2  # the count is of the right size
+        # At D = 256 the other half of a unit is another expert.
+        bound = 2.5 if each.shape.width == 256 else 1.3
+        assert moved(each) <= bound * each.least_bytes, each
+
+
+BAD = {
+    # A row of 64 words is half a unit: refused, or fetched from a copy of the pool.
+    "half a unit": """
+pool = S((1 << 20, 64), jnp.int32)
+def kernel(ids, pool, out, sem):
+    copy = pltpu.make_async_copy(pool.at[ids[0]], out.at[0], sem)
+    copy.start(); copy.wait()
+call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 64), jnp.int32),
+    in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)],
+    scratch_shapes=[pltpu.SemaphoreType.DMA])
+memory = jax.jit(call).lower(S((8,), jnp.int32), pool).compile().memory_analysis()
+assert memory.temp_size_in_bytes < 0.02 * (1 << 28), "copies the pool"
+""",
+    "too much VMEM": """
+def kernel(ids, out, scratch):
+    scratch[...] = jnp.zeros_like(scratch)
+    out[...] = scratch[:8]
+call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.int32),
+    in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
+    scratch_shapes=[pltpu.VMEM((1 << 19, 128), jnp.int32)])
+jax.jit(call).lower(S((8,), jnp.int32)).compile()
+""",
+}
+PREAMBLE = """
+import jax, jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from benchmarks.targets import device_of, on
+device = device_of("v5e")
+S = lambda shape, dtype: on(device, jax.ShapeDtypeStruct(shape, dtype))
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [("half a unit", "copies the pool|aligned to til"), ("too much VMEM", "vmem")],
+)
+def test_a_bad_kernel_is_found(bad, reason):
+    """The checks above can fail."""
+    require("v5e")
+    found = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + BAD[bad]],
+        cwd=REPOSITORY,
+        env=environment("v5e"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode
+    assert re.search(reason, found.stderr)
