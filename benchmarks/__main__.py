@@ -10,6 +10,7 @@ BENCHMARKS = {
     "step_time": "a training step of a million experts, beside PEER-pytorch",
     "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
     "lookup": "the lookup, beside gather + einsum",
+    "kernels": "the lookup on the device at hand, against the bandwidth of a copy",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
     "quickstart": "int4 against float32 + AdamW on the quickstart, tuned, three seeds (2 hours)",
 }

@@ -273,7 +273,9 @@ def _kernel(
         gradient_ref[...] = jnp.zeros_like(gradient_ref)
         running_ref[...] = jnp.zeros_like(running_ref)
         if is_resident:
-            pltpu.sync_copy(images_ref, image_ref)
+            all_images = pltpu.make_async_copy(images_ref, image_ref, images_copied.at[0])
+            all_images.start()
+            all_images.wait()
         fetch(now_ref, step, turn)
 
     @pl.when(step > 0)

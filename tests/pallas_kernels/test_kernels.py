@@ -1,10 +1,13 @@
 """Every kernel against XLA, on the same inputs. `tests/accelerators` compiles them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dispatch import PLATFORMS
 from pallas_kernels.expert_lookup import lookup
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
@@ -13,6 +16,7 @@ from peerjax.pool import initialize_pool
 
 KERNELS = ["mosaic_tpu"]
 IMPLEMENTATIONS = ["xla", *KERNELS]
+CALLS = {"mosaic_tpu": "tpu_custom_call"}
 
 
 def make_pool(storage, width, num_experts, layers=2, seed=0):
@@ -35,12 +39,14 @@ def make_inputs(num_experts, tokens, chosen, width, seed=0, dtype=jnp.float32):
 
 
 def value_and_gradients(implementation, pool, ids, gates, x, bias, activation="gelu"):
+    dy = jax.random.normal(jax.random.key(5), x.shape)
+
     def loss(gates, x, bias, tap):
         y = lookup(
             pool, ids, gates, x,
             activation=activation, hidden_bias=bias, tap=tap, implementation=implementation,
         )  # fmt: skip
-        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+        return jnp.sum(dy * y.astype(jnp.float32)), y
 
     tap = Tap.zeros_for(ids, x)
     gradients, y = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(gates, x, bias, tap)
@@ -211,3 +217,31 @@ def test_the_update_is_bit_equal_where_sums_are_exact(kernel):
         found = after_steps(kernel, pool, gradient, rule, steps=1)
         np.testing.assert_array_equal(found[0].weights, expected[0].weights)
         np.testing.assert_array_equal(found[1].accumulators, expected[1].accumulators)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("width", "tokens", "chosen"), [(256, 64, 128), (1024, 1, 64)])
+def test_kernels_lower_for_their_platform_on_any(kernel, width, tokens, chosen):
+    """On every version of JAX that is supported; `tests/accelerators` compiles as well."""
+    num_experts = 1 << 14
+    stack = jax.eval_shape(lambda: make_pool("int4", width, num_experts))
+    pool = dataclasses.replace(stack, layer=jnp.int32(1))
+    ids, gates, x, bias = jax.eval_shape(
+        lambda: make_inputs(num_experts, tokens, chosen, width, dtype=jnp.bfloat16)
+    )
+    gradient = jax.eval_shape(lambda: make_gradient(num_experts, 16, chosen, width))
+    state = jax.eval_shape(lambda: UpdateState.zeros_for(stack))
+
+    def one_update(pool, state, gradient):
+        rule = Hyperparameters(0.02, 0.003)
+        return update(pool, state, gradient, rule, seed=0, step=1, implementation=kernel)
+
+    def differentiate(pool, *inputs):
+        return value_and_gradients(kernel, pool, *inputs)
+
+    for program, arguments in (
+        (differentiate, (pool, ids, gates, x, bias)),
+        (one_update, (stack, state, gradient)),
+    ):
+        lowered = jax.jit(program).trace(*arguments).lower(lowering_platforms=(PLATFORMS[kernel],))
+        assert CALLS[kernel] in lowered.as_text()
