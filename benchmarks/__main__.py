@@ -10,6 +10,7 @@ BENCHMARKS = {
     "step_time": "a training step of a million experts, beside PEER-pytorch",
     "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
     "lookup": "the lookup, beside gather + einsum",
+    "one_accelerator": "expert parameters that train on one H100 and one v5e, neither of them here",
     "kernels": "the lookup on the device at hand, against the bandwidth of a copy",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
     "quickstart": "int4 against float32 + AdamW on the quickstart, tuned, three seeds (2 hours)",
@@ -24,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.name is None:
         for name, description in BENCHMARKS.items():
-            print(f"{name:12} {description}")
+            print(f"{name:15} {description}")
         return
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
     publish(arguments.name, run(arguments.quick), arguments.quick)
