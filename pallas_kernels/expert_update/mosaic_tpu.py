@@ -17,18 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels.counter_hash import absorb, hash_words
-from pallas_kernels.expert_update import integer_step
+from pallas_kernels.counter_hash import hash_words
+from pallas_kernels.expert_update.row_rule import COLUMNS, rewrite_rows, segment_of_lanes
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
-from pallas_kernels.expert_update.rule import (
-    Hyperparameters,
-    halve,
-    move,
-    precondition,
-    step_rate,
-)
+from pallas_kernels.expert_update.rule import Hyperparameters
 from pallas_kernels.expert_update.xla import ROUNDING, Carry
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_copies import for_each, wait_for
@@ -51,7 +45,7 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
     layout = RowLayout.of(pool.width, pool.storage)
-    if len(RowSums._fields) * 2 * layout.experts > BLOCK:
+    if len(RowSums._fields) * 2 * layout.experts > COLUMNS:
         return f"{layout.experts} experts of width {pool.width} share a row, too many to add up"
     size = BLOCK * layout.lanes * 4 * (4 + 3 * layout.planes)
     if size + RESIDENT_BYTES > VMEM_BYTES:
@@ -169,8 +163,8 @@ def _rewrite(
                 pltpu.VMEM(image_buffer, jnp.float32),
                 pltpu.VMEM((layout.planes, 1, layout.lanes), jnp.float32),
                 pltpu.VMEM((layout.planes, BLOCK, layout.lanes), jnp.float32),
-                pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
-                pltpu.VMEM((BLOCK, BLOCK), jnp.float32),
+                pltpu.VMEM((BLOCK, COLUMNS), jnp.float32),
+                pltpu.VMEM((BLOCK, COLUMNS), jnp.float32),
                 pltpu.SemaphoreType.DMA((2, 2)),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -289,7 +283,7 @@ def _kernel(
     if not is_resident:
         one, every = image_ref.at[turn, 0], image_ref.at[turn]
         wait_for(pairs_of(step), BLOCK, one, every, images_copied.at[turn])
-    segment = _segment_of_lanes(layout)
+    segment = segment_of_lanes(layout)
 
     def add_pair(pair, running):
         slot = now_ref[0, SLOT, pair]
@@ -302,7 +296,7 @@ def _kernel(
 
     running_ref[...] = jax.lax.fori_loop(0, pairs_of(step), add_pair, running_ref[...])
     known = known_ref[0]
-    missing = jnp.zeros((BLOCK - known.shape[0], BLOCK), jnp.float32)
+    missing = jnp.zeros((COLUMNS - known.shape[0], BLOCK), jnp.float32)
     known_columns_ref[...] = jnp.concatenate([known, missing], axis=0).T
     wait_for_rows(now_ref, turn, back=False)
     rule = Hyperparameters(*[rule_ref[index] for index in range(len(Hyperparameters._fields))])
@@ -320,7 +314,7 @@ def _kernel(
             ]
             known = known_columns_ref[rows]
             prefix = [scalars_ref[2 + vector].astype(jnp.uint32) for vector in range(2)]
-            *words, sums = _rule_of_rows(*words, gradient_ref[:, rows], known, prefix, rule, layout)
+            *words, sums = rewrite_rows(*words, gradient_ref[:, rows], known, prefix, rule, layout)
             for kind in range(2):
                 for unit in range(layout.units):
                     lanes = slice(unit * UNIT, (unit + 1) * UNIT)
@@ -336,105 +330,3 @@ def _kernel(
     @pl.when(step == last)
     def _():
         wait_for_rows(now_ref, turn, back=True)
-
-
-def _rule_of_rows(
-    codes_words: Int[Array, "rows lanes"],
-    accumulator_words: Int[Array, "rows lanes"],
-    gradient: Float[Array, "planes rows lanes"],
-    known: Float[Array, "rows 128"],
-    prefix: list[Array],
-    rule: Hyperparameters,
-    layout: RowLayout,
-) -> tuple[Array, Array, Array]:
-    """One step of some rows: their words, and their sums as columns."""
-    segments, bits = 2 * layout.experts, layout.bits
-    segment = _segment_of_lanes(layout)
-    width = layout.planes * layout.words
-
-    def sums_of(values: Float[Array, "planes rows lanes"]) -> list[Float[Array, "rows 1"]]:
-        by_lane = jnp.sum(values, axis=0)
-        return [
-            jnp.sum(jnp.where(segment == each, by_lane, 0.0), axis=1, keepdims=True)
-            for each in range(segments)
-        ]
-
-    def on_lanes(columns: list[Float[Array, "rows 1"]]) -> Float[Array, "rows lanes"]:
-        lanes = jnp.zeros((codes_words.shape[0], layout.lanes), jnp.float32)
-        for each, column in enumerate(columns):
-            lanes = jnp.where(segment == each, column, lanes)
-        return lanes
-
-    def column(index: int) -> Float[Array, "rows 1"]:
-        return known[:, index : index + 1]
-
-    scales = [column(index) for index in range(segments)]
-    moments = [column(segments + index) for index in range(segments)]
-    high, low = (column(2 * segments + half).astype(jnp.int32) for half in range(2))
-    row = (high << 16) + low
-
-    mean_square = [each / width for each in sums_of(gradient * gradient)]
-    rates = []
-    for square, moment, scale in zip(mean_square, moments, scales, strict=True):
-        _, factor = precondition(square, moment, rule.beta2)
-        rates.append(step_rate(factor, scale, rule, bits))
-    codes, accumulators = (_unpack(each, layout) for each in (codes_words, accumulator_words))
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1)
-    plane = jax.lax.broadcasted_iota(jnp.int32, (layout.planes, 1, layout.lanes), 0)
-    state = jnp.where(layout.vector_of(lane) == 0, prefix[0], prefix[1])
-    state = absorb(state, row * layout.experts + layout.slot_of(lane))
-    random = absorb(state[None], layout.column_of(plane, lane[None]))
-    moved = move(
-        integer_step.join(codes, accumulators, bits), gradient, on_lanes(rates)[None], random, rule
-    )
-
-    def share_of_clipping(moved: Array) -> list[Float[Array, "rows 1"]]:
-        return sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
-
-    doubles = [
-        (clipping / width > rule.grow_above).astype(jnp.float32)
-        for clipping in share_of_clipping(moved)
-    ]
-    moved = jnp.where(on_lanes(doubles)[None] > 0, halve(moved, random), moved)
-    stopped = share_of_clipping(moved)
-    moved = jnp.clip(moved, *integer_step.limits(bits, bits))
-    new_codes, new_accumulators = integer_step.split(moved, bits)
-    hit = on_lanes([(square > 0).astype(jnp.float32) for square in mean_square])[None] > 0
-    words = [
-        _pack(jnp.where(hit, new, old), layout)
-        for new, old in ((new_codes, codes), (new_accumulators, accumulators))
-    ]
-    magnitude = sums_of(jnp.abs(gradient))
-    along_codes = sums_of(gradient * codes.astype(jnp.float32))
-    # In the order of `RowSums`.
-    sums = [*mean_square, *magnitude, *along_codes, *doubles, *stopped]
-    return words[0], words[1], _as_columns(sums)
-
-
-def _segment_of_lanes(layout: RowLayout) -> Int[Array, "1 lanes"]:
-    """Which vector of which expert a lane belongs to: `2 * slot + vector`."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1)
-    return 2 * layout.slot_of(lane) + layout.vector_of(lane)
-
-
-def _unpack(words: Int[Array, "rows lanes"], layout: RowLayout) -> Int[Array, "planes rows lanes"]:
-    top = 32 - layout.bits
-    return jnp.stack(
-        [(words << (top - layout.bits * plane)) >> top for plane in range(layout.planes)]
-    )
-
-
-def _pack(codes: Int[Array, "planes rows lanes"], layout: RowLayout) -> Int[Array, "rows lanes"]:
-    mask = (1 << layout.bits) - 1
-    words = codes[0] & mask
-    for plane in range(1, layout.planes):
-        words = words | ((codes[plane] & mask) << (layout.bits * plane))
-    return words
-
-
-def _as_columns(columns: list[Float[Array, "rows 1"]]) -> Float[Array, "rows 128"]:
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK), 1)
-    result = jnp.zeros((columns[0].shape[0], BLOCK), jnp.float32)
-    for index, column in enumerate(columns):
-        result = jnp.where(lane == index, column, result)
-    return result
