@@ -120,7 +120,7 @@ def programs(
 
     def one_update(pool: Any, state: Any, gradient: Any, step: Any) -> Any:
         rule = Hyperparameters(1e-2, 1e-3)
-        return update(pool, state, gradient, rule, seed=0, step=step, implementation=name)
+        return update(pool, state, gradient, rule, seed=0, step=step)
 
     forward = functools.partial(kernels.forward, activation="gelu")
     backward = functools.partial(kernels.backward, activation="gelu")

@@ -25,7 +25,7 @@ TOKENS, CHOSEN = (1, 32, 4096), (64, 128, 512)
 REPEATS = 10
 COPIED = {"cpu": 1 << 27, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes
 GATHERED = {"cpu": 1 << 30, "gpu": 24 << 30, "tpu": 4 << 30}  # bytes of [T, K, 2, D], at most
-KERNEL = {"tpu": "mosaic_tpu"}
+KERNEL = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 
 
 def gather_and_einsum(weights: Any, ids: Any, gates: Any, x: Any) -> Any:

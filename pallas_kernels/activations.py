@@ -2,39 +2,46 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Activation = Callable[[Float[Array, "*S"]], Float[Array, "*S"]]
 
+class Activation(NamedTuple):
+    """A function and its derivative.
 
-@jax.custom_jvp
-def gelu(h: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """`h Phi(h)`, Phi the distribution function of the normal distribution.
-
-    The exact form: `jax.nn.gelu` defaults to the tanh approximation, and its exact form, like
-    JAX's derivative of erf, needs functions that kernels lack.
+    Stated, because kernels lower neither JAX's derivative of erf nor a `jax.custom_jvp`.
     """
-    return h * _normal_cdf(h)
+
+    value: Callable[[Float[Array, "*S"]], Float[Array, "*S"]]
+    slope: Callable[[Float[Array, "*S"]], Float[Array, "*S"]]
+
+    def __call__(self, h: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """The function's value."""
+        return self.value(h)
 
 
 def _normal_cdf(h: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return 0.5 + 0.5 * jax.lax.erf(h * jnp.float32(math.sqrt(0.5)))
 
 
-def _gelu_slope(h: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    density = jnp.exp(-0.5 * h * h) * jnp.float32(1 / math.sqrt(2 * math.pi))
-    return _normal_cdf(h) + h * density
+def _normal_density(h: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    return jnp.exp(-0.5 * h * h) * jnp.float32(1 / math.sqrt(2 * math.pi))
 
-
-gelu.defjvps(lambda tangent, value, h: tangent * _gelu_slope(h))
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": gelu,
-    "relu": jax.nn.relu,
-    "relu2": lambda h: jnp.square(jax.nn.relu(h)),
+    # The exact form; `jax.nn.gelu` defaults to the tanh approximation.
+    "gelu": Activation(
+        lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * _normal_density(h)
+    ),
+    "relu": Activation(
+        lambda h: jnp.maximum(h, 0.0), lambda h: jnp.where(h > 0, 1.0, 0.0).astype(h.dtype)
+    ),
+    "relu2": Activation(
+        lambda h: jnp.square(jnp.maximum(h, 0.0)), lambda h: 2.0 * jnp.maximum(h, 0.0)
+    ),
 }
 
 

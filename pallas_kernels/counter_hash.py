@@ -42,6 +42,10 @@ def uniform(words: UInt[Array, "*S"]) -> Float[Array, "*S"]:
 
 
 def round_stochastically(value: Float[Array, "*S"], words: UInt[Array, "*S"]) -> Float[Array, "*S"]:
-    """Rounds to a neighbouring integer, up with the probability of the fractional part."""
-    floor = jnp.floor(value)
-    return floor + (uniform(words) < value - floor).astype(value.dtype)
+    """Rounds to a neighbouring integer, up with the probability of the fractional part.
+
+    Values must be integers of 32 bits when rounded: there is no other floor in every kernel.
+    """
+    towards_zero = value.astype(jnp.int32).astype(value.dtype)
+    floor = towards_zero - jnp.where(towards_zero > value, 1.0, 0.0).astype(value.dtype)
+    return floor + jnp.where(uniform(words) < value - floor, 1.0, 0.0).astype(value.dtype)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-IMPLEMENTATIONS = ("xla", "mosaic_tpu")
-PLATFORMS = {"mosaic_tpu": "tpu"}
+IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     """A kernel for one platform.
 
     Attributes:
-        run: called with the operands, and with `interpret=True` on every platform but its own.
+        run: called with the operands, and with `interpret=True` where its platform is not.
         cannot: why the kernel cannot do what is asked; `None` if it can.
     """
 
@@ -48,8 +48,9 @@ def dispatch(
 
     Args:
         operation: its name, for messages.
-        implementation: one of `IMPLEMENTATIONS`. A kernel named here is interpreted on other
-            platforms than its own, which is slow. `None` chooses by the platform.
+        implementation: one of `IMPLEMENTATIONS`. A kernel named here is interpreted, which is
+            slow, in a process whose devices are of another platform. `None` chooses by the platform
+            that a program is compiled for, be it here or not.
         xla: the implementation that always works.
         kernels: the kernels there are.
         *operands: arrays, or trees of them.
@@ -63,11 +64,7 @@ def dispatch(
         kernel = kernels[implementation]
         if kernel.cannot:
             raise ValueError(f"{implementation} cannot {operation}: {kernel.cannot}")
-        return jax.lax.platform_dependent(
-            *operands,
-            default=functools.partial(kernel.run, interpret=True),
-            **{PLATFORMS[implementation]: kernel.run},
-        )
+        return kernel.run(*operands, interpret=not _is_here(implementation))
     able = {}
     for name, kernel in kernels.items():
         if kernel.cannot is None:
@@ -80,5 +77,10 @@ def dispatch(
 @functools.cache
 def _say_once(operation: str, name: str, reason: str) -> None:
     """Says in the log that XLA does what a kernel for the platform at hand cannot."""
-    if jax.default_backend() == PLATFORMS[name]:
+    if _is_here(name):
         logger.warning("XLA will %s: %s cannot (%s)", operation, name, reason)
+
+
+def _is_here(kernel: str) -> bool:
+    """Whether this process's devices are of the platform of a kernel."""
+    return jax.default_backend() == {"tpu": "tpu", "cuda": "gpu"}[PLATFORMS[kernel]]

@@ -71,8 +71,8 @@ def default_config() -> ml_collections.ConfigDict:
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu".
-    # A kernel named on another platform than its own is interpreted: slow.
+    # Of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu",
+    # "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
-from pallas_kernels.expert_lookup import mosaic_tpu, xla
+from pallas_kernels.expert_lookup import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
 
-KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu}
+KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 def lookup(

@@ -1,11 +1,10 @@
 """The arithmetic of each (token, expert) pair, which every implementation shares."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.activations import Activation
 from pallas_kernels.storage import ExpertPool, read_scales
 
 
@@ -34,9 +33,7 @@ class Pairs(NamedTuple):
         """The pairs of a lookup."""
         return Pairs(gates, hidden_bias, *read_scales(pool, ids))
 
-    def mixing(
-        self, code_x: Float[Array, "*S"], act: Callable[[Array], Array]
-    ) -> Float[Array, "*S"]:
+    def mixing(self, code_x: Float[Array, "*S"], act: Activation) -> Float[Array, "*S"]:
         """What the codes of `up` are multiplied with, given the product of `down`'s with x."""
         return self.gate * act(code_x * self.down_scale + self.bias) * self.up_scale
 
@@ -44,12 +41,13 @@ class Pairs(NamedTuple):
         self,
         code_x: Float[Array, "*S"],
         code_dy: Float[Array, "*S"],
-        act: Callable[[Array], Array],
+        act: Activation,
     ) -> "PairGradients":
         """All gradients of the pairs, given the products of codes with x and with dy."""
-        active, act_vjp = jax.vjp(act, code_x * self.down_scale + self.bias)
+        hidden = code_x * self.down_scale + self.bias
+        active = act.value(hidden)
         up_dy = code_dy * self.up_scale
-        (c_down,) = act_vjp(self.gate * up_dy)
+        c_down = act.slope(hidden) * (self.gate * up_dy)
         c_up = self.gate * active
         return PairGradients(
             gates=active * up_dy,

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.chunking import HIT_EXPERTS, with_chunk_size
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
-from pallas_kernels.expert_update import mosaic_tpu, xla
+from pallas_kernels.expert_update import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
 
-KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu}
+KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 class UpdateState(NamedTuple):

@@ -40,6 +40,6 @@ def clips(values: Int[Array, "*S"], code_bits: int, bits: int) -> Bool[Array, "*
     return (values < low) | (values > high)
 
 
-def step_to_int(step: Float[Array, "*S"]) -> Int[Array, "*S"]:
-    """An integral float step as an integer, bounded so that the conversion is exact."""
-    return jnp.clip(step, -LARGEST_STEP, LARGEST_STEP).astype(jnp.int32)
+def bounded(step: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """A step that is exact as an integer once it is rounded."""
+    return jnp.clip(step, -LARGEST_STEP, LARGEST_STEP)

@@ -1,5 +1,6 @@
 """The row-wise rule: what every implementation of the update computes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,7 +50,10 @@ class Statistics(NamedTuple):
 
 
 def precondition(
-    mean_square: Float[Array, "*C"], moments: Float[Array, "*C"], beta2: Any
+    mean_square: Float[Array, "*C"],
+    moments: Float[Array, "*C"],
+    beta2: Any,
+    sqrt: Callable[[Array], Array] = jnp.sqrt,
 ) -> tuple[Float[Array, "*C"], Float[Array, "*C"]]:
     """The lazy second moment, and the factor that turns a gradient into a step of RMS <= 1.
 
@@ -58,8 +62,8 @@ def precondition(
     """
     decayed = beta2 * moments + (1 - beta2) * mean_square
     new = jnp.where(moments == 0, mean_square, decayed)
-    root = jnp.sqrt(new) + EPSILON
-    return new, 1.0 / jnp.maximum(root, jnp.sqrt(mean_square))
+    root = sqrt(new) + EPSILON
+    return new, 1.0 / jnp.maximum(root, sqrt(mean_square))
 
 
 def move(
@@ -79,7 +83,7 @@ def move(
         rule: hyperparameters.
     """
     steps = -rate * sums - rule.learning_rate * rule.weight_decay * values
-    return values + integer_step.step_to_int(round_stochastically(steps, words))
+    return values + round_stochastically(integer_step.bounded(steps), words).astype(jnp.int32)
 
 
 def step_rate(

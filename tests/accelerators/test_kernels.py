@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compiled_kernels import Compiled, Shape
 from benchmarks.kernels_aot import moved
-from benchmarks.targets import MEMORY, TPUS, environment, run_for
+from benchmarks.targets import MEMORY, TARGETS, TPUS, environment, run_for
 from tests.accelerators.test_whole_step import require
 from tests.conftest import REPOSITORY
 
@@ -23,7 +23,7 @@ def compiled_for(target: str) -> list[Compiled]:
     return [Compiled(**{**each, "shape": Shape(*each["shape"])}) for each in found]
 
 
-@pytest.mark.parametrize("target", [*TPUS])
+@pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_needs_memory_of_the_size_of_the_pool(target):
     for each in compiled_for(target):
         assert each.temp - each.images < 0.02 * each.pool, each
@@ -31,7 +31,7 @@ def test_no_kernel_needs_memory_of_the_size_of_the_pool(target):
         assert 2 * each.pool < MEMORY[target]
 
 
-@pytest.mark.parametrize("target", [*TPUS])
+@pytest.mark.parametrize("target", TARGETS)
 def test_codes_and_accumulators_are_rewritten_in_place(target):
     updates = [each for each in compiled_for(target) if each.kernel == "update"]
     assert updates

@@ -85,7 +85,6 @@ def test_twelve_layers_compile_with_their_kernels(target):
     program = program_for(
         target,
         "peer_12b_one_v5e",
-        "kernels.implementation='mosaic_tpu'",
         "peer.num_experts=(256, 256)",
     )
     assert program.aliased >= program.pools

@@ -39,4 +39,4 @@ def test_the_limits_of_int4_are_those_of_the_design():
 def test_huge_and_tiny_steps_become_bounded_integers():
     steps = jnp.array([1e30, -1e30, jnp.inf, -jnp.inf, 3.0, -2.0])
     bound = int(integer_step.LARGEST_STEP)
-    assert integer_step.step_to_int(steps).tolist() == [bound, -bound, bound, -bound, 3, -2]
+    assert integer_step.bounded(steps).astype(int).tolist() == [bound, -bound, bound, -bound, 3, -2]

@@ -7,12 +7,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.expert_lookup import mosaic_gpu as lookup_gpu
 from pallas_kernels.expert_lookup import mosaic_tpu as lookup_tpu
 from pallas_kernels.expert_lookup import xla as lookup_xla
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
 from pallas_kernels.expert_update import mosaic_tpu as update_tpu
 from pallas_kernels.expert_update import xla as update_xla
 from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.pallas_compat import InterpretGPUParams
 from tests.pallas_kernels.interpreters import no_races_on_tpu
 from tests.pallas_kernels.test_kernels import (
     assert_equal_to_rounding,
@@ -56,6 +58,16 @@ def test_the_update_for_tpus(resident, monkeypatch):
         found = jax.block_until_ready(found)
     assert np.mean(np.asarray(found.weights) != np.asarray(expected.weights)) <= 1e-3
     assert_equal_to_rounding(found[1:2] + found[3:], expected[1:2] + expected[3:], 1e-4)
+
+
+def test_the_lookup_for_gpus():
+    pool = make_pool("int4", 256, 30).at_layer(jnp.int32(1))
+    ids, gates, x, bias = make_inputs(30, 5, 6, 256)
+    gates = jnp.where((ids >= 0) & (ids < 30), gates, 0)
+    inputs = (pool, ids, gates, x, bias)
+    races = InterpretGPUParams(detect_races=True)
+    y = lookup_gpu.forward(*inputs, activation="gelu", interpret=races)
+    assert_equal_to_rounding(y, lookup_xla.forward(*inputs, "gelu"))
 
 
 def test_a_race_is_seen():
