@@ -1,5 +1,11 @@
 """Names of Pallas that moved between JAX 0.10 and 0.12."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 if hasattr(plgpu, "InterpretGPUParams"):
@@ -7,4 +13,40 @@ if hasattr(plgpu, "InterpretGPUParams"):
 else:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-__all__ = ["InterpretGPUParams"]
+# What was the default in 0.10: the later one looks for layouts in registers, and finds none here.
+LANE_SEMANTICS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def rewrite_in_place(
+    kernel: Callable[..., None],
+    arrays: tuple[Any, ...],
+    *,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    interpret: Any,
+) -> tuple[Any, ...]:
+    """Runs a kernel for GPUs on references to arrays, and returns what they hold afterwards.
+
+    XLA keeps such arrays in place. `plgpu.kernel` takes references since JAX 0.11, and `core_map`
+    is deprecated in 0.12.
+    """
+
+    def stateful(refs: tuple[Any, ...]) -> None:
+        if jax.__version_info__ < (0, 11):
+            mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
+            run = pl.core_map(mesh, compiler_params=LANE_SEMANTICS, interpret=interpret)
+            run(partial(kernel, *refs))
+        else:
+            plgpu.kernel(
+                kernel,
+                out_type=(),
+                grid=grid,
+                grid_names=grid_names,
+                compiler_params=LANE_SEMANTICS,
+                interpret=interpret,
+            )(*refs)
+
+    return pl.run_state(stateful)(arrays)
+
+
+__all__ = ["LANE_SEMANTICS", "InterpretGPUParams", "rewrite_in_place"]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.expert_lookup.pairs import Pairs
 from pallas_kernels.expert_lookup.xla import Cotangents
-from pallas_kernels.pallas_compat import InterpretGPUParams
+from pallas_kernels.pallas_compat import LANE_SEMANTICS, InterpretGPUParams
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import DOWN, UP, ExpertPool
 
@@ -187,6 +187,7 @@ def _walk(
         out_type=results,
         grid=(tokens, parts),
         grid_names=("token", "part"),
+        compiler_params=LANE_SEMANTICS,
         interpret=InterpretGPUParams() if interpret is True else interpret,
     )
     slot_of_lane = layout.slot_of(jnp.arange(layout.lanes, dtype=jnp.int32))

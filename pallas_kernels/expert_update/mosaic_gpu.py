@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.counter_hash import absorb, hash_words
@@ -28,7 +27,7 @@ from pallas_kernels.expert_update.rule import (
 )
 from pallas_kernels.expert_update.xla import ROUNDING, Carry
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.pallas_compat import InterpretGPUParams
+from pallas_kernels.pallas_compat import InterpretGPUParams, rewrite_in_place
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
@@ -110,14 +109,12 @@ def _rewrite(
     )
     results = jnp.zeros((len(RowSums._fields), segments, size), jnp.float32)
 
-    def stateful(refs: Any) -> None:
-        # Arrays that are rewritten are references of a `run_state`, which XLA keeps in place.
-        mesh = plgpu.Mesh(grid=(size,), grid_names=("row",))
-        kernel = functools.partial(_kernel, *refs, layout=layout)
-        pl.core_map(mesh, interpret=interpret)(kernel)
-
-    *_, codes, accumulators, sums = pl.run_state(stateful)(
-        (*inputs, carry.weights, carry.accumulators, results)
+    *_, codes, accumulators, sums = rewrite_in_place(
+        functools.partial(_kernel, layout=layout),
+        (*inputs, carry.weights, carry.accumulators, results),
+        grid=(size,),
+        grid_names=("row",),
+        interpret=interpret,
     )
     sums = sums.reshape(len(RowSums._fields), layout.experts, 2, size)
     return codes, accumulators, RowSums(*sums)
