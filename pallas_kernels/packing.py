@@ -34,18 +34,25 @@ def words_per_vector(width: int, bits: int) -> int:
 def pack(codes: Int[Array, "*S D"], bits: int) -> Int[Array, "*S W"]:
     """Packs codes, of which only the low `bits` bits are kept, into int32 words."""
     words_per_vector(codes.shape[-1], bits)
-    mask = (1 << bits) - 1
-    count = codes_per_word(bits)
-    parts = codes.reshape(*codes.shape[:-1], count, -1).astype(jnp.int32) & mask
+    return pack_planes(codes.reshape(*codes.shape[:-1], codes_per_word(bits), -1), bits)
+
+
+def pack_planes(codes: Int[Array, "*S planes W"], bits: int) -> Int[Array, "*S W"]:
+    """Packs codes whose columns are given by plane: the first W columns, the next W, ..."""
+    parts = codes.astype(jnp.int32) & ((1 << bits) - 1)
     # The parts have no bit in common: their sum is their union.
     return jnp.sum(parts << _offsets(bits), axis=-2, dtype=jnp.int32)
 
 
 def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
     """Unpacks int32 words to int32 codes, sign included."""
+    return unpack_planes(words, bits).reshape(*words.shape[:-1], -1)
+
+
+def unpack_planes(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S planes W"]:
+    """Unpacks int32 words to int32 codes, their columns by plane."""
     top = WORD_BITS - bits
-    parts = (words[..., None, :] << (top - _offsets(bits))) >> top
-    return parts.reshape(*words.shape[:-1], -1)
+    return (words[..., None, :] << (top - _offsets(bits))) >> top
 
 
 def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> tuple[Int8[Array, "*S bytes"], ...]:

@@ -28,6 +28,7 @@ from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_p
 
 # The purpose of random bits, absorbed by their hash: other uses take other numbers.
 ROUNDING = 1
+ROW = (-2, -1)  # the axes of a row's columns: planes, and words
 
 
 class Carry(NamedTuple):
@@ -80,7 +81,7 @@ def rewrite_packed(
     step: Any,
     storage: str,
 ) -> Carry:
-    """One step of a chunk of packed experts."""
+    """One step of a chunk of packed experts, their columns by plane."""
     width, num_experts = sums.shape[-1], carry.moments.shape[-1]
     code_bits = layout.BITS[storage]
     bits = code_bits  # accumulators are packed like the codes
@@ -89,40 +90,44 @@ def rewrite_packed(
     matrix = jnp.arange(2)
     at = (layer, matrix, safe[:, None])
 
-    codes = layout.read_codes(carry.weights, layer, safe, width, storage)
-    accumulators = layout.read_codes(carry.accumulators, layer, safe, width, storage)
+    codes, accumulators = (
+        layout.read_planes(words, layer, safe, width, storage)
+        for words in (carry.weights, carry.accumulators)
+    )
+    sums = sums.reshape(codes.shape)
     scales, moments, scale_moments = carry.scales[at], carry.moments[at], carry.scale_moments[at]
-    mean_square = jnp.mean(sums * sums, axis=-1)
+    mean_square = jnp.mean(sums * sums, axis=ROW)
     hit = valid[:, None] & (mean_square > 0)
 
     # The integer step, with the old scale.
     new_moments, factor = precondition(mean_square, moments, rule.beta2)
     values = integer_step.join(codes, accumulators, bits)
     rate = step_rate(factor, scales, rule, bits)
-    step_size = rate * jnp.sum(jnp.abs(sums), axis=-1)
-    counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
+    step_size = rate * jnp.sum(jnp.abs(sums), axis=ROW)
+    column = jnp.arange(width).reshape(codes.shape[2:])
+    counters = (layer, jnp.expand_dims(matrix, ROW), jnp.expand_dims(safe, (1, 2, 3)), column)
     words = hash_words(seed, ROUNDING, step, *counters)
-    moved = move(values, sums, rate[..., None], words, rule)
+    moved = move(values, sums, jnp.expand_dims(rate, ROW), words, rule)
 
     # A row that would clip too much doubles its scale. This is rare, and chunks without such a row
     # pass it by.
     clips = integer_step.clips(moved, code_bits, bits)
-    doubles = jnp.mean(clips, axis=-1, dtype=jnp.float32) > rule.grow_above
+    doubles = jnp.mean(clips, axis=ROW, dtype=jnp.float32) > rule.grow_above
 
     def halve_doubling(moved: Array) -> Array:
         words = hash_words(seed, ROUNDING, step, *counters)
-        return jnp.where(doubles[..., None], halve(moved, words), moved)
+        return jnp.where(jnp.expand_dims(doubles, ROW), halve(moved, words), moved)
 
     moved = jax.lax.cond(jnp.any(doubles), halve_doubling, lambda moved: moved, moved)
-    stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=-1)
+    stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=ROW)
     moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
 
-    along_codes = jnp.sum(sums * codes, axis=-1)
+    along_codes = jnp.sum(sums * codes, axis=ROW)
     new_scales, new_scale_moments = rescale(scales, doubles, along_codes, scale_moments, rule)
 
     # Rows without a gradient stay as they are; places left over are dropped.
-    keep = hit[..., None]
+    keep = jnp.expand_dims(hit, ROW)
     new_codes = jnp.where(keep, new_codes, codes)
     new_accumulators = jnp.where(keep, new_accumulators, accumulators)
     place = jnp.where(valid, expert, -1)
@@ -132,9 +137,9 @@ def rewrite_packed(
         return array.at[to].set(jnp.where(hit, new, old), mode="drop", unique_indices=True)
 
     return Carry(
-        layout.write_codes(carry.weights, layer, place, new_codes, storage),
+        layout.write_planes(carry.weights, layer, place, new_codes, storage),
         put(carry.scales, new_scales, scales),
-        layout.write_codes(carry.accumulators, layer, place, new_accumulators, storage),
+        layout.write_planes(carry.accumulators, layer, place, new_accumulators, storage),
         put(carry.moments, new_moments, moments),
         put(carry.scale_moments, new_scale_moments, scale_moments),
         Statistics(
