@@ -70,8 +70,8 @@ def publish(name: str, result: Result, quick: bool) -> None:
     record = {
         "benchmark": name,
         "figures": [figure._asdict() for figure in result.figures],
-        "commit": _commit(),
-        "device": _device(),
+        "commit": commit(),
+        "device": device(),
         "details": dict(result.details),
     }
     FOLDER.mkdir(exist_ok=True)
@@ -80,7 +80,9 @@ def publish(name: str, result: Result, quick: bool) -> None:
     print(json.dumps(record))
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, marked if files differ from it."""
+
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(
@@ -94,10 +96,11 @@ def _commit() -> str:
         return "unknown"
 
 
-def _device() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
+def device() -> str:
+    """What this process computes on."""
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{jax.device_count()} x {first.device_kind}"
     return f"{os.cpu_count()} cores, {_cpu_model()}"
 
 

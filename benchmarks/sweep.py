@@ -1,25 +1,38 @@
 """Training runs as a queue that can be stopped and taken up again.
 
-A run is a recipe and settings of its fields, in a folder named after them: one that has finished is
-not repeated, one that was killed goes on from its last checkpoint.
+A run is a recipe and settings of its fields. What it found is a line of
+`benchmarks/results/runs.jsonl`, kept with the code, so that a queue goes on where another machine
+left it. A run that was killed goes on from its last checkpoint. Every run has a core of its own,
+and as many run at once as there are cores.
 """
 
+import fcntl
 import json
 import math
+import os
+import queue
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 
-from benchmarks.result import REPOSITORY
+from benchmarks.result import FOLDER, REPOSITORY, commit, device
 
 ROOT = REPOSITORY / "runs" / "benchmarks"
+LEDGER = FOLDER / "runs.jsonl"
 Settings = dict[str, Any]
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+_free_cores: queue.Queue[int | None] = queue.Queue()
+for _core in CORES:
+    _free_cores.put(_core)
 
 
 class Interval(NamedTuple):
@@ -29,43 +42,102 @@ class Interval(NamedTuple):
     half_width: float
 
 
+class Run(NamedTuple):
+    """What a training run found.
+
+    Attributes:
+        nats_per_token: over all validation text, after the last step; infinite if it diverged.
+        experts: usage and unevenness of each layer's experts.
+        seconds: from its start to its end, checkpoints and evaluation included.
+    """
+
+    nats_per_token: float
+    experts: dict[str, Any]
+    seconds: float
+
+
 def validation_loss(recipe: str, settings: Settings) -> float:
-    """Trains, or looks up what an earlier call found; infinite for a run that diverged.
+    """Nats per token over all validation text after a run; see `train`."""
+    return train(recipe, settings).nats_per_token
+
+
+def train(recipe: str, settings: Settings) -> Run:
+    """Trains, or looks up what an earlier call found.
 
     Args:
         recipe: the name of a file in `configs/`.
         settings: fields that differ from it, such as `{"pool.learning_rate": 1e-2}`.
 
-    Returns:
-        Nats per token over all validation text, after the last step.
+    Raises:
+        RuntimeError: if training fails in another way than by diverging.
     """
+    if (found := _look_up(recipe, settings)) is not None:
+        return found
     name = ",".join(f"{field}={value}" for field, value in sorted(settings.items()))
     folder = ROOT / recipe / name
-    report, failure = folder / "report.json", folder / "failure.txt"
-    if failure.exists():
-        return math.inf
-    if not report.exists():
-        _train(recipe, settings, folder, failure)
-        if failure.exists():
-            return math.inf
-        shutil.rmtree(folder / "checkpoints")
-    return json.loads(report.read_text())["validation"]["all"]["nats_per_token"]["after"]
-
-
-def _train(recipe: str, settings: Settings, folder: Path, failure: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    if _train(recipe, settings, folder):
+        report = json.loads((folder / "report.json").read_text())
+        loss = report["validation"]["all"]["nats_per_token"]["after"]
+        found = Run(loss, report["experts"], time.monotonic() - start)
+    else:
+        found = Run(math.inf, {}, time.monotonic() - start)
+    _write_down(recipe, settings, found)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return found
+
+
+def _look_up(recipe: str, settings: Settings) -> Run | None:
+    wanted = json.loads(json.dumps({"recipe": recipe, "settings": settings}))
+    lines = LEDGER.read_text().splitlines() if LEDGER.exists() else []
+    for record in map(json.loads, lines):
+        if wanted.items() <= record.items():
+            loss = record["nats_per_token"]
+            return Run(math.inf if loss is None else loss, record["experts"], record["seconds"])
+    return None
+
+
+def _write_down(recipe: str, settings: Settings, found: Run) -> None:
+    """Adds a line; a loss that is not finite is `null`."""
+    loss = found.nats_per_token if math.isfinite(found.nats_per_token) else None
+    record = {
+        "recipe": recipe,
+        "settings": settings,
+        **found._replace(nats_per_token=loss)._asdict(),
+        "commit": commit(),
+        "device": device(),
+    }
+    with LEDGER.open("a") as ledger:
+        fcntl.flock(ledger, fcntl.LOCK_EX)
+        ledger.write(json.dumps(record) + "\n")
+
+
+def _train(recipe: str, settings: Settings, folder: Path) -> bool:
+    """Whether the run came to its end; the other possibility is that it diverged."""
     overrides = [f"--config.{field}={value}" for field, value in settings.items()]
     script = ["train.py", f"--config=configs/{recipe}.py", f"--workdir={folder}"]
-    with (folder / "output.txt").open("a") as output:
-        command = [sys.executable, *script, *overrides]
-        process = subprocess.run(
-            command, cwd=REPOSITORY, stdout=output, stderr=subprocess.PIPE, text=True, check=False
-        )
-    if process.returncode == 0:
-        return
-    if "lower the learning rates" not in process.stderr:
+    command = [sys.executable, *script, *overrides]
+    core = _free_cores.get()
+    if core is not None:
+        command = ["taskset", "--cpu-list", str(core), *command]
+    try:
+        with (folder / "output.txt").open("a") as output:
+            process = subprocess.run(
+                command, cwd=REPOSITORY, stdout=output, stderr=subprocess.PIPE, text=True,
+                check=False,
+            )  # fmt: skip
+    finally:
+        _free_cores.put(core)
+    if process.returncode and "lower the learning rates" not in process.stderr:
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
-    failure.write_text(process.stderr)
+    return not process.returncode
+
+
+def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs jobs, as many at once as there are cores; their results in order."""
+    with ThreadPoolExecutor(len(CORES)) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
 def rung(value: float, steps: int) -> float:
