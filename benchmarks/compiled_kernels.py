@@ -23,8 +23,10 @@ import numpy as np
 from benchmarks.compiled_step import pool_copies
 from benchmarks.targets import TPUS, device_of, on
 from pallas_kernels.expert_lookup import api as lookup_api
+from pallas_kernels.expert_lookup import mosaic_gpu as lookup_gpu
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.expert_update import mosaic_tpu as update_tpu
+from pallas_kernels.expert_update.rows import RowSums
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import ExpertPool, packed_shape
@@ -53,6 +55,7 @@ SHAPES = (
 )
 
 QUICK = 3  # of them
+GPU_CACHE_BYTES = 40 << 20  # of the second level, of an H100, four fifths
 
 
 class Compiled(NamedTuple):
@@ -70,9 +73,10 @@ class Compiled(NamedTuple):
         row_copies: DMAs of rows of the pool if all pairs hit different rows.
         row_bytes: bytes that these move.
         vector_bytes: bytes of vectors of tokens that other copies of a kernel move.
-        block_bytes: bytes that the pipeline of the grid moves.
+        block_bytes: bytes that the pipeline of the grid moves; on a GPU, the numbers of pairs.
         least_bytes: the fewest bytes that must move.
-        loops: bundles (cycles) of the kernel's innermost loops, in order; TPUs only.
+        loops: the kernel's innermost loops, in order: bundles (cycles) of one pass, and row copies
+            that it starts; TPUs only.
     """
 
     kernel: str
@@ -88,7 +92,7 @@ class Compiled(NamedTuple):
     vector_bytes: int
     block_bytes: int
     least_bytes: int
-    loops: list[int]
+    loops: list[tuple[int, int]]
 
 
 def implementation_for(target: str) -> str:
@@ -144,12 +148,33 @@ def least_bytes(kernel: str, shape: Shape) -> int:
     return 2 * (2 * codes + pairs * 24) + pairs * 12 + 2 * vectors
 
 
-def _vector_bytes(shape: Shape) -> int:
-    """What the update for TPUs copies of x and dy: all once if VMEM holds it, else by pair."""
+def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
+    """What a kernel moves of x, dy and their like, spread over the places of a row.
+
+    The update reads them by pair; once, if VMEM or the second-level cache of a GPU holds them all.
+    The lookups of a TPU have them in their blocks; on a GPU every part of a token reads them and
+    writes a sum, which is read once more.
+    """
     layout = RowLayout.of(shape.width, shape.storage)
     image = layout.planes * layout.lanes * 4
-    is_resident = shape.tokens * image <= update_tpu.RESIDENT_BYTES
-    return image * (shape.tokens if is_resident else shape.tokens * shape.chosen)
+    if kernel == "update":
+        kept = update_tpu.RESIDENT_BYTES if target in TPUS else GPU_CACHE_BYTES
+        is_kept = shape.tokens * image <= kept
+        return image * (shape.tokens if is_kept else shape.tokens * shape.chosen)
+    if target in TPUS:
+        return 0
+    read = 2 if kernel == "lookup backward" else 1
+    return image * shape.tokens * (read + 2 * lookup_gpu.parts_of(shape.tokens, shape.chosen))
+
+
+def _gpu_pair_bytes(kernel: str, shape: Shape) -> int:
+    """Numbers of pairs that a kernel for GPUs reads and writes."""
+    pairs = shape.tokens * shape.chosen
+    segments = 2 * RowLayout.of(shape.width, shape.storage).experts
+    # Unit, slot, gate, bias, two scales; and two products. Or ends, token, slot, row, coefficients;
+    # and of each segment, scale and moment, and the fields of `RowSums`.
+    words = {"lookup": 6, "lookup backward": 8, "update": 7 + segments * (2 + len(RowSums._fields))}
+    return 4 * pairs * words[kernel]
 
 
 def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) -> list[Compiled]:
@@ -182,8 +207,10 @@ def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) 
                     vmem=sum(_vmem(call) for call in calls),
                     row_copies=copies,
                     row_bytes=copies * layout.lanes * 4,
-                    vector_bytes=_vector_bytes(shape) if kernel == "update" else 0,
-                    block_bytes=sum(_block_bytes(call) for call in calls),
+                    vector_bytes=_vector_bytes(target, kernel, shape),
+                    block_bytes=sum(_block_bytes(call) for call in calls)
+                    if target in TPUS
+                    else _gpu_pair_bytes(kernel, shape),
                     least_bytes=least_bytes(kernel, shape),
                     loops=_innermost_loops(dump),
                 )

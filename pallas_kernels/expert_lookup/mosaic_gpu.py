@@ -38,6 +38,12 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
     return None
 
 
+def parts_of(tokens: int, chosen: int) -> int:
+    """In how many parts the experts of a token are summed, so that there are enough blocks."""
+    most = min(chosen, pl.cdiv(BLOCKS, tokens))
+    return pl.cdiv(chosen, pl.cdiv(chosen, most))
+
+
 def forward(
     pool: ExpertPool,
     ids: Int[Array, "T K"],
@@ -120,9 +126,8 @@ def _walk(
     """
     layout = RowLayout.of(pool.width, pool.storage)
     tokens, chosen = ids.shape
-    parts = min(chosen, pl.cdiv(BLOCKS, tokens))
+    parts = parts_of(tokens, chosen)
     of_part = pl.cdiv(chosen, parts)
-    parts = pl.cdiv(chosen, of_part)
 
     def pad(array: Array, value: int = 0) -> Array:
         padding = ((0, 0), (0, parts * of_part - chosen))
