@@ -36,9 +36,9 @@ from pallas_kernels.packing import (
 
 DOWN, UP = 0, 1
 UNIT = 128  # words
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "int2": 2}
 FLOAT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STORAGES = (*FLOAT_DTYPES, *BITS)
+STORAGES = (*FLOAT_DTYPES, "int8", "int4")  # of pools; "int2" is for accumulators only
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +100,11 @@ class Experts(NamedTuple):
     up: tuple[Float[Array, "*K columns"], ...]
     down_scale: Float[Array, "*K"]
     up_scale: Float[Array, "*K"]
+
+
+def storage_of(bits: int) -> str:
+    """The name of the storage of integers of `bits` bits."""
+    return next(name for name, width in BITS.items() if width == bits)
 
 
 def words_per_expert(width: int, storage: str) -> int:

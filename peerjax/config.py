@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.expert_update import accumulator_bits_of
 from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
 from peerjax.errors import ConfigError
@@ -69,6 +71,8 @@ def default_config() -> ml_collections.ConfigDict:
     pool.scale_learning_rate = 1e-3  # peak; of the logarithm of a packed row's scale
     pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
+    # Of the accumulators of packed pools: 0, 2, 4 or 8; `None` means as many as a code has.
+    pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
     # Of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu",
@@ -194,9 +198,14 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
             "choose pool.rule='rowwise'"
         )
     try:
-        words_per_vector(config.model.width, BITS[storage])
+        accumulator_bits = accumulator_bits_of(storage, config.pool.accumulator_bits)
     except ValueError as error:
-        raise ConfigError(f"model.width={config.model.width}: {error}") from None
+        raise ConfigError(f"pool.accumulator_bits: {error}") from None
+    for bits in filter(None, (BITS[storage], accumulator_bits)):
+        try:
+            words_per_vector(config.model.width, bits)
+        except ValueError as error:
+            raise ConfigError(f"model.width={config.model.width}: {error}") from None
 
 
 def _validate_layers(layers: tuple) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.expert_update.integer_step import largest_code
+from pallas_kernels.expert_update.integer_step import HEADROOM, largest_code
 from pallas_kernels.storage import (
     BITS,
     DOWN,
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 EXPERTS_PER_DRAW = 4096
-HEADROOM = 5 / 7  # of the code range, taken by the largest weight of a fresh row
 
 
 def initialize_pool(

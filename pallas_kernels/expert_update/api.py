@@ -15,8 +15,9 @@ from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
 from pallas_kernels.expert_update import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import ExpertPool
+from pallas_kernels.storage import BITS, ExpertPool, packed_shape, storage_of
 
+ACCUMULATOR_BITS = (0, 2, 4, 8)
 KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
@@ -24,7 +25,8 @@ class UpdateState(NamedTuple):
     """What an update keeps beside the pool.
 
     Attributes:
-        accumulators: int32 words laid out like those of the pool; `None` for float pools.
+        accumulators: int32 words, laid out like those of a pool of their width; `None` for float
+            pools, and for accumulators of no bits.
         moments: second moment of each row of `down` and of `up`; 0 means never hit.
         scale_moments: second moment of each scale's gradient; `None` for float pools.
     """
@@ -34,13 +36,33 @@ class UpdateState(NamedTuple):
     scale_moments: Any
 
     @staticmethod
-    def zeros_for(pool: ExpertPool) -> UpdateState:
-        """The state of a pool that has never been updated."""
+    def zeros_for(pool: ExpertPool, accumulator_bits: int | None = None) -> UpdateState:
+        """The state of a pool that has never been updated; see `update` for the bits."""
         layers = pool.weights.shape[:1] if pool.is_stack else ()
         moments = jnp.zeros((*layers, 2, pool.num_experts), jnp.float32)
         if not pool.is_packed:
             return UpdateState(None, moments, None)
-        return UpdateState(jnp.zeros_like(pool.weights), moments, jnp.zeros_like(moments))
+        bits = accumulator_bits_of(pool.storage, accumulator_bits)
+        accumulators = None
+        if bits:
+            shape = packed_shape(pool.num_experts, pool.width, storage_of(bits))
+            accumulators = jnp.zeros((*layers, *shape), jnp.int32)
+        return UpdateState(accumulators, moments, jnp.zeros_like(moments))
+
+
+def accumulator_bits_of(storage: str, bits: int | None) -> int:
+    """How wide the accumulators of a pool are: as its codes, unless a width is given.
+
+    Raises:
+        ValueError: if there are no accumulators of that width.
+    """
+    if bits is None:
+        return BITS.get(storage, 0)
+    if bits not in ACCUMULATOR_BITS:
+        raise ValueError(
+            f"accumulators have {' or '.join(map(str, ACCUMULATOR_BITS))} bits, not {bits}"
+        )
+    return bits
 
 
 def update(
@@ -51,6 +73,7 @@ def update(
     *,
     seed: Integer[Array, ""] | int,
     step: Integer[Array, ""] | int,
+    accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
     """One step of a pool, or of a stack of pools, from its factored gradient.
@@ -71,6 +94,8 @@ def update(
         hyperparameters: see there.
         seed: of the run; with `step`, it determines all random bits.
         step: number of the update, different every time.
+        accumulator_bits: 0, 2, 4 or 8, the same as in `UpdateState.zeros_for`; `None` means as many
+            as a code has. Kernels know only that.
         implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; `None` takes the fastest that is known
             to work on the platform. A kernel named on another platform than its own is interpreted.
 
@@ -98,6 +123,7 @@ def update(
             hyperparameters,
             seed=seed,
             step=step,
+            accumulator_bits=accumulator_bits,
             implementation=implementation,
         )
         return jax.tree.map(lambda leaf: leaf[0], result)
@@ -105,12 +131,19 @@ def update(
     zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
     carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
     sizes: dict[str, Any] = {"num_experts": pool.num_experts, "storage": pool.storage}
+    bits = accumulator_bits_of(pool.storage, accumulator_bits)
 
     def in_chunks(*operands: Any) -> xla.Carry:
-        return with_chunk_size(partial(xla.update_stack, **sizes), HIT_EXPERTS, *operands)
+        walk = partial(xla.update_stack, **sizes, accumulator_bits=bits)
+        return with_chunk_size(walk, HIT_EXPERTS, *operands)
 
     kernels = {
-        name: Kernel(partial(module.update_stack, **sizes), module.cannot_update(pool, gradient))
+        name: Kernel(
+            partial(module.update_stack, **sizes),
+            module.cannot_update(pool, gradient)
+            if bits == BITS.get(pool.storage, 0)
+            else f"its accumulators are as wide as the codes, not {bits} bits",
+        )
         for name, module in KERNELS.items()
     }
     operands = (carry, gradient, hyperparameters, seed, step)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Beyond this many units a step clips whatever the state; it keeps float32 to int32 exact.
 LARGEST_STEP = float(1 << 20)
+HEADROOM = 5 / 7  # of the range of codes, taken by the largest weight of a fresh row
 
 
 def largest_code(code_bits: int) -> int:

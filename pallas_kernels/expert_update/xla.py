@@ -9,26 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import storage as layout
 from pallas_kernels.counter_hash import hash_words
-from pallas_kernels.expert_update import integer_step
-from pallas_kernels.expert_update.rule import (
-    Hyperparameters,
-    Statistics,
-    halve,
-    move,
-    precondition,
-    rescale,
-    step_rate,
-)
+from pallas_kernels.expert_update.packed_rows import ROW, RowCounts, RowNumbers, step_rows
+from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
 
 # The purpose of random bits, absorbed by their hash: other uses take other numbers.
 ROUNDING = 1
-ROW = (-2, -1)  # the axes of a row's columns: planes, and words
 
 
 class Carry(NamedTuple):
@@ -51,6 +42,7 @@ def update_stack(
     *,
     num_experts: int,
     storage: str,
+    accumulator_bits: int,
     chunk: int,
 ) -> Carry:
     """Applies one step to every layer of a stack, `chunk` experts at a time."""
@@ -63,8 +55,10 @@ def update_stack(
         def one_chunk(index: Array, carry: Carry) -> Carry:
             expert = experts_of(pairs, index, chunk, num_experts)
             sums = row_sums(pairs, x, dy, index, chunk)
-            rewrite = rewrite_packed if storage in layout.BITS else rewrite_floats
-            return rewrite(carry, layer, expert, sums, rule, seed, step, storage)
+            operands = (carry, layer, expert, sums, rule, seed, step, storage)
+            if storage in layout.BITS:
+                return rewrite_packed(*operands, accumulator_bits)
+            return rewrite_floats(*operands)
 
         return jax.lax.fori_loop(0, num_chunks(pairs, chunk), one_chunk, carry)
 
@@ -80,75 +74,54 @@ def rewrite_packed(
     seed: Any,
     step: Any,
     storage: str,
+    accumulator_bits: int,
 ) -> Carry:
-    """One step of a chunk of packed experts, their columns by plane."""
+    """One step of a chunk of packed experts."""
     width, num_experts = sums.shape[-1], carry.moments.shape[-1]
-    code_bits = layout.BITS[storage]
-    bits = code_bits  # accumulators are packed like the codes
     valid = expert < num_experts
     safe = jnp.where(valid, expert, 0)
     matrix = jnp.arange(2)
     at = (layer, matrix, safe[:, None])
 
-    codes, accumulators = (
-        layout.read_planes(words, layer, safe, width, storage)
-        for words in (carry.weights, carry.accumulators)
-    )
-    sums = sums.reshape(codes.shape)
-    scales, moments, scale_moments = carry.scales[at], carry.moments[at], carry.scale_moments[at]
-    mean_square = jnp.mean(sums * sums, axis=ROW)
-    hit = valid[:, None] & (mean_square > 0)
-
-    # The integer step, with the old scale.
-    new_moments, factor = precondition(mean_square, moments, rule.beta2)
-    values = integer_step.join(codes, accumulators, bits)
-    rate = step_rate(factor, scales, rule, bits)
-    step_size = rate * jnp.sum(jnp.abs(sums), axis=ROW)
+    codes = layout.read_planes(carry.weights, layer, safe, width, storage)
+    if accumulator_bits:
+        kind = layout.storage_of(accumulator_bits)
+        accumulators = layout.read_planes(carry.accumulators, layer, safe, width, kind)
+        accumulators = accumulators.reshape(codes.shape)
+    else:
+        accumulators = jnp.zeros_like(codes)
     column = jnp.arange(width).reshape(codes.shape[2:])
     counters = (layer, jnp.expand_dims(matrix, ROW), jnp.expand_dims(safe, (1, 2, 3)), column)
-    words = hash_words(seed, ROUNDING, step, *counters)
-    moved = move(values, sums, jnp.expand_dims(rate, ROW), words, rule)
+    codes, accumulators, numbers, counts = step_rows(
+        codes,
+        accumulators,
+        sums.reshape(codes.shape),
+        RowNumbers(carry.scales[at], carry.moments[at], carry.scale_moments[at]),
+        lambda: hash_words(seed, ROUNDING, step, *counters),
+        rule,
+        width=width,
+        code_bits=layout.BITS[storage],
+        bits=accumulator_bits,
+    )
 
-    # A row that would clip too much doubles its scale. This is rare, and chunks without such a row
-    # pass it by.
-    clips = integer_step.clips(moved, code_bits, bits)
-    doubles = jnp.mean(clips, axis=ROW, dtype=jnp.float32) > rule.grow_above
-
-    def halve_doubling(moved: Array) -> Array:
-        words = hash_words(seed, ROUNDING, step, *counters)
-        return jnp.where(jnp.expand_dims(doubles, ROW), halve(moved, words), moved)
-
-    moved = jax.lax.cond(jnp.any(doubles), halve_doubling, lambda moved: moved, moved)
-    stopped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=ROW)
-    moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
-    new_codes, new_accumulators = integer_step.split(moved, bits)
-
-    along_codes = jnp.sum(sums * codes, axis=ROW)
-    new_scales, new_scale_moments = rescale(scales, doubles, along_codes, scale_moments, rule)
-
-    # Rows without a gradient stay as they are; places left over are dropped.
-    keep = jnp.expand_dims(hit, ROW)
-    new_codes = jnp.where(keep, new_codes, codes)
-    new_accumulators = jnp.where(keep, new_accumulators, accumulators)
+    # Places left over are dropped.
     place = jnp.where(valid, expert, -1)
     to = (layer, matrix, expert[:, None])
 
-    def put(array: Array, new: Array, old: Array) -> Array:
-        return array.at[to].set(jnp.where(hit, new, old), mode="drop", unique_indices=True)
+    def put(array: Array, new: Array) -> Array:
+        return array.at[to].set(new, mode="drop", unique_indices=True)
 
+    new_accumulators = carry.accumulators
+    if accumulator_bits:
+        planes = accumulators.reshape(*codes.shape[:2], 32 // accumulator_bits, -1)
+        new_accumulators = layout.write_planes(new_accumulators, layer, place, planes, kind)
     return Carry(
-        layout.write_planes(carry.weights, layer, place, new_codes, storage),
-        put(carry.scales, new_scales, scales),
-        layout.write_planes(carry.accumulators, layer, place, new_accumulators, storage),
-        put(carry.moments, new_moments, moments),
-        put(carry.scale_moments, new_scale_moments, scale_moments),
-        Statistics(
-            experts=carry.statistics.experts.at[layer].add(jnp.sum(valid)),
-            rows=carry.statistics.rows.at[layer].add(jnp.sum(hit)),
-            clipped=carry.statistics.clipped.at[layer].add(jnp.sum(stopped * hit)),
-            doubled=carry.statistics.doubled.at[layer].add(jnp.sum(doubles & hit)),
-            step_size=carry.statistics.step_size.at[layer].add(jnp.sum(step_size * hit)),
-        ),
+        layout.write_planes(carry.weights, layer, place, codes, storage),
+        put(carry.scales, numbers.scales),
+        new_accumulators,
+        put(carry.moments, numbers.moments),
+        put(carry.scale_moments, numbers.scale_moments),
+        add_counts(carry.statistics, layer, valid, counts),
     )
 
 
@@ -181,7 +154,8 @@ def rewrite_floats(
         counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
         new = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
     to = (layer, matrix, expert[:, None])
-    statistics = carry.statistics
+    nothing = jnp.zeros_like(hit)
+    counts = RowCounts(hit, nothing, nothing, step_size * hit)
     return carry._replace(
         weights=carry.weights.at[layer, expert].set(
             new.astype(carry.weights.dtype), mode="drop", unique_indices=True
@@ -189,12 +163,16 @@ def rewrite_floats(
         moments=carry.moments.at[to].set(
             jnp.where(hit, new_moments, moments), mode="drop", unique_indices=True
         ),
-        statistics=statistics._replace(
-            experts=statistics.experts.at[layer].add(jnp.sum(valid)),
-            rows=statistics.rows.at[layer].add(jnp.sum(hit)),
-            step_size=statistics.step_size.at[layer].add(jnp.sum(step_size * hit)),
-        ),
+        statistics=add_counts(carry.statistics, layer, valid, counts),
     )
+
+
+def add_counts(
+    statistics: Statistics, layer: Array, valid: Bool[Array, " C"], counts: RowCounts
+) -> Statistics:
+    """The statistics of a layer, with those of a chunk of experts."""
+    more = Statistics(valid, counts.hit, counts.clipped, counts.doubled, counts.step_size)
+    return jax.tree.map(lambda total, each: total.at[layer].add(jnp.sum(each)), statistics, more)
 
 
 def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> Float[Array, "*S"]:

@@ -45,7 +45,11 @@ def sharded_lookup(
 
 
 def replicated_update(
-    *operands: Any, seed: Any, step: Any, implementation: str | None = None
+    *operands: Any,
+    seed: Any,
+    step: Any,
+    accumulator_bits: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
     """`pallas_kernels.expert_update.update`, by every device of the mesh for itself.
 
@@ -53,7 +57,13 @@ def replicated_update(
     """
 
     def local(seed: Any, step: Any, *operands: Any) -> tuple[ExpertPool, UpdateState, Statistics]:
-        return update(*operands, seed=seed, step=step, implementation=implementation)
+        return update(
+            *operands,
+            seed=seed,
+            step=step,
+            accumulator_bits=accumulator_bits,
+            implementation=implementation,
+        )
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(seed, step, *operands)

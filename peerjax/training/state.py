@@ -115,6 +115,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         beta2=config.pool.beta2,
         clip_norm=config.pool.clip_norm or None,
         seed=config.seed,
+        accumulator_bits=config.pool.accumulator_bits,
         implementation=implementation_of(config),
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)

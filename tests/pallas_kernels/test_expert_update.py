@@ -1,6 +1,7 @@
 """The update against a reference written with loops over experts and 64-bit floats."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_kernels.storage import BITS, read_codes
 from peerjax.pool import initialize_pool
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
+PACKED = ["int8", "int4"]
 RULE = Hyperparameters(learning_rate=0.02, scale_learning_rate=0.003)
 
 
@@ -49,20 +51,23 @@ def dense(gradient, num_experts=N):
     return rows
 
 
-def all_codes(words, pool):
+def all_codes(words, pool, storage=None):
     """[layers, N, 2, D]"""
+    if words is None:
+        return np.zeros((LAYERS, pool.num_experts, 2, pool.width), np.int64)
     ids = jnp.arange(pool.num_experts)
     layers = range(words.shape[0])
-    read = [read_codes(words, jnp.int32(i), ids, pool.width, pool.storage) for i in layers]
+    storage = storage or pool.storage
+    read = [read_codes(words, jnp.int32(i), ids, pool.width, storage) for i in layers]
     return np.asarray(read, np.int64)
 
 
-def reference(pool, state, gradient, rule, seed, step):
+def reference(pool, state, gradient, rule, seed, step, bits):
     """One step, expert by expert; returns codes, accumulators, scales, moments."""
-    bits = BITS[pool.storage]
-    unit, top = 2**bits, 2 ** (bits - 1) - 1
+    unit, top = 2**bits, 2 ** (BITS[pool.storage] - 1) - 1
     rows = dense(gradient, pool.num_experts)
-    codes, accumulators = all_codes(pool.weights, pool), all_codes(state.accumulators, pool)
+    codes = all_codes(pool.weights, pool)
+    accumulators = all_codes(state.accumulators, pool, f"int{bits}")
     scales = np.array(pool.scales, np.float64)
     nu, nu_scale = np.array(state.moments, np.float64), np.array(state.scale_moments, np.float64)
     for layer, expert, matrix in np.ndindex(*rows.shape[:3]):
@@ -81,7 +86,7 @@ def reference(pool, state, gradient, rule, seed, step):
         words = np.asarray(hash_words(seed, 1, step, layer, matrix, expert, jnp.arange(D)))
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = v + (np.floor(u) + up).astype(np.int64)
-        low, high = -top * unit - unit // 2, top * unit + unit // 2 - 1
+        low, high = -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0)
         doubles = np.mean((moved < low) | (moved > high)) > rule.grow_above
         if doubles:
             moved = (moved + words % 2) // 2
@@ -98,12 +103,13 @@ def reference(pool, state, gradient, rule, seed, step):
     return codes, accumulators, scales, nu, nu_scale
 
 
-def assert_equals_reference(pool, state, gradient, rule, seed, step):
-    expected = reference(pool, state, gradient, rule, seed, step)
-    new_pool, new_state, _ = jax.jit(update)(pool, state, gradient, rule, seed=seed, step=step)
+def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
+    expected = reference(pool, state, gradient, rule, seed, step, bits)
+    one_step = jax.jit(partial(update, accumulator_bits=bits))
+    new_pool, new_state, _ = one_step(pool, state, gradient, rule, seed=seed, step=step)
     codes = all_codes(new_pool.weights, pool)
-    accumulators = all_codes(new_state.accumulators, pool)
-    unit = 2 ** BITS[pool.storage]
+    accumulators = all_codes(new_state.accumulators, pool, f"int{bits}")
+    unit = 2**bits
     # float32 sums may straddle a rounding threshold where float64 ones do not: by one unit.
     moved = unit * (codes - expected[0]) + accumulators - expected[1]
     assert np.abs(moved).max() <= 1
@@ -114,7 +120,7 @@ def assert_equals_reference(pool, state, gradient, rule, seed, step):
     return new_pool, new_state
 
 
-@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("storage", PACKED)
 @pytest.mark.parametrize("learning_rate", [1e-4, 0.02, 0.5])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_three_steps_equal_the_reference(storage, learning_rate, weight_decay):
@@ -123,7 +129,28 @@ def test_three_steps_equal_the_reference(storage, learning_rate, weight_decay):
     rule = RULE._replace(learning_rate=learning_rate, weight_decay=weight_decay)
     for step in range(3):
         gradient = make_gradient(seed=step)
-        pool, state = assert_equals_reference(pool, state, gradient, rule, 7, step)
+        bits = BITS[storage]
+        pool, state = assert_equals_reference(pool, state, gradient, rule, 7, step, bits)
+
+
+@pytest.mark.parametrize(("storage", "bits"), [("int4", 0), ("int4", 2), ("int4", 8), ("int8", 4)])
+@pytest.mark.parametrize("learning_rate", [0.02, 0.5])
+def test_accumulators_of_other_widths(storage, bits, learning_rate):
+    pool = make_pool(storage)
+    state = UpdateState.zeros_for(pool, bits)
+    rule = RULE._replace(learning_rate=learning_rate)
+    for step in range(2):
+        gradient = make_gradient(seed=step)
+        pool, state = assert_equals_reference(pool, state, gradient, rule, 7, step, bits)
+
+
+def test_only_xla_knows_accumulators_of_other_widths():
+    pool, state = make_pool("int4"), UpdateState.zeros_for(make_pool("int4"), 2)
+    arguments = {"seed": 0, "step": 0, "accumulator_bits": 2}
+    with pytest.raises(ValueError, match="mosaic_tpu cannot update experts: its accumulators are"):
+        update(pool, state, make_gradient(), RULE, implementation="mosaic_tpu", **arguments)
+    with pytest.raises(ValueError, match="accumulators have 0 or 2 or 4 or 8 bits, not 3"):
+        UpdateState.zeros_for(pool, 3)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
@@ -264,7 +291,7 @@ def test_a_row_that_would_clip_doubles_its_scale_and_keeps_its_value():
     assert counts.clipped[0] > 0
 
 
-@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("storage", PACKED)
 def test_in_place_and_of_a_cost_that_does_not_know_n(storage):
     def compiled(num_experts):
         pool = jax.eval_shape(lambda: make_pool(storage, num_experts, 256, 2))

@@ -37,7 +37,7 @@ def dequantize(codes, scales):
     return codes * jnp.moveaxis(scales, 1, 2)[..., None]
 
 
-@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_every_gradient_equals_dense_autodiff(storage, remat):
     pool, ids, gates, x = make(storage)
@@ -72,7 +72,7 @@ def test_every_gradient_equals_dense_autodiff(storage, remat):
     assert_close(gradient[1:], expected[1:])
 
 
-@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
     tokens, chosen, width, experts = 256, 64, 256, 1 << 16
 
@@ -99,7 +99,7 @@ def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
     assert f"f32[2,{experts}" not in text
 
 
-@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_packed_pool_is_the_rounded_float_pool(storage):
     arguments = (jax.random.key(3), LAYERS, N, D)
     options = {"heads": 2, "experts_per_head": 8}
