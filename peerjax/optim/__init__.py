@@ -1,6 +1,16 @@
-"""Optax transforms for packed pools; imports no model code."""
+"""Optax transforms for packed pools and matrices; imports no model code."""
 
 from peerjax.optim.accumulation import AccumulationState, int4_accumulation
 from peerjax.optim.overwrite import Overwrite, apply_updates
+from peerjax.optim.packed_matrix import PackedMatrix, dequantize, is_packed_matrix, pack
 
-__all__ = ["AccumulationState", "Overwrite", "apply_updates", "int4_accumulation"]
+__all__ = [
+    "AccumulationState",
+    "Overwrite",
+    "PackedMatrix",
+    "apply_updates",
+    "dequantize",
+    "int4_accumulation",
+    "is_packed_matrix",
+    "pack",
+]

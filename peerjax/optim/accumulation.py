@@ -1,4 +1,4 @@
-"""The transform that trains packed pools in place."""
+"""The transform that trains packed parameters: pools in place, any other matrix by differences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import optax
 from jaxtyping import Array, Int
 
 from pallas_kernels.counter_hash import hash_words
-from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
+from pallas_kernels.expert_update import (
+    Hyperparameters,
+    Statistics,
+    UpdateState,
+    accumulator_bits_of,
+)
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import ExpertPool
+from pallas_kernels.storage import ExpertPool, storage_of
 from peerjax.optim.overwrite import Overwrite
+from peerjax.optim.packed_matrix import PackedMatrix, update_matrix, zero_state
 from peerjax.sharding.pools import replicated_update
 
 
@@ -22,8 +28,8 @@ class AccumulationState(NamedTuple):
 
     Attributes:
         count: number of updates made.
-        pools: an `UpdateState` for each pool: accumulators, second moments.
-        statistics: `Statistics` of the last update, for each pool.
+        pools: an `UpdateState` for each pool or matrix: accumulators, second moments.
+        statistics: `Statistics` of the last update, likewise.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -40,13 +46,14 @@ def int4_accumulation(
     clip_norm: float | None = None,
     grow_above: float = 0.02,
     seed: int = 0,
+    accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Row-wise steps of expert pools, accumulated in integers of the width of the codes.
+    r"""Row-wise steps of packed parameters, accumulated in a few more bits.
 
     A packed weight is `(w + a / 2^b) s`: a code w, which the model reads, an accumulator a of b
-    bits (4 for "int4", 8 for "int8") and a scale s of its row. With `g` the gradient of the row and
-    `nu` the average of its mean square over the steps in which it was hit,
+    bits (as many as the code, unless said otherwise) and a scale s of its row. With `g` the
+    gradient of the row and `nu` the average of its mean square over the steps in which it was hit,
 
     .. math::
         \delta = \frac{g}{\sqrt{\nu}}, \quad
@@ -54,13 +61,22 @@ def int4_accumulation(
         2^b w + a \leftarrow \mathrm{clip}(2^b w + a + \mathrm{SR}(u)),
 
     with SR stochastic rounding and the RMS of delta at most 1. Scales take steps of their
-    logarithm, and double where more than `grow_above` of the codes of a row would clip. Float pools
-    take the same steps without accumulators (bfloat16 rounds stochastically).
+    logarithm, and double where more than `grow_above` of the codes of a row would clip. Float
+    pools take the same steps without accumulators (bfloat16 rounds stochastically).
 
-    Params are trees of `ExpertPool`, updates trees of `FactoredGradient`. Use it last in a chain,
-    and in `optax.partition` for the pools of a tree that has other parameters too; apply its
-    updates with `peerjax.optim.apply_updates`. It cannot be wrapped in `optax.MultiSteps` or
-    `optax.apply_if_finite`, because updates and params are different trees.
+    Params are a tree of packed parameters, of two kinds:
+
+    - `ExpertPool`, whose update is a `FactoredGradient`. It comes out as an `Overwrite`, which
+      `peerjax.optim.apply_updates` puts in place of the donated pool.
+    - `PackedMatrix`, made by `peerjax.optim.pack` of any matrix. Its update is the ordinary
+      gradient with respect to `peerjax.optim.dequantize(params)`, an array. It comes out as the
+      difference of its words and scales, which `optax.apply_updates` adds exactly.
+
+    It comes last in an `optax.chain`: a float that is added to words, or multiplied with their
+    difference, makes noise of them. `peerjax.optim.apply_updates` refuses what it can see of that.
+    Give other parameters to other transforms by `optax.partition`, or hide them by `optax.masked`.
+    `optax.MultiSteps` and `optax.apply_if_finite` cannot wrap it, because updates and params are
+    different trees: average gradients, or pass them over, before it.
 
     Args:
         learning_rate: RMS of a row's step in units of the weights; a number or a schedule.
@@ -69,19 +85,38 @@ def int4_accumulation(
         beta2: decay of the second moments, each time a row is hit.
         clip_norm: bound on the norm of the gradient of each pool, or stack of pools. Finding the
             norm takes a second pass over the pairs; every row's step has an RMS of at most 1
-            without it.
+            without it. Gradients of matrices can be clipped by any optax transform before this one.
         grow_above: share of clipping codes above which a row doubles its scale.
         seed: with the number of the update, determines every random bit.
+        accumulator_bits: of accumulators: 0, 2, 4 or 8; `None` means as many as a code has. With 0,
+            steps are rounded straight to codes.
         implementation: of `pallas_kernels.expert_update.update`; `None` chooses by the platform.
 
     Returns:
         The transform.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from peerjax import optim
+        >>> x, target = jnp.eye(16), jnp.ones((16, 8))
+        >>> params = {"w": optim.pack(0.1 * jax.random.normal(jax.random.key(0), (16, 8)))}
+        >>> def loss(floats):
+        ...     return jnp.mean((x @ floats["w"] - target) ** 2)
+        >>> transform = optax.chain(
+        ...     optax.clip_by_global_norm(1.0), optim.int4_accumulation(0.1))
+        >>> state = transform.init(params)
+        >>> before = loss(optim.dequantize(params))
+        >>> for _ in range(20):
+        ...     gradients = jax.grad(loss)(optim.dequantize(params))
+        ...     updates, state = transform.update(gradients, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(loss(optim.dequantize(params)) < before / 2)
+        True
+
+        A pool, from its factored gradient:
+
         >>> from pallas_kernels.expert_lookup import lookup
         >>> from pallas_kernels.factored_gradient import FactoredGradient, Tap
-        >>> from peerjax import optim
         >>> from peerjax.pool import initialize_pool
         >>> pool = initialize_pool(
         ...     jax.random.key(0), 1, 64, 16, heads=1, experts_per_head=4, storage="int4")
@@ -102,18 +137,31 @@ def int4_accumulation(
         arXiv:1502.02551.
     """
 
+    def bits_of(leaf: ExpertPool | PackedMatrix) -> int:
+        storage = leaf.storage if isinstance(leaf, ExpertPool) else storage_of(leaf.bits)
+        return accumulator_bits_of(storage, accumulator_bits)
+
     def init(params: Any) -> AccumulationState:
-        def statistics(pool: ExpertPool) -> Statistics:
-            zeros = jnp.zeros(pool.weights.shape[:1] if pool.is_stack else (), jnp.float32)
+        leaves, structure = _packed_leaves(params)
+
+        def state_of(leaf: ExpertPool | PackedMatrix) -> UpdateState:
+            if isinstance(leaf, ExpertPool):
+                return UpdateState.zeros_for(leaf, accumulator_bits)
+            return zero_state(leaf, bits_of(leaf))
+
+        def statistics_of(leaf: ExpertPool | PackedMatrix) -> Statistics:
+            stacked = isinstance(leaf, ExpertPool) and leaf.is_stack
+            layers = jnp.shape(leaf.words if isinstance(leaf, PackedMatrix) else leaf.weights)[:1]
+            zeros = jnp.zeros(layers if stacked else (), jnp.float32)
             return Statistics(*[zeros] * len(Statistics._fields))
 
         return AccumulationState(
             count=jnp.zeros((), jnp.int32),
-            pools=_map_pools(UpdateState.zeros_for, params),
-            statistics=_map_pools(statistics, params),
+            pools=jax.tree.unflatten(structure, map(state_of, leaves)),
+            statistics=jax.tree.unflatten(structure, map(statistics_of, leaves)),
         )
 
-    def update_pools(
+    def update_leaves(
         updates: Any, state: AccumulationState, params: Any = None, **extra: Any
     ) -> tuple[Any, AccumulationState]:
         del extra
@@ -128,46 +176,74 @@ def int4_accumulation(
             beta2=beta2,
             grow_above=grow_above,
         )
-        pools, structure = jax.tree.flatten(params, is_leaf=_is_pool)
-        gradients = jax.tree.leaves(updates, is_leaf=_is_gradient)
-        if clip_norm is not None:
-            gradients = [
-                gradient.clip(clip_norm, pool.num_experts)
-                for pool, gradient in zip(pools, gradients, strict=True)
-            ]
-        states = jax.tree.leaves(state.pools, is_leaf=lambda node: isinstance(node, UpdateState))
-        results = [
-            # The number of the pool is a part of its seed: pools draw different bits.
-            replicated_update(
-                *each,
+        leaves, structure = _packed_leaves(params)
+        gradients = structure.flatten_up_to(updates)
+
+        def update_leaf(number: int, leaf: Any, own: UpdateState, gradient: Any) -> Any:
+            # The number of the leaf is a part of its seed: they draw different bits.
+            options: dict[str, Any] = {"seed": hash_words(seed, number), "step": state.count}
+            _check_gradient(leaf, gradient)
+            if isinstance(leaf, PackedMatrix):
+                return update_matrix(
+                    leaf, own, gradient, hyperparameters, accumulator_bits=bits_of(leaf), **options
+                )
+            if clip_norm is not None:
+                gradient = gradient.clip(clip_norm, leaf.num_experts)
+            pool, *rest = replicated_update(
+                leaf,
+                own,
+                gradient,
                 hyperparameters,
-                seed=hash_words(seed, number),
-                step=state.count,
+                accumulator_bits=accumulator_bits,
                 implementation=implementation,
+                **options,
             )
-            for number, each in enumerate(zip(pools, states, gradients, strict=True))
+            return Overwrite(pool), *rest
+
+        results = [
+            update_leaf(number, *each)
+            for number, each in enumerate(
+                zip(leaves, structure.flatten_up_to(state.pools), gradients, strict=True)
+            )
         ]
-        new_pools, new_states, statistics = zip(*results, strict=True) if results else ((), (), ())
+        changes, states, statistics = zip(*results, strict=True) if results else ((), (), ())
         new_state = AccumulationState(
             count=optax.safe_increment(state.count),
-            pools=jax.tree.unflatten(structure, new_states),
+            pools=jax.tree.unflatten(structure, states),
             statistics=jax.tree.unflatten(structure, statistics),
         )
-        return jax.tree.unflatten(structure, [Overwrite(pool) for pool in new_pools]), new_state
+        return jax.tree.unflatten(structure, changes), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update_pools)
-
-
-def _is_pool(node: Any) -> bool:
-    return isinstance(node, ExpertPool)
+    return optax.GradientTransformationExtraArgs(init, update_leaves)
 
 
-def _is_gradient(node: Any) -> bool:
-    return isinstance(node, FactoredGradient)
+def _packed_leaves(params: Any) -> tuple[list[Any], Any]:
+    """Pools and packed matrices of a tree in which nothing else is."""
+    found, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, ExpertPool | PackedMatrix)
+    )
+    for path, leaf in found:
+        if not isinstance(leaf, ExpertPool | PackedMatrix):
+            raise ValueError(
+                f"int4_accumulation moves packed parameters, but {jax.tree_util.keystr(path)} is "
+                f"a {type(leaf).__name__}: pack it with peerjax.optim.pack, or give it to another "
+                "transform by optax.partition"
+            )
+    return [leaf for _, leaf in found], structure
 
 
-def _map_pools(function: Any, tree: Any) -> Any:
-    return jax.tree.map(function, tree, is_leaf=_is_pool)
+def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:
+    if isinstance(leaf, ExpertPool):
+        if not isinstance(gradient, FactoredGradient):
+            raise ValueError(
+                f"the gradient of a pool is a FactoredGradient, not a {type(gradient).__name__}"
+            )
+    elif jnp.shape(gradient) != leaf.shape or not jnp.issubdtype(gradient.dtype, jnp.floating):
+        raise ValueError(
+            f"the gradient of a packed matrix of shape {leaf.shape} is a float array like it, "
+            f"not {jax.tree.map(jnp.shape, gradient)}: differentiate with respect to "
+            "peerjax.optim.dequantize(params)"
+        )
 
 
 def _at(rate: optax.ScalarOrSchedule, count: Array) -> Any:

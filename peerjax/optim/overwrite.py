@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pallas_kernels.storage import ExpertPool
+from peerjax.optim.packed_matrix import PackedMatrix
 
 
 class Overwrite(NamedTuple):
@@ -25,7 +27,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
         The new params.
 
     Raises:
-        ValueError: if a pool would be added to: codes are no numbers to add to.
+        ValueError: if floats would be added to the codes of a pool or of a packed matrix.
     """
 
     def apply(path: Any, param: Any, update: Any) -> Any:
@@ -36,8 +38,17 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
                 f"the update of the packed pool {jax.tree_util.keystr(path)} is no Overwrite; "
                 "int4_accumulation must come last in the chain that updates pools"
             )
+        if isinstance(param, PackedMatrix) and not _is_difference(update):
+            raise ValueError(
+                f"the update of the packed matrix {jax.tree_util.keystr(path)} is no difference of "
+                "words; int4_accumulation must come last in the chain that updates it"
+            )
         return optax.apply_updates(param, update)
 
     return jax.tree_util.tree_map_with_path(
-        apply, params, updates, is_leaf=lambda node: isinstance(node, ExpertPool)
+        apply, params, updates, is_leaf=lambda node: isinstance(node, ExpertPool | PackedMatrix)
     )
+
+
+def _is_difference(update: Any) -> bool:
+    return isinstance(update, PackedMatrix) and jnp.issubdtype(update.words.dtype, jnp.integer)

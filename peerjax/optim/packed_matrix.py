@@ -1,0 +1,162 @@
+"""Matrices of any model as packed codes: what `int4_accumulation` moves beside pools.
+
+A matrix is [*rows, D]: the vectors along its last axis, its rows, have a scale each. A weight is a
+code times the scale of its row, in the words of `pallas_kernels.packing`; a width that does not
+fill whole words is padded with zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
+
+from pallas_kernels.counter_hash import hash_words
+from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
+from pallas_kernels.expert_update.integer_step import HEADROOM, largest_code
+from pallas_kernels.expert_update.packed_rows import RowNumbers, step_rows
+from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
+
+# The purpose of random bits, absorbed by their hash: pools take another number.
+ROUNDING = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix in packed codes. Make one with `pack`, read it with `dequantize`.
+
+    Attributes:
+        words: int32 [*rows, W].
+        scales: float32 [*rows].
+        width: D, columns of the matrix.
+        bits: of a code, 4 or 8.
+    """
+
+    words: Any
+    scales: Any
+    width: int = dataclasses.field(metadata={"static": True})
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        return (*self.scales.shape, self.width)
+
+    def codes(self) -> Int[Array, "*rows D"]:
+        """The codes as int32."""
+        planes = unpack_planes(self.words, self.bits)
+        return planes.reshape(*self.scales.shape, -1)[..., : self.width]
+
+    def floats(self) -> Float[Array, "*rows D"]:
+        """The weights as float32."""
+        return self.codes() * self.scales[..., None]
+
+
+def is_packed_matrix(node: Any) -> bool:
+    """Whether a node of a tree is a `PackedMatrix`; an `is_leaf` of `jax.tree.map`."""
+    return isinstance(node, PackedMatrix)
+
+
+def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
+    """Packs a matrix, rounded to nearest; the largest weight of each row takes 5/7 of the range.
+
+    The headroom is for training: a row at the end of its range would clip at the first step.
+
+    Args:
+        weights: floats; the vectors along the last axis share a scale and a second moment.
+        bits: of a code, 4 or 8.
+
+    Raises:
+        ValueError: if `weights` has no rows, or for other bits.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+    if weights.ndim < 2:
+        raise ValueError(
+            f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
+        )
+    peak = jnp.max(jnp.abs(weights), axis=-1)
+    # A row of zeros needs a scale too, to leave zero by.
+    scales = jnp.where(peak > 0, peak, 1.0).astype(jnp.float32) / (largest_code(bits) * HEADROOM)
+    codes = jnp.round(weights / scales[..., None]).astype(jnp.int32)
+    words = pack_planes(_by_plane(codes, bits), bits)
+    return PackedMatrix(words, scales, weights.shape[-1], bits)
+
+
+def dequantize(params: Any) -> Any:
+    """The same tree with every `PackedMatrix` as float32 weights: differentiate in this one."""
+    return jax.tree.map(
+        lambda leaf: leaf.floats() if is_packed_matrix(leaf) else leaf,
+        params,
+        is_leaf=is_packed_matrix,
+    )
+
+
+def zero_state(matrix: PackedMatrix, accumulator_bits: int) -> UpdateState:
+    """What an update keeps beside a matrix; by row: moments [*rows], not [2, N]."""
+    moments = jnp.zeros(matrix.scales.shape, jnp.float32)
+    accumulators = None
+    if accumulator_bits:
+        padded = matrix.words.shape[-1] * codes_per_word(matrix.bits)
+        words = -(-padded // codes_per_word(accumulator_bits))
+        accumulators = jnp.zeros((*matrix.scales.shape, words), jnp.int32)
+    return UpdateState(accumulators, moments, jnp.zeros_like(moments))
+
+
+def update_matrix(
+    matrix: PackedMatrix,
+    state: UpdateState,
+    gradient: Float[Array, "*rows D"],
+    hyperparameters: Hyperparameters,
+    *,
+    seed: UInt[Array, ""],
+    step: Int[Array, ""],
+    accumulator_bits: int,
+) -> tuple[PackedMatrix, UpdateState, Statistics]:
+    """One step of the row-wise rule; rows without a gradient stay as they are.
+
+    Returns:
+        The *change* of the matrix, whose words and scales are to be added to the old ones, the new
+        state, and counts.
+    """
+    bits = matrix.bits
+    codes = unpack_planes(matrix.words, bits)
+    accumulators = jnp.zeros_like(codes)
+    if accumulator_bits:
+        flat = unpack_planes(state.accumulators, accumulator_bits)
+        flat = flat.reshape(*matrix.scales.shape, -1)[..., : codes.shape[-1] * codes.shape[-2]]
+        accumulators = flat.reshape(codes.shape)
+    rows = jnp.arange(matrix.scales.size).reshape(*matrix.scales.shape, 1, 1)
+    column = jnp.arange(codes.shape[-1] * codes.shape[-2]).reshape(codes.shape[-2:])
+    codes, accumulators, numbers, counts = step_rows(
+        codes,
+        accumulators,
+        _by_plane(gradient.astype(jnp.float32), bits),
+        RowNumbers(matrix.scales, state.moments, state.scale_moments),
+        lambda: hash_words(seed, ROUNDING, step, rows, column),
+        hyperparameters,
+        width=matrix.width,
+        code_bits=bits,
+        bits=accumulator_bits,
+    )
+    new_accumulators = None
+    if accumulator_bits:
+        flat = accumulators.reshape(*matrix.scales.shape, -1)
+        new_accumulators = pack_planes(_by_plane(flat, accumulator_bits), accumulator_bits)
+    change = dataclasses.replace(
+        matrix, words=pack_planes(codes, bits) - matrix.words, scales=numbers.scales - matrix.scales
+    )
+    new_state = UpdateState(new_accumulators, numbers.moments, numbers.scale_moments)
+    sums = [jnp.sum(each, dtype=jnp.float32) for each in counts]
+    return change, new_state, Statistics(jnp.zeros(()), *sums)
+
+
+def _by_plane(rows: Array, bits: int) -> Array:
+    """[*rows, D] as [*rows, planes, W], padded to whole words."""
+    count = codes_per_word(bits)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % count)]
+    return jnp.pad(rows, padding).reshape(*rows.shape[:-1], count, -1)
