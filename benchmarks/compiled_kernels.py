@@ -58,6 +58,24 @@ QUICK = 3  # of them
 GPU_CACHE_BYTES = 40 << 20  # of the second level, of an H100, four fifths
 
 
+# A copy between HBM and VMEM, and its size in granules of 32 bytes.
+COPY = r"dma\.(?:hbm_to_vmem|vmem_to_hbm)[^\n]*?size_in_granules=\*/(\d+)"
+
+
+class Loop(NamedTuple):
+    """A loop of a compiled kernel: what one pass takes and does.
+
+    Attributes:
+        bundles: of instructions, one a cycle.
+        copies: started between HBM and VMEM.
+        copy_bytes: size of one of them.
+    """
+
+    bundles: int
+    copies: int
+    copy_bytes: int
+
+
 class Compiled(NamedTuple):
     """What is known of a compiled kernel, with what surrounds it.
 
@@ -69,14 +87,13 @@ class Compiled(NamedTuple):
         images: bytes of that which the vectors of tokens take, spread over planes and lanes.
         aliased: bytes rewritten in place.
         pool_copies: instructions that copy an array of the size of the codes.
-        vmem: bytes of VMEM, or of shared memory, that the kernel asks for.
+        on_chip: bytes of VMEM, or of shared memory, that the kernel asks for.
         row_copies: DMAs of rows of the pool if all pairs hit different rows.
         row_bytes: bytes that these move.
         vector_bytes: bytes of vectors of tokens that other copies of a kernel move.
         block_bytes: bytes that the pipeline of the grid moves; on a GPU, the numbers of pairs.
         least_bytes: the fewest bytes that must move.
-        loops: the kernel's innermost loops, in order: bundles (cycles) of one pass, and row copies
-            that it starts; TPUs only.
+        loops: the kernel's innermost loops, in order; TPUs only.
     """
 
     kernel: str
@@ -86,13 +103,19 @@ class Compiled(NamedTuple):
     images: int
     aliased: int
     pool_copies: int
-    vmem: int
+    on_chip: int
     row_copies: int
     row_bytes: int
     vector_bytes: int
     block_bytes: int
     least_bytes: int
-    loops: list[tuple[int, int]]
+    loops: list[Loop]
+
+    @staticmethod
+    def of_json(record: dict[str, Any]) -> "Compiled":
+        """From what `main` prints."""
+        shape, loops = Shape(*record["shape"]), [Loop(*loop) for loop in record["loops"]]
+        return Compiled(**{**record, "shape": shape, "loops": loops})
 
 
 def implementation_for(target: str) -> str:
@@ -204,7 +227,7 @@ def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) 
                     images=2 * images if kernel == "lookup backward" else images,
                     aliased=memory.alias_size_in_bytes,
                     pool_copies=pool_copies(compiled.as_text(), words),
-                    vmem=sum(_vmem(call) for call in calls),
+                    on_chip=sum(_vmem(call) for call in calls),
                     row_copies=copies,
                     row_bytes=copies * layout.lanes * 4,
                     vector_bytes=_vector_bytes(target, kernel, shape),
@@ -256,8 +279,8 @@ def _write_instructions_to(folder: str) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
-def _innermost_loops(folder: Path | None) -> list[int]:
-    """Bundles of each innermost loop of the kernel compiled last; empties the folder."""
+def _innermost_loops(folder: Path | None) -> list[Loop]:
+    """The innermost loops of the kernel compiled last; empties the folder."""
     if folder is None:
         return []
     text = "".join(
@@ -267,15 +290,24 @@ def _innermost_loops(folder: Path | None) -> list[int]:
     )
     for path in folder.iterdir():
         path.unlink()
+    return innermost_loops(text)
+
+
+def innermost_loops(text: str) -> list[Loop]:
+    """Reads the instructions of a kernel as libtpu writes them down."""
     # A bundle begins with its address, a mark, and as many ">" as loops that it is in.
-    marks = re.findall(r"0x[0-9a-f]+[^:{]*:([ >]*){", text)
-    depths = [mark.count(">") for mark in marks]
-    loops, deepest = [], max(depths, default=0)
-    for before, depth in zip([0, *depths], depths, strict=False):
-        if depth == deepest and before != deepest:
-            loops.append(0)
+    marks = list(re.finditer(r"0x[0-9a-f]+[^:{\n]*:([ >]*){", text))
+    depths = [mark[1].count(">") for mark in marks]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    loops: list[Loop] = []
+    deepest, before = max(depths, default=0), 0
+    for mark, depth, end in zip(marks, depths, ends, strict=True):
         if depth == deepest:
-            loops[-1] += 1
+            sizes = re.findall(COPY, text[mark.start() : end])
+            bundles, copies, size = (0, 0, 0) if before != deepest else loops.pop()
+            found = 32 * int(sizes[0]) if sizes else size
+            loops.append(Loop(bundles + 1, copies + len(sizes), found))
+        before = depth
     return loops
 
 

@@ -43,6 +43,7 @@ class Program(NamedTuple):
         largest_other: elements of the largest array of another type that is not as large as the
             words of the pools (which the program also views in other shapes).
         pool_copies: instructions that copy an array with as many words as the pools.
+        kernels: calls of Pallas kernels, a loop's counted once.
         tokens: T.
         chosen: K.
         heads: H.
@@ -58,6 +59,7 @@ class Program(NamedTuple):
     largest_float: int
     largest_other: int
     pool_copies: int
+    kernels: int
     tokens: int
     chosen: int
     heads: int
@@ -102,6 +104,7 @@ def compile_step(config: ml_collections.ConfigDict, device: Any = None) -> Progr
         largest_float=largest[True],
         largest_other=largest[False],
         pool_copies=pool_copies(text, words),
+        kernels=len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)),
         tokens=rows * length,
         chosen=config.peer.heads * config.peer.experts_per_head,
         heads=config.peer.heads,

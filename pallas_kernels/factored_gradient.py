@@ -58,7 +58,7 @@ class FactoredGradient(NamedTuple):
             c_down=jnp.where(condition, self.c_down, 0), c_up=jnp.where(condition, self.c_up, 0)
         )
 
-    def clip(self, max_norm: float, num_experts: int) -> FactoredGradient:
+    def clip(self, max_norm: float | Float[Array, ""], num_experts: int) -> FactoredGradient:
         """Scales the coefficients so that the exact norm is at most `max_norm`."""
         factor = jnp.minimum(1.0, max_norm / jnp.maximum(self.norm(num_experts), 1e-30))
         return self._replace(c_down=self.c_down * factor, c_up=self.c_up * factor)

@@ -41,11 +41,11 @@ def int4_accumulation(
     learning_rate: optax.ScalarOrSchedule,
     *,
     scale_learning_rate: optax.ScalarOrSchedule = 0.0,
-    weight_decay: float = 0.0,
-    beta2: float = 0.99,
-    clip_norm: float | None = None,
-    grow_above: float = 0.02,
-    seed: int = 0,
+    weight_decay: float | Array = 0.0,
+    beta2: float | Array = 0.99,
+    clip_norm: float | Array | None = None,
+    grow_above: float | Array = 0.02,
+    seed: int | Array = 0,
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,7 +89,8 @@ def int4_accumulation(
         grow_above: share of clipping codes above which a row doubles its scale.
         seed: with the number of the update, determines every random bit.
         accumulator_bits: of accumulators: 0, 2, 4 or 8; `None` means as many as a code has. With 0,
-            steps are rounded straight to codes.
+            steps are rounded straight to codes. Under `optax.inject_hyperparams` name it in
+            `static_args`.
         implementation: of `pallas_kernels.expert_update.update`; `None` chooses by the platform.
 
     Returns:
@@ -238,11 +239,13 @@ def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:
             raise ValueError(
                 f"the gradient of a pool is a FactoredGradient, not a {type(gradient).__name__}"
             )
-    elif jnp.shape(gradient) != leaf.shape or not jnp.issubdtype(gradient.dtype, jnp.floating):
+        return
+    is_array = hasattr(gradient, "dtype") and jnp.issubdtype(gradient.dtype, jnp.floating)
+    if not is_array or gradient.shape != leaf.shape:
+        found = gradient.shape if is_array else f"a {type(gradient).__name__}"
         raise ValueError(
             f"the gradient of a packed matrix of shape {leaf.shape} is a float array like it, "
-            f"not {jax.tree.map(jnp.shape, gradient)}: differentiate with respect to "
-            "peerjax.optim.dequantize(params)"
+            f"not {found}: differentiate with respect to peerjax.optim.dequantize(params)"
         )
 
 

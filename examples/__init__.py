@@ -1,0 +1,1 @@
+"""Complete programs that use a part of peerjax."""

@@ -1,0 +1,240 @@
+"""`int4_accumulation` on matrices of any project, as optax tests its optimizers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peerjax import optim
+
+WIDTHS = [3, 8, 20, 64]
+
+
+def matrix(width=20, rows=6, seed=0, bits=4):
+    return optim.pack(jax.random.normal(jax.random.key(seed), (rows, width)), bits)
+
+
+def one_step(transform, gradients, state, params):
+    updates, state = transform.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def assert_trees_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    width=st.integers(1, 40), rows=st.integers(1, 5), bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_packing_is_rounding_to_nearest_with_headroom(width, rows, bits, seed):
+    weights = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+    packed = optim.pack(jnp.asarray(weights), bits)
+    assert packed.shape == weights.shape
+    scales = np.abs(weights).max(-1) / ((2 ** (bits - 1) - 1) * 5 / 7)
+    np.testing.assert_allclose(packed.scales, scales, rtol=1e-6)
+    difference = np.abs(np.asarray(packed.floats()) - weights)
+    assert np.all(difference <= scales[:, None] * 0.5001)
+
+
+def test_only_packed_matrices_are_dequantized():
+    params = {"w": matrix(), "b": jnp.arange(3), "deep": [matrix(8)]}
+    floats = optim.dequantize(params)
+    assert floats["b"] is params["b"]
+    np.testing.assert_array_equal(floats["deep"][0], params["deep"][0].floats())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("code_bits", "bits"), [(4, None), (4, 0), (4, 2), (4, 8), (8, None)])
+def test_two_steps_equal_exact_integer_arithmetic(width, code_bits, bits):
+    """Differences are added to words by optax; what they stand for is worked out in float64."""
+    from pallas_kernels.counter_hash import hash_words
+    from peerjax.optim.packed_matrix import ROUNDING
+
+    rate, decay, rows = 0.05, 0.1, 5
+    transform = optim.int4_accumulation(
+        rate, weight_decay=decay, seed=3, accumulator_bits=bits, grow_above=1.0
+    )
+    params = {"w": matrix(width, rows, bits=code_bits)}
+    state = transform.init(params)
+    unit, top = 2 ** (code_bits if bits is None else bits), 2 ** (code_bits - 1) - 1
+    value = np.asarray(params["w"].codes(), np.int64) * unit
+    scales, nu = np.asarray(params["w"].scales, np.float64), None
+    for step in range(2):
+        gradient = np.random.default_rng(step).standard_normal((rows, width)).astype(np.float32)
+        gradient[1] = 0  # a row that is not hit
+        params, state = one_step(transform, {"w": jnp.asarray(gradient)}, state, params)
+        square = np.mean(gradient.astype(np.float64) ** 2, -1)
+        nu = square if nu is None else 0.99 * nu + 0.01 * square
+        delta = gradient / np.maximum(np.sqrt(np.maximum(nu, square)), 1e-30)[:, None]
+        u = -rate * delta * unit / scales[:, None] - rate * decay * value
+        seed = hash_words(3, 0)
+        words = np.asarray(
+            hash_words(seed, ROUNDING, step, jnp.arange(rows)[:, None], jnp.arange(width))
+        )
+        up = words // 256 / 2.0**24 < u - np.floor(u)
+        moved = value + (np.floor(u) + up).astype(np.int64)
+        moved = np.clip(moved, -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0))
+        hit = (square > 0)[:, None]
+        value = np.where(hit, moved, value)
+        np.testing.assert_array_equal(params["w"].codes(), (value + unit // 2) // unit)
+        assert np.all(np.asarray(params["w"].scales) == scales.astype(np.float32))
+
+
+def test_scales_follow_their_gradient_in_log_space_and_double_when_full():
+    params = matrix(64, 4)
+    steady = optim.int4_accumulation(1e-6, scale_learning_rate=0.1)
+    new, _ = one_step(steady, params.floats(), steady.init(params), params)
+    np.testing.assert_allclose(new.scales, params.scales * np.exp(-0.1), rtol=1e-5)
+    large = optim.int4_accumulation(2.0)
+    gradient = -jnp.sign(params.floats() + 1e-9)
+    new, state = one_step(large, gradient, large.init(params), params)
+    np.testing.assert_allclose(new.scales, 2 * params.scales, rtol=1e-6)
+    assert float(state.statistics.doubled) == 4
+
+
+def test_in_chain_partition_masked_and_inject_hyperparams():
+    params = {"w": matrix(), "b": jnp.ones(3)}
+    gradients = {"w": 100 * jax.random.normal(jax.random.key(1), (6, 20)), "b": jnp.ones(3)}
+    alone = optim.int4_accumulation(0.02)
+    clip = optax.clip_by_global_norm(1.0)
+    norm = float(optax.tree.norm(gradients))
+
+    def expected(factor):
+        return one_step(alone, gradients["w"] * factor, alone.init(params["w"]), params["w"])[0]
+
+    labels = {"w": "packed", "b": "float"}
+    partition = optax.chain(
+        clip, optax.partition({"packed": alone, "float": optax.sgd(1.0)}, labels)
+    )
+    new, _ = one_step(partition, gradients, partition.init(params), params)
+    assert_trees_equal(new["w"], expected(np.float32(1 / norm)))
+    np.testing.assert_allclose(new["b"], 1 - 1 / norm, rtol=1e-6)
+
+    mask = {"w": True, "b": False}
+    masked = optax.chain(
+        optax.masked(alone, mask), optax.masked(optax.sgd(1.0), {"w": False, "b": True})
+    )
+    new, _ = one_step(masked, gradients, masked.init(params), params)
+    assert_trees_equal(new["w"], expected(1))
+    np.testing.assert_array_equal(new["b"], 0)
+
+    injected = optax.inject_hyperparams(optim.int4_accumulation)(learning_rate=0.02)
+    state = injected.init(params["w"])
+    new, _ = one_step(injected, gradients["w"], state, params["w"])
+    assert_trees_equal(new, expected(1))
+    state.hyperparams["learning_rate"] = jnp.array(0.0)
+    new, _ = one_step(injected, gradients["w"], state, params["w"])
+    assert_trees_equal(new, params["w"])
+
+
+def test_no_recompilation_extra_arguments_and_state_like_itself():
+    params, transform = {"w": matrix()}, optim.int4_accumulation(optax.linear_schedule(0.1, 0.0, 9))
+    traces = []
+
+    @jax.jit
+    def step(gradients, state, params):
+        traces.append(None)
+        updates, state = transform.update(gradients, state, params, value=1.0)
+        return optax.apply_updates(params, updates), state
+
+    state = transform.init(params)
+    gradients = {"w": jnp.ones((6, 20))}
+    once = step(gradients, state, params)
+    twice = step(gradients, once[1], once[0])
+    assert len(traces) == 1
+    for a, b in ((once, (params, state)), (twice, once)):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        assert jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)
+    assert int(twice[1].count) == 2
+
+
+def test_tree_map_over_what_belongs_to_params():
+    transform, params = optim.int4_accumulation(0.1), {"w": matrix()}
+    state = transform.init(params)
+    ones = optax.tree_map_params(transform, jnp.ones_like, state)
+    assert int(ones.count) == 0
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(ones.pools))
+
+
+@pytest.mark.parametrize("bits", [None, 0, 8])
+def test_convergence_on_a_quadratic(bits):
+    target = jax.random.normal(jax.random.key(2), (8, 32))
+    steps = 300
+    transform = optim.int4_accumulation(
+        optax.cosine_decay_schedule(0.1, steps), scale_learning_rate=0.01, accumulator_bits=bits
+    )
+
+    def loss(floats):
+        return jnp.mean((floats - target) ** 2)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(optim.dequantize(params))
+        params, state = one_step(transform, gradient, state, params)
+        return (params, state), value
+
+    params = matrix(32, 8)
+    carry, losses = jax.lax.scan(step, (params, transform.init(params)), None, length=steps)
+    # Rounding to nearest of the target itself is the best that codes can do.
+    best = float(loss(optim.pack(target).floats()))
+    assert float(losses[0]) > 1
+    assert float(loss(carry[0].floats())) < 2 * best
+
+
+def test_types_and_values_over_a_mesh():
+    """Rows split over devices: the same words, and state that is laid out like the params."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+    params, gradient = matrix(32, 8 * jax.device_count()), None
+    gradient = jax.random.normal(jax.random.key(1), params.shape)
+    transform = optim.int4_accumulation(0.05)
+    expected = one_step(transform, gradient, transform.init(params), params)
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params, gradient = jax.device_put((params, gradient), by_row)
+    state = jax.jit(transform.init)(params)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *args: one_step(transform, *args))(gradient, state, params)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_array_equal(found[0].words, expected[0].words)
+    np.testing.assert_array_equal(found[1].pools.accumulators, expected[1].pools.accumulators)
+
+
+def test_misuse_that_can_be_seen_is_refused():
+    params, transform = {"layer": {"w": matrix()}}, optim.int4_accumulation(0.1)
+    gradients = {"layer": {"w": jnp.ones((6, 20))}}
+    with pytest.raises(ValueError, match=r"\['b'\] is a .*pack it with peerjax.optim.pack"):
+        transform.init({**params, "b": jnp.ones(3)})
+    state = transform.init(params)
+    with pytest.raises(ValueError, match="int4_accumulation needs the params"):
+        transform.update(gradients, state)
+    with pytest.raises(ValueError, match=r"a float array like it, not \(20,\): differentiate"):
+        transform.update({"layer": {"w": jnp.ones(20)}}, state, params)
+    with pytest.raises(ValueError, match="float array like it"):
+        transform.update(params, state, params)
+    late = optax.chain(transform, optax.scale(0.5))
+    updates, _ = late.update(gradients, late.init(params), params)
+    with pytest.raises(ValueError, match=r"\['layer'\]\['w'\] is no difference of words"):
+        optim.apply_updates(params, updates)
+    with pytest.raises(ValueError, match="no difference of words"):
+        optim.apply_updates(params, gradients)
+    with pytest.raises(ValueError, match="codes have 4 or 8 bits, not 3"):
+        optim.pack(jnp.ones((2, 8)), bits=3)
+    with pytest.raises(ValueError, match=r"shape \(8,\) has no rows to pack"):
+        optim.pack(jnp.ones(8))
+
+
+def test_differences_wrap_around_exactly():
+    old = matrix(8, 1)
+    words = jnp.full_like(old.words, jnp.iinfo(jnp.int32).min)
+    change = dataclasses.replace(old, words=words - old.words, scales=jnp.zeros_like(old.scales))
+    new = optax.apply_updates(old, change)
+    np.testing.assert_array_equal(new.words, words)
