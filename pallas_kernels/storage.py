@@ -285,6 +285,19 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
     return Experts(down, up, *read_scales(pool, ids))
 
 
+def read_floats(pool: ExpertPool, ids: Int[Array, "*K"]) -> Float[Array, "*K 2 D"]:
+    """The weights of experts, `down` before `up`, in float32; zeros for ids outside [0, N)."""
+    experts = read_experts(pool, ids)
+    vectors = [
+        scale[..., None] * from_reading_order(jnp.concatenate(parts, axis=-1), pool.storage)
+        for parts, scale in (
+            (experts.down, experts.down_scale),
+            (experts.up, experts.up_scale),
+        )
+    ]
+    return jnp.stack(vectors, axis=-2)
+
+
 def read_scales(
     pool: ExpertPool, ids: Int[Array, "*K"]
 ) -> tuple[Float[Array, "*K"], Float[Array, "*K"]]:

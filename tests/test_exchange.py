@@ -1,0 +1,107 @@
+"""Packed parameters leave and come back bit by bit, or leave as floats."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pallas_kernels.storage import read_codes
+from peerjax import exchange, optim
+from peerjax.errors import UserError
+from peerjax.pool import STORAGES, initialize_pool
+
+
+def make_pool(storage, layers=2):
+    options = {"heads": 1, "experts_per_head": 4, "storage": storage}
+    return initialize_pool(jax.random.key(0), layers, 37, 64, **options)
+
+
+def make_tree():
+    matrix = jax.random.normal(jax.random.key(1), (3, 5, 20))
+    return {
+        "pools": {storage: make_pool(storage) for storage in STORAGES},
+        "layers": [
+            {"w": optim.pack(matrix), "b": jnp.arange(3.0)},
+            {"w": optim.pack(jnp.ones((2, 8)), bits=8)},
+        ],
+        "step": jnp.int32(7),
+    }
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_round_trip_is_bit_equal(tmp_path):
+    tree, path = make_tree(), tmp_path / "tree.safetensors"
+    exchange.save(path, tree)
+    assert_same(exchange.restore(path, tree), tree)
+    found = exchange.load(path)
+    assert_same(found["pools.int4"], tree["pools"]["int4"])
+    assert_same(found["layers.0.w"], tree["layers"][0]["w"])
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_another_tool_can_read_codes_by_what_the_file_says(tmp_path):
+    pool, path = make_pool("int4"), tmp_path / "pool.safetensors"
+    exchange.save(path, {"p": pool})
+    words = safetensors.numpy.load_file(path)["p.codes"].view(np.uint32)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        fields = json.loads(file.metadata()["peerjax"])["p"]
+        assert "from bit b (c div W) upwards" in file.metadata()["layout"]
+    width = fields["width"]
+    per_vector = width * 4 // 32
+    experts = words.reshape(2, -1, 2, per_vector)[:, : fields["num_experts"]]
+    column = np.arange(width)
+    raw = (experts[..., column % per_vector] >> (4 * (column // per_vector)).astype(np.uint32)) & 15
+    codes = np.where(raw > 7, raw.astype(int) - 16, raw.astype(int))
+    expected = [read_codes(pool.weights, jnp.int32(i), jnp.arange(37), 64, "int4") for i in (0, 1)]
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_floats_are_codes_times_scales(tmp_path):
+    tree, path = make_tree(), tmp_path / "floats.safetensors"
+    exchange.save_floats(path, tree, experts_at_once=10)
+    found = safetensors.numpy.load_file(path)
+    pool = tree["pools"]["int8"]
+    codes = np.stack(
+        [read_codes(pool.weights, jnp.int32(i), jnp.arange(37), 64, "int8") for i in (0, 1)]
+    )
+    expected = codes * np.asarray(pool.scales).transpose(0, 2, 1)[..., None]
+    np.testing.assert_array_equal(found["pools.int8"], expected.astype(np.float32))
+    np.testing.assert_array_equal(found["pools.float32"], tree["pools"]["float32"].weights)
+    np.testing.assert_array_equal(found["layers.0.w"], tree["layers"][0]["w"].floats())
+    exchange.save_floats(path, {"p": make_pool("int4", layers=1)}, dtype=jnp.bfloat16)
+    assert exchange.load(path)["p"].dtype == jnp.bfloat16
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    tree, path = {"w": optim.pack(jnp.ones((2, 8))), "b": jnp.ones(3)}, tmp_path / "a.safetensors"
+    exchange.save(path, tree)
+    with pytest.raises(UserError, match=r"'w' is a PackedMatrix of width=8, bits=4 .* bits=8"):
+        exchange.restore(path, {**tree, "w": optim.pack(jnp.ones((2, 8)), bits=8)})
+    with pytest.raises(UserError, match=r"'b' is float32\[3\] in .* but float32\[4\]"):
+        exchange.restore(path, {**tree, "b": jnp.ones(4)})
+    with pytest.raises(UserError, match=r"a.safetensors has no 'c'"):
+        exchange.restore(path, {**tree, "c": jnp.ones(4)})
+    with pytest.raises(UserError, match="the tree has no 'b'"):
+        exchange.restore(path, {"w": tree["w"]})
+    with pytest.raises(UserError, match="two leaves of the tree have the name 'a.b'"):
+        exchange.save(path, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*a.safetensors as safetensors"):
+        exchange.load(path)
+    with pytest.raises(UserError, match="cannot read"):
+        exchange.load(tmp_path / "missing.safetensors")
+    tensors = {"w.scales": np.ones(2, np.float32)}
+    kinds = json.dumps({"w": {"kind": "matrix", "width": 8, "bits": 4}})
+    safetensors.numpy.save_file(tensors, path, {"peerjax": kinds})
+    with pytest.raises(UserError, match="has no tensor 'w.codes', which its metadata names"):
+        exchange.load(path)
