@@ -1,6 +1,6 @@
 """Compiles every kernel for a target, and tells what the compiled kernels keep and move.
 
-    python -m benchmarks.compiled_kernels TARGET [--quick] [--loops]
+    python -m benchmarks.compiled_kernels TARGET [--quick | --smallest] [--loops]
 
 prints JSON, a list of `Compiled`. The target (`benchmarks.targets`) need not be there. `--loops`
 has libtpu write its instructions down, which takes some time.
@@ -314,12 +314,12 @@ def innermost_loops(text: str) -> list[Loop]:
 def main() -> None:
     """Parses the command line."""
     target, *options = sys.argv[1:]
-    shapes = SHAPES[:QUICK] if "--quick" in options else SHAPES
+    count = 1 if "--smallest" in options else QUICK if "--quick" in options else len(SHAPES)
     with tempfile.TemporaryDirectory() as folder:
         wanted = target in TPUS and "--loops" in options
         if wanted:
             _write_instructions_to(folder)
-        found = compile_all(target, shapes, Path(folder) if wanted else None)
+        found = compile_all(target, SHAPES[:count], Path(folder) if wanted else None)
     print(json.dumps([each._asdict() for each in found]))
 
 

@@ -15,6 +15,8 @@ from peerjax.errors import ConfigError
 from peerjax.model import KINDS, ModelConfig, PeerConfig
 from peerjax.pool import STORAGES
 
+# Rules of pools that take a dense gradient.
+DENSE_RULES = ("adamw", "eco")
 # Fields that a run may change when it is continued; all others make it another run.
 CHANGEABLE = (
     "steps",
@@ -66,7 +68,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # or "int8", "bfloat16", "float32"
-    pool.rule = "rowwise"  # how a pool is updated; or "adamw", for float storage only
+    # How a pool is updated. "adamw" is for float storage; "eco", its rounding error fed into
+    # momentum, for packed storage: to compare with, both keep dense gradients and moments.
+    pool.rule = "rowwise"
     pool.learning_rate = 1e-2  # peak; follows the schedule below
     pool.scale_learning_rate = 1e-3  # peak; of the logarithm of a packed row's scale
     pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
@@ -116,7 +120,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "peer.activation", ACTIVATIONS)
     _require_choice(config, "peer.query_norm", ("layernorm", "none"))
     _require_choice(config, "pool.storage", STORAGES)
-    _require_choice(config, "pool.rule", ("rowwise", "adamw"))
+    _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
     model, peer, data = config.model, config.peer, config.data
     if data.source == "files" and not data.pattern:
@@ -191,6 +195,11 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
     if config.pool.clip_norm < 0:
         raise ConfigError(f"pool.clip_norm={config.pool.clip_norm} is negative; 0 means none")
     if storage not in BITS:
+        if config.pool.rule == "eco":
+            raise ConfigError(
+                f"pool.rule='eco' needs packed storage, but pool.storage={storage!r}; "
+                "choose pool.rule='adamw'"
+            )
         return
     if config.pool.rule == "adamw":
         raise ConfigError(

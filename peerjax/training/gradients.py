@@ -91,11 +91,13 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
-    """The gradients of float pools as trees like the pools themselves."""
+    """The dense gradients of pools as trees like the pools themselves, as floats."""
     gradients = {}
     for run, gradient in factored.items():
         pool = pools[run]["pool"]
-        weights = dense_pool_gradient(gradient, pool.num_experts).astype(pool.weights.dtype)
+        weights = dense_pool_gradient(gradient, pool.num_experts)
+        if not pool.is_packed:
+            weights = weights.astype(pool.weights.dtype)
         gradients[run] = {"pool": ExpertPool.of_floats(weights)}
     return gradients
 

@@ -8,9 +8,9 @@ import ml_collections
 import optax
 from jaxtyping import Array, Int, Key
 
-from peerjax.config import implementation_of
+from peerjax.config import DENSE_RULES, implementation_of
 from peerjax.model import Decoder
-from peerjax.optim import int4_accumulation
+from peerjax.optim import eco, int4_accumulation
 
 PARAMS, POOLS = "params", "pools"
 # Leaves that weight decay leaves alone: norms, embeddings.
@@ -89,7 +89,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     """AdamW over params, and the rule that `config.pool` names over pools.
 
     Under "rowwise" the gradients of pools are factored, and each row's step is bounded; under
-    "adamw" they are dense, and clipped together with those of params.
+    "adamw" and "eco" they are dense, and clipped together with those of params.
     """
     optimizer = config.optimizer
 
@@ -105,8 +105,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
     of_params = adamw(optimizer.learning_rate, _decayed)
     labels = {PARAMS: PARAMS, POOLS: POOLS}
-    if config.pool.rule == "adamw":
+    if config.pool.rule in DENSE_RULES:
         of_pools = adamw(config.pool.learning_rate)
+        if config.pool.rule == "eco":
+            of_pools = eco(
+                learning_rate_schedule(config, config.pool.learning_rate),
+                b1=optimizer.beta1,
+                b2=optimizer.beta2,
+                weight_decay=optimizer.weight_decay,
+                seed=config.seed,
+            )
         return optax.chain(clip, optax.partition({PARAMS: of_params, POOLS: of_pools}, labels))
     of_pools = int4_accumulation(
         learning_rate_schedule(config, config.pool.learning_rate),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
+from peerjax.config import DENSE_RULES
 from peerjax.model import Decoder
 from peerjax.optim import apply_updates
 from peerjax.pool import ExpertPool
@@ -37,7 +38,7 @@ def make_train_step(
     """
     schedule = learning_rate_schedule(config, config.optimizer.learning_rate)
     microbatches = config.optimizer.microbatches
-    dense = config.pool.rule == "adamw"
+    dense = config.pool.rule in DENSE_RULES
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, (grads, factored) = loss_and_gradients(

@@ -15,6 +15,7 @@ CHOICES = [
     ("bfloat16", "rowwise"),
     ("int8", "rowwise"),
     ("int4", "rowwise"),
+    ("int4", "eco"),
 ]
 
 
