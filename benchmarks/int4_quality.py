@@ -1,105 +1,226 @@
-"""What training in int4 costs in loss, beside other storages, rules and buffers.
+"""What training in int4 costs in loss, beside other storages, rules, buffers and sizes.
 
-The recipe is the quickstart. The learning rate of the pools is tuned for every arm at a third of
-the length; that of everything else is the one that the `quickstart` benchmark found best for int4
-and for float32 under AdamW alike. Then every arm trains at full length from the same seeds.
+The recipe is the quickstart. The learning rate of the pools is tuned for every storage and rule at
+a third of the length; that of everything else is the one that the `quickstart` benchmark found best
+for int4 and for float32 under AdamW alike. Then every arm trains at full length from the same
+seeds, and is compared seed by seed.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+
+from benchmarks.int4_quality_plots import plot
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Settings, at_once, paired, tune, validation_loss
+from benchmarks.sweep import Settings, at_once, paired, train, tune, validation_loss
+from pallas_kernels.expert_update import UpdateState
+from peerjax.pool import initialize_pool, memory_report
 
-RECIPE = "quickstart"
-STEPS, QUICK_STEPS = 500, 12
-SEEDS = tuple(range(8))
+RECIPE, WIDTH = "quickstart", 128
+STEPS, QUICK_STEPS, LATE_STEPS, LONG_STEPS = 500, 12, 2000, 10_000
 # Enough rows that the error of the validation loss itself does not matter.
 EVALUATION: Settings = {"eval.rows": 96, "eval.every": 500, "checkpoint.every": 250}
+FEW, MANY = (0, 1, 2), tuple(range(8))
 
 
 class Arm(NamedTuple):
     """One way to keep and move pools.
 
     Attributes:
-        name: for people.
         settings: fields that make it.
-        start: where tuning of the pools' learning rate begins.
-        seeds: how many seeds it is trained from.
+        seeds: what it is trained from.
     """
 
-    name: str
     settings: Settings
-    start: float = 1e-2
-    seeds: int = 3
+    seeds: Sequence[int] = FEW
 
 
-ADAMW, FLOAT32, INT4 = "float32, AdamW", "float32", "int4"
-STORAGES = (
-    Arm(INT4, {"pool.storage": "int4"}, seeds=8),
-    Arm(FLOAT32, {"pool.storage": "float32"}, seeds=8),
-    Arm(ADAMW, {"pool.storage": "float32", "pool.rule": "adamw"}, seeds=8),
-    Arm("bfloat16", {"pool.storage": "bfloat16"}),
-    Arm("int8", {"pool.storage": "int8"}),
-)
+INT4, FLOAT32, ADAMW, BFLOAT16, INT8, ECO = (
+    "int4", "float32", "float32, AdamW", "bfloat16", "int8", "int4, ECO",
+)  # fmt: skip
+# The first three decide whether goals are reached: more seeds.
+STORAGES = {
+    INT4: Arm({"pool.storage": "int4"}, MANY),
+    FLOAT32: Arm({"pool.storage": "float32"}, MANY),
+    ADAMW: Arm({"pool.storage": "float32", "pool.rule": "adamw"}, MANY),
+    BFLOAT16: Arm({"pool.storage": "bfloat16"}),
+    INT8: Arm({"pool.storage": "int8"}),
+    ECO: Arm({"pool.storage": "int4", "pool.rule": "eco"}),
+}
+BUFFERS = (0, 2, 4, 8)
+SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
+# Storages at other numbers of experts than the quickstart's 256^2.
+SIZES = (
+    (INT4, SMALL), (INT4, LARGE), (BFLOAT16, SMALL), (BFLOAT16, DOUBLE), (INT8, SMALL),
+    (INT8, DOUBLE), (FLOAT32, SMALL), (ADAMW, SMALL), (INT4, DOUBLE), (BFLOAT16, LARGE),
+)  # fmt: skip
+LONG: Settings = {
+    "steps": LONG_STEPS, "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64),
+    "peer.key_width": 32, "data.sequence_length": 128, "data.batch_size": 4, "eval.every": 250,
+    "eval.rows": 32, "checkpoint.every": 500, "seed": 0,
+}  # fmt: skip
 
 
-class Trained(NamedTuple):
-    """What an arm found: its best learning rate, how it was tuned, losses by seed."""
+def tuned_rate(arm: Arm, steps: int) -> tuple[float, list[tuple[float, float]]]:
+    """The best learning rate of an arm's pools at a third of the length, and all tried."""
+    short = {"steps": steps // 3, "optimizer.warmup_steps": steps // 9, "seed": 0}
 
-    learning_rate: float
-    tuning: list[tuple[float, float]]
-    losses: list[float]
+    def loss_of(rate: float) -> float:
+        return validation_loss(
+            RECIPE, {**EVALUATION, **arm.settings, **short, "pool.learning_rate": rate}
+        )
+
+    return tune(loss_of, 1e-2)
 
 
-def train_arm(arm: Arm, steps: int) -> Trained:
-    """Tunes an arm and trains it from its seeds."""
-    base = {**EVALUATION, **arm.settings}
+def losses(arm: Arm, rate: float, steps: int, **more: Any) -> list[float]:
+    """Validation losses by seed."""
+    fields = {**EVALUATION, **arm.settings, "steps": steps, "pool.learning_rate": rate, **more}
+    return at_once(
+        [partial(validation_loss, RECIPE, {**fields, "seed": seed}) for seed in arm.seeds]
+    )
 
-    def tuning_loss(rate: float) -> float:
-        short = {"steps": steps // 3, "optimizer.warmup_steps": steps // 9, "seed": 0}
-        return validation_loss(RECIPE, {**base, **short, "pool.learning_rate": rate})
 
-    rate, tuning = tune(tuning_loss, arm.start)
-    best = {**base, "steps": steps, "pool.learning_rate": rate}
-    losses = [validation_loss(RECIPE, {**best, "seed": seed}) for seed in SEEDS[: arm.seeds]]
-    return Trained(rate, tuning, losses)
+def bytes_of(arm: Arm, num_experts: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a layer's experts: in inference, and in training with dense gradients, if any."""
+    storage, count = arm.settings["pool.storage"], num_experts[0] * num_experts[1]
+    sizes = {"heads": 4, "experts_per_head": 8, "storage": storage}
+    pool = jax.eval_shape(lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, **sizes))
+    kept = memory_report(pool).kept
+    if arm.settings.get("pool.rule") == "adamw":
+        return kept, 4 * kept  # gradient, two moments
+    return kept, memory_report(pool, jax.eval_shape(UpdateState.zeros_for, pool)).kept
 
 
 def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
     steps = QUICK_STEPS if quick else STEPS
-    arms = [arm._replace(seeds=2) if quick else arm for arm in STORAGES]
-    found = dict(
-        zip(
-            [arm.name for arm in arms],
-            at_once([partial(train_arm, arm, steps) for arm in arms]),
-            strict=True,
+    arms = {
+        name: arm._replace(seeds=arm.seeds[:2]) if quick else arm for name, arm in STORAGES.items()
+    }
+    tuned = dict(
+        zip(arms, at_once([partial(tuned_rate, arm, steps) for arm in arms.values()]), strict=True)
+    )
+    rates = {name: rate for name, (rate, _) in tuned.items()}
+    storages = {name: losses(arm, rates[name], steps) for name, arm in arms.items()}
+    buffers = _buffers(arms, rates, steps)
+    sizes = {
+        (name, root): losses(
+            arms[name]._replace(seeds=arms[name].seeds[: len(FEW)]),
+            rates[name],
+            steps,
+            **{"peer.num_experts": root},
         )
+        for name, root in (SIZES[:1] if quick else SIZES)
+    }
+    sizes |= {(name, (256, 256)): found for name, found in storages.items() if name != ECO}
+    long_steps = QUICK_STEPS if quick else LONG_STEPS
+    long = train(
+        RECIPE,
+        {**LONG, "steps": long_steps, "eval.every": max(1, long_steps // 40)},
+        keep_series=True,
     )
-    ours, floats = found[INT4], found[FLOAT32]
-    rows = []
-    for name, each in found.items():
-        count = min(len(each.losses), len(ours.losses))
-        mean, half_width = paired(each.losses[:count], ours.losses[:count])
-        rows.append(
-            [name, f"{each.learning_rate:g}", f"{sum(each.losses) / len(each.losses):.4f}",
-             f"{mean:+.4f} +- {half_width:.4f}", str(count)]
-        )  # fmt: skip
-    loss = sum(floats.losses) / len(floats.losses)
-    against_floats, against_adamw = (
-        paired(ours.losses, found[name].losses) for name in (FLOAT32, ADAMW)
-    )
+    details = {
+        "steps": steps,
+        "tuning": {name: table for name, (_, table) in tuned.items()},
+        "storages": storages,
+        "buffers": {f"{rate:g}, {name}": found for (rate, name), found in buffers.items()},
+        "sizes": [
+            {
+                "pools": name,
+                "experts": root[0] * root[1],
+                "bytes": bytes_of(arms[name], root),
+                "losses": found,
+            }
+            for (name, root), found in sizes.items()
+        ],
+        "long_run": long.series,
+    }
+    if not quick:
+        plot(details)
     return Result(
         columns=("pools", "learning rate", "nats/token", "beyond int4", "seeds"),
-        rows=rows,
-        figures=[
-            Figure.at_most(
-                "int4 beyond float32 pools, upper end of the 95% interval, share of the loss",
-                (against_floats.mean + against_floats.half_width) / loss,
-                0.005,
+        rows=[
+            *(_against(name, rates[name], each, storages[INT4]) for name, each in storages.items()),
+            *(
+                _against(f"int4, {name}", rate, each, buffers[rate, "4 bits"])
+                for (rate, name), each in buffers.items()
             ),
-            Figure.at_most("int4 - float32 under AdamW (nats/token)", against_adamw.mean, 0.0),
+            *(
+                _against(
+                    f"{name}, {root[0] * root[1]:,} experts", rates[name], each, storages[INT4]
+                )
+                for (name, root), each in sizes.items()
+                if root != (256, 256)
+            ),
         ],
-        details={"steps": steps, "storages": {n: each._asdict() for n, each in found.items()}},
+        figures=_figures(storages, sizes),
+        details=details,
     )
+
+
+def _buffers(
+    arms: dict[str, Arm], rates: dict[str, float], steps: int
+) -> dict[tuple[float, str], list[float]]:
+    """Losses by learning rate and buffer: at the best rate, at a tenth, and there for longer."""
+    few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
+    found = {}
+    for factor in (1, 0.1):
+        rate = rates[INT4] * factor
+        for bits in BUFFERS:
+            more = {} if bits == 4 else {"pool.accumulator_bits": bits}
+            found[rate, f"{bits} bits"] = losses(few, rate, steps, **more)
+        eco_rate = rates[ECO] * factor
+        found[rate, f"ECO at {eco_rate:g}"] = losses(arms[ECO], eco_rate, steps)
+    if steps == STEPS:
+        for bits in BUFFERS[::2]:
+            more = {} if bits == 4 else {"pool.accumulator_bits": bits}
+            found[rate, f"{bits} bits, {LATE_STEPS} steps"] = losses(few, rate, LATE_STEPS, **more)
+    return found
+
+
+def _against(name: str, rate: float, found: list[float], ours: list[float]) -> list[str]:
+    count = min(len(found), len(ours))
+    mean, half_width = paired(found[:count], ours[:count])
+    average = sum(found) / len(found)
+    return [
+        name,
+        f"{rate:g}",
+        f"{average:.4f}",
+        f"{mean:+.4f} +- {half_width:.4f}",
+        str(len(found)),
+    ]
+
+
+def _figures(storages: dict[str, list[float]], sizes: dict[Any, list[float]]) -> list[Figure]:
+    floats = storages[FLOAT32]
+    against_floats = paired(storages[INT4], floats)
+    figures = [
+        Figure.at_most(
+            "int4 beyond float32 pools, upper end of the 95% interval, share of the loss",
+            (against_floats.mean + against_floats.half_width) / (sum(floats) / len(floats)),
+            0.005,
+        ),
+        Figure.at_most(
+            "int4 - float32 under AdamW (nats/token)",
+            paired(storages[INT4], storages[ADAMW]).mean,
+            0.0,
+        ),
+    ]
+    for what, ours, theirs in (
+        ("inference bytes: int4, 262,144 - bfloat16, 65,536", LARGE, (BFLOAT16, (256, 256))),
+        (
+            "training bytes: int4, 131,072 - bfloat16 row-wise, 65,536",
+            DOUBLE,
+            (BFLOAT16, (256, 256)),
+        ),
+        ("training bytes: int4, 262,144 - float32 under AdamW, 16,384", LARGE, (ADAMW, SMALL)),
+    ):
+        if (INT4, ours) in sizes and theirs in sizes:
+            count = min(len(sizes[INT4, ours]), len(sizes[theirs]))
+            difference = paired(sizes[INT4, ours][:count], sizes[theirs][:count])
+            figures.append(Figure.at_most(f"at equal {what} experts", difference.mean, 0.0))
+            figures.append(Figure("half width of its 95% interval", difference.half_width))
+    return figures

@@ -49,11 +49,13 @@ class Run(NamedTuple):
         nats_per_token: over all validation text, after the last step; infinite if it diverged.
         experts: usage and unevenness of each layer's experts.
         seconds: from its start to its end, checkpoints and evaluation included.
+        series: every figure of each evaluation, where `train` was asked for them.
     """
 
     nats_per_token: float
     experts: dict[str, Any]
     seconds: float
+    series: list[dict[str, float]] = []  # noqa: RUF012, never changed
 
 
 def validation_loss(recipe: str, settings: Settings) -> float:
@@ -61,12 +63,13 @@ def validation_loss(recipe: str, settings: Settings) -> float:
     return train(recipe, settings).nats_per_token
 
 
-def train(recipe: str, settings: Settings) -> Run:
+def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
     """Trains, or looks up what an earlier call found.
 
     Args:
         recipe: the name of a file in `configs/`.
         settings: fields that differ from it, such as `{"pool.learning_rate": 1e-2}`.
+        keep_series: whether to write down the figures of every evaluation.
 
     Raises:
         RuntimeError: if training fails in another way than by diverging.
@@ -80,7 +83,8 @@ def train(recipe: str, settings: Settings) -> Run:
     if _train(recipe, settings, folder):
         report = json.loads((folder / "report.json").read_text())
         loss = report["validation"]["all"]["nats_per_token"]["after"]
-        found = Run(loss, report["experts"], time.monotonic() - start)
+        series = _series(folder) if keep_series else []
+        found = Run(loss, report["experts"], time.monotonic() - start, series)
     else:
         found = Run(math.inf, {}, time.monotonic() - start)
     _write_down(recipe, settings, found)
@@ -94,8 +98,18 @@ def _look_up(recipe: str, settings: Settings) -> Run | None:
     for record in map(json.loads, lines):
         if wanted.items() <= record.items():
             loss = record["nats_per_token"]
-            return Run(math.inf if loss is None else loss, record["experts"], record["seconds"])
+            fields = {name: record[name] for name in Run._fields if name in record}
+            return Run(**fields | {"nats_per_token": math.inf if loss is None else loss})
     return None
+
+
+def _series(folder: Path) -> list[dict[str, float]]:
+    """The figures of every evaluation, with those of the step before it."""
+    by_step: dict[int, dict[str, float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        by_step.setdefault(record["step"], {}).update(record)
+    return [each for each in by_step.values() if any(key.startswith("codes/") for key in each)]
 
 
 def _write_down(recipe: str, settings: Settings, found: Run) -> None:
@@ -104,7 +118,8 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
     record = {
         "recipe": recipe,
         "settings": settings,
-        **found._replace(nats_per_token=loss)._asdict(),
+        **{name: value for name, value in found._asdict().items() if name != "series" or value},
+        "nats_per_token": loss,
         "commit": commit(),
         "device": device(),
     }

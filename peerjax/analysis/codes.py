@@ -1,4 +1,4 @@
-"""What the codes of packed pools look like: how they are spread, and how many rows are full."""
+"""What the codes of packed pools look like: how they are spread, how many rows are full, scales."""
 
 from typing import NamedTuple
 
@@ -21,10 +21,12 @@ class CodeStatistics(NamedTuple):
             these are the magnitudes 0, 1, ..., 7 themselves.
         saturated_rows: share of rows (`down` or `up`) of which more than `SATURATED_ABOVE` of the
             codes are at their limit.
+        log_scale: mean of the natural logarithm of the scales.
     """
 
     histogram: Float[Array, "layers 8"]
     saturated_rows: Float[Array, " layers"]
+    log_scale: Float[Array, " layers"]
 
 
 def code_statistics(pool: ExpertPool) -> CodeStatistics:
@@ -42,10 +44,13 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
         eighth = codes >> (BITS[pool.storage] - 4)
         counts = jnp.stack([jnp.sum((eighth == each) & valid) for each in range(8)])
         full = jnp.mean(codes >= top, axis=-1) > SATURATED_ABOVE
-        return CodeStatistics(
-            totals.histogram.at[layer].add(counts / (num_experts * 2 * pool.width)),
-            totals.saturated_rows.at[layer].add(jnp.sum(full & valid[..., 0]) / (num_experts * 2)),
+        return totals._replace(
+            histogram=totals.histogram.at[layer].add(counts / (num_experts * 2 * pool.width)),
+            saturated_rows=totals.saturated_rows.at[layer].add(
+                jnp.sum(full & valid[..., 0]) / (num_experts * 2)
+            ),
         )
 
-    zeros = CodeStatistics(jnp.zeros((layers, 8)), jnp.zeros(layers))
+    log_scale = jnp.mean(jnp.log(pool.scales), axis=(1, 2))
+    zeros = CodeStatistics(jnp.zeros((layers, 8)), jnp.zeros(layers), log_scale)
     return jax.lax.fori_loop(0, layers * chunks, add_chunk, zeros)

@@ -122,9 +122,14 @@ def _code_figures(pools: Any) -> dict[str, dict[str, float]]:
     for run, tree in pools.items():
         if tree["pool"].is_packed:
             statistics = jax.device_get(_code_statistics(tree["pool"]))
-            for index, (histogram, saturated) in enumerate(zip(*statistics, strict=True)):
-                shares = {f"share_{eighth}": float(s) for eighth, s in enumerate(histogram)}
-                figures[f"{run}.{index}"] = {"saturated_rows": float(saturated), **shares}
+            for index, (histogram, saturated, log_scale) in enumerate(
+                zip(*statistics, strict=True)
+            ):
+                figures[f"{run}.{index}"] = {
+                    "saturated_rows": float(saturated),
+                    "log_scale": float(log_scale),
+                    **{f"share_{eighth}": float(share) for eighth, share in enumerate(histogram)},
+                }
     return figures
 
 

@@ -26,6 +26,8 @@ def test_counts_every_code_once(storage, monkeypatch):
     statistics = code_statistics(pool)
 
     np.testing.assert_allclose(statistics.saturated_rows, [0, 3 / num_experts], atol=1e-6)
+    logs = np.log(np.asarray(pool.scales, np.float64)).mean((1, 2))
+    np.testing.assert_allclose(statistics.log_scale, logs, rtol=1e-5)
     for layer in range(2):
         codes = read_codes(words, jnp.int32(layer), jnp.arange(num_experts), width, storage)
         eighth = np.abs(codes).ravel() * 8 // (top + 1)
