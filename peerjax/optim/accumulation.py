@@ -94,7 +94,8 @@ def int4_accumulation(
         implementation: of `pallas_kernels.expert_update.update`; `None` chooses by the platform.
 
     Returns:
-        The transform.
+        The transform. Its `init` and `update` raise a ValueError for parameters that are not
+        packed, and `update` for gradients of another kind or shape, or without params.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -151,9 +152,8 @@ def int4_accumulation(
             return zero_state(leaf, bits_of(leaf))
 
         def statistics_of(leaf: ExpertPool | PackedMatrix) -> Statistics:
-            stacked = isinstance(leaf, ExpertPool) and leaf.is_stack
-            layers = jnp.shape(leaf.words if isinstance(leaf, PackedMatrix) else leaf.weights)[:1]
-            zeros = jnp.zeros(layers if stacked else (), jnp.float32)
+            is_stack = isinstance(leaf, ExpertPool) and leaf.is_stack
+            zeros = jnp.zeros(leaf.scales.shape[:1] if is_stack else (), jnp.float32)
             return Statistics(*[zeros] * len(Statistics._fields))
 
         return AccumulationState(
