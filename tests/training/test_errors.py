@@ -67,6 +67,15 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
         ({"peer.query_norm": "batchnorm"}, "peer.query_norm='batchnorm' is unknown"),
         ({"pool.storage": "int3"}, "pool.storage='int3' is unknown; choose from float32"),
         ({"pool.rule": "adamw"}, "pool.rule='adamw' needs float storage, but pool.storage='int4'"),
+        (
+            {"pool.rule": "eco", "pool.storage": "float32"},
+            "pool.rule='eco' needs packed storage, but pool.storage='float32'",
+        ),
+        ({"pool.accumulator_bits": 3}, "pool.accumulator_bits: accumulators have 0 or 2 or 4 or 8"),
+        (
+            {"pool.accumulator_bits": 2, "model.width": 8, "model.heads": 1},
+            "model.width=8: a width of 8 does not pack: int2 codes need a multiple of 16",
+        ),
         ({"model.width": 20}, "model.width=20: a width of 20 does not pack: int4 codes need"),
         ({"data.pattern": ""}, "data.pattern is empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),

@@ -9,24 +9,26 @@ from peerjax.training.metrics import read_metrics
 from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
 
 CHOICES = [
-    ("float32", "adamw"),
-    ("bfloat16", "adamw"),
-    ("float32", "rowwise"),
-    ("bfloat16", "rowwise"),
-    ("int8", "rowwise"),
-    ("int4", "rowwise"),
-    ("int4", "eco"),
+    ("float32", "adamw", None),
+    ("bfloat16", "adamw", None),
+    ("float32", "rowwise", None),
+    ("bfloat16", "rowwise", None),
+    ("int8", "rowwise", None),
+    ("int4", "rowwise", None),
+    ("int4", "rowwise", 0),
+    ("int4", "eco", None),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("storage", "rule"), CHOICES)
-def test_learns_and_goes_on(storage, rule, corpus, tmp_path):
+@pytest.mark.parametrize(("storage", "rule", "accumulator_bits"), CHOICES)
+def test_learns_and_goes_on(storage, rule, accumulator_bits, corpus, tmp_path):
     def config(steps):
         config = tiny_config(corpus)
         config.steps = steps
         config.pool.storage = storage
         config.pool.rule = rule
+        config.pool.accumulator_bits = accumulator_bits
         return config
 
     train(config(SAVE_EVERY), str(tmp_path))
