@@ -152,8 +152,10 @@ def int4_accumulation(
             return zero_state(leaf, bits_of(leaf))
 
         def statistics_of(leaf: ExpertPool | PackedMatrix) -> Statistics:
-            is_stack = isinstance(leaf, ExpertPool) and leaf.is_stack
-            zeros = jnp.zeros(leaf.scales.shape[:1] if is_stack else (), jnp.float32)
+            layers = ()
+            if isinstance(leaf, ExpertPool) and leaf.is_stack:
+                layers = leaf.weights.shape[:1]
+            zeros = jnp.zeros(layers, jnp.float32)
             return Statistics(*[zeros] * len(Statistics._fields))
 
         return AccumulationState(
