@@ -1,7 +1,9 @@
+import json
 import math
 
 import pytest
 
+from benchmarks import sweep
 from benchmarks.sweep import paired, rung, tune
 
 
@@ -28,3 +30,36 @@ def test_the_interval_of_paired_differences():
     interval = paired([1.0, 2.0, 3.0], [0.9, 1.8, 2.7])
     assert interval.mean == pytest.approx(0.2)
     assert interval.half_width == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+
+
+def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(recipe, settings, folder):
+        trained.append(settings)
+        if settings["pool.learning_rate"] > 1:
+            return False
+        report = {"validation": {"all": {"nats_per_token": {"after": 4.5}}}, "experts": {"a": {}}}
+        (folder / "report.json").write_text(json.dumps(report))
+        return True
+
+    monkeypatch.setattr(sweep, "LEDGER", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(sweep, "ROOT", tmp_path / "runs")
+    monkeypatch.setattr(sweep, "_train", pretend)
+    settings = {"pool.learning_rate": 0.1, "peer.num_experts": (8, 8), "seed": 0}
+    first = sweep.train("quickstart", settings)
+    assert first.nats_per_token == 4.5
+    assert sweep.train("quickstart", settings) == first
+    diverged = {**settings, "pool.learning_rate": 10.0}
+    assert sweep.validation_loss("quickstart", diverged) == math.inf
+    assert sweep.validation_loss("quickstart", diverged) == math.inf
+    sweep.train("quickstart", {**settings, "seed": 1})
+    sweep.train("peer_small", settings)
+    assert len(trained) == 4
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["nats_per_token"] for line in lines] == [4.5, None, 4.5, 4.5]
+    assert all(line["commit"] and line["device"] for line in lines)
+
+
+def test_jobs_keep_their_order():
+    assert sweep.at_once([lambda number=number: number for number in range(7)]) == [*range(7)]
