@@ -81,7 +81,8 @@ def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -
             label = name.replace(part, "").removeprefix("codes/")
             axes.plot(*_series(records, name), label=label, linewidth=1)
         axes.set(title=title, xlabel="step")
-        axes.legend()
+        if axes.lines:  # dense rules know no steps of rows
+            axes.legend()
     layers = sorted({name.split("/")[1] for name in names if name.startswith("codes/")})
     for layer in layers[:1]:
         series = [_series(records, f"codes/{layer}/share_{eighth}") for eighth in range(8)]

@@ -49,6 +49,8 @@ def expected():
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "xla"])
 def test_the_losses_are_those_of_xla(implementation, expected):
+    if implementation == "mosaic_gpu" and jax.__version_info__ >= (0, 11):
+        pytest.skip("the GPU interpreter of JAX 0.11 has effects that Flax's scan does not take")
     # One code that a rounding threshold sends elsewhere moves a weight by a seventh of its row's
     # largest: losses are close, not equal.
     np.testing.assert_allclose(losses_by(implementation), expected, atol=1e-4)
