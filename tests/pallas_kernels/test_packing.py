@@ -69,8 +69,14 @@ def test_a_width_that_does_not_pack_is_named():
         pack(jnp.zeros(100, jnp.int32), 4)
 
 
-@pytest.mark.parametrize("storage", BITS)
-@pytest.mark.parametrize("width", [8, 128, 192, 256, 512, 576, 1024, 1536])
+def packable(widths):
+    """Every storage with each of the widths that fill its words."""
+    return [
+        (name, width) for name, bits in BITS.items() for width in widths if not width * bits % 32
+    ]
+
+
+@pytest.mark.parametrize(("storage", "width"), packable([8, 128, 192, 256, 512, 576, 1024, 1536]))
 def test_experts_come_back_from_whole_units(storage, width):
     num_experts = 37
     shape = packed_shape(num_experts, width, storage)
@@ -90,8 +96,7 @@ def test_experts_come_back_from_whole_units(storage, width):
         np.testing.assert_array_equal(read_codes(written, at, where, width, storage), before)
 
 
-@pytest.mark.parametrize("storage", BITS)
-@pytest.mark.parametrize("width", [8, 24, 192, 256, 576, 1024, 1536])
+@pytest.mark.parametrize(("storage", "width"), packable([8, 24, 192, 256, 576, 1024, 1536]))
 def test_whole_rows_hold_nothing_but_codes(storage, width):
     num_experts = 4096
     words = math.prod(packed_shape(num_experts, width, storage))
