@@ -14,6 +14,7 @@ from pallas_kernels.storage import BITS
 from peerjax.errors import ConfigError
 from peerjax.model import KINDS, ModelConfig, PeerConfig
 from peerjax.pool import STORAGES
+from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
 # Rules of pools that take a dense gradient.
 DENSE_RULES = ("adamw", "eco")
@@ -57,6 +58,10 @@ def default_config() -> ml_collections.ConfigDict:
     model.rope_base = 10_000.0
     model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     model.remat = False  # recompute each block in the backward pass
+    # What batch normalisation in routers goes by while training: "running", statistics of the
+    # steps before; or "in_batch", the papers' form, in which later tokens choose the experts of
+    # earlier ones: only to compare with.
+    model.routing_statistics = "running"
 
     peer = config.peer = ml_collections.ConfigDict()
     peer.num_experts = (256, 256)  # N1, N2; a pool has N1 * N2 experts
@@ -64,7 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
     peer.experts_per_head = 8  # k
     peer.key_width = 64  # of each half of a query
     peer.activation = "gelu"
-    peer.query_norm = "layernorm"  # or "none"
+    peer.query_norm = "layernorm"  # or "batchnorm", "none"
 
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # or "int8", "bfloat16", "float32"
@@ -117,8 +122,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "data.source", ("packages", "files"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
     _require_choice(config, "model.activation", ACTIVATIONS)
+    _require_choice(config, "model.routing_statistics", (RUNNING, IN_BATCH))
     _require_choice(config, "peer.activation", ACTIVATIONS)
-    _require_choice(config, "peer.query_norm", ("layernorm", "none"))
+    _require_choice(config, "peer.query_norm", ("layernorm", "batchnorm", "none"))
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))

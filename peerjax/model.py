@@ -13,6 +13,7 @@ from peerjax.layers.attention import Attention, same_document
 from peerjax.layers.mlp import MLP
 from peerjax.layers.peer import EXPERT_IDS, PEER
 from peerjax.pool import ExpertPool, initialize_pool
+from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
 # The kinds of feed-forward layer that `ModelConfig.layers` may name. To add one: write its
 # module in `peerjax/layers/`, name it here, and give it a branch in `Block.feed_forward`.
@@ -48,6 +49,7 @@ class ModelConfig:
     remat: bool
     peer: PeerConfig
     pool_storage: str
+    routing_statistics: str = RUNNING  # of routers with batch normalisation
     implementation: str | None = None  # of lookups
 
     @property
@@ -85,7 +87,12 @@ class Block(nn.Module):
         config = self.config
         if self.kind == PEER_KIND:
             fields = dataclasses.asdict(config.peer)
-            peer = PEER(**fields, implementation=config.implementation, name="peer")
+            peer = PEER(
+                **fields,
+                statistics=config.routing_statistics,
+                implementation=config.implementation,
+                name="peer",
+            )
             return peer(x_BLD, pool.at_layer(layer))
         dtype = jnp.dtype(config.dtype)
         mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")
@@ -111,7 +118,7 @@ class Run(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         blocks = nn.scan(
             block,
-            variable_axes={"params": 0, "stats": 0, "taps": 0, "routing": 0},
+            variable_axes={"params": 0, STATS: 0, MOMENTS: 0, "taps": 0, "routing": 0},
             split_rngs={"params": True},
             # The pool is closed over: as a scanned input it would be copied layer by layer.
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
@@ -138,8 +145,8 @@ class Decoder(nn.Module):
     """A causal language model over packed documents.
 
     Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
-    run i), "stats"; "taps" and "routing" as `peerjax.layers.peer.PEER` says, stacked over the
-    blocks of a run.
+    run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" and "routing" as
+    `peerjax.layers.peer.PEER`, stacked over the blocks of a run.
     """
 
     config: ModelConfig

@@ -28,6 +28,9 @@ VARIANTS = {
     "dense": dataclasses.replace(CONFIG, layers=(("dense", 3),)),
     "peer": CONFIG,
     "bfloat16": dataclasses.replace(CONFIG, dtype="bfloat16", pool_storage="bfloat16"),
+    "batchnorm": dataclasses.replace(
+        CONFIG, peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
+    ),
     "remat": dataclasses.replace(CONFIG, remat=True),
 }
 
@@ -42,18 +45,23 @@ def make(config):
     return model, variables, (tokens, positions, segments)
 
 
+def readable_of(variables):
+    """What a trained model is made of."""
+    return {name: variables[name] for name in ("params", "pools", "stats") if name in variables}
+
+
 @functools.cache
 def train_and_eval(config):
     """Logits as evaluation computes them, and as a training step does while differentiating."""
     model, variables, _ = make(config)
-    readable = {name: variables[name] for name in ("params", "pools") if name in variables}
+    readable = readable_of(variables)
 
     def evaluate(*inputs):
         return model.apply(readable, *inputs)
 
     def loss(params, *inputs):
         trained = {**readable, "params": params, "taps": variables.get("taps", {})}
-        logits, _ = model.apply(trained, *inputs, mutable=["routing"])
+        logits, _ = model.apply(trained, *inputs, mutable=["routing", "moments"])
         return jnp.sum(logits**2), logits
 
     differentiate = jax.jit(jax.grad(loss, has_aux=True))
@@ -68,6 +76,15 @@ def test_changing_the_last_token_leaves_earlier_logits_bit_equal(name):
         logits, other = mode(*inputs), mode(*changed)
         np.testing.assert_array_equal(logits[:, :-1], other[:, :-1])
         assert np.any(logits[:, -1] != other[:, -1])
+
+
+def test_the_papers_batch_normalisation_leaks_the_future():
+    config = dataclasses.replace(VARIANTS["batchnorm"], routing_statistics="in_batch")
+    _, _, inputs = make(config)
+    changed = (inputs[0].at[:, -1].add(1) % VOCAB, *inputs[1:])
+    evaluate, train = train_and_eval(config)
+    np.testing.assert_array_equal(evaluate(*inputs)[:, :-1], evaluate(*changed)[:, :-1])
+    assert np.any(train(*inputs)[:, :-1] != train(*changed)[:, :-1])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -88,7 +105,7 @@ def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
 
 def test_a_document_reads_the_same_alone_and_packed():
     model, variables, (tokens, _, _) = make(CONFIG)
-    readable = {name: variables[name] for name in ("params", "pools")}
+    readable = readable_of(variables)
     apply = jax.jit(model.apply)
     alone = apply(
         readable, tokens[:, 10:], jnp.tile(jnp.arange(14), (2, 1)), jnp.zeros((2, 14), jnp.int32)
@@ -131,6 +148,6 @@ def test_rotary_positions_turn_half_split_pairs_by_relative_angles():
 
 def test_fresh_model_predicts_nearly_uniformly():
     model, variables, inputs = make(CONFIG)
-    readable = {name: variables[name] for name in ("params", "pools")}
+    readable = readable_of(variables)
     log_probabilities = jax.nn.log_softmax(model.apply(readable, *inputs))
     assert float(-log_probabilities.mean()) == pytest.approx(np.log(VOCAB), abs=0.05)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.factored_gradient import Tap
 from peerjax.pool import ExpertPool
 from peerjax.routing.product_keys import pair_scores, top_k_pairs
+from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
 from peerjax.sharding.pools import sharded_lookup
 
 # Every rematerialisation policy must save arrays of this name.
@@ -31,7 +32,8 @@ class PEER(nn.Module):
         experts_per_head: k.
         key_width: width of a sub-key.
         activation: "gelu" (exact), "relu" or "relu2".
-        query_norm: "layernorm" or "none".
+        query_norm: "layernorm", "batchnorm" (over the tokens of earlier steps) or "none".
+        statistics: of "batchnorm", as `peerjax.routing.running_norm.RunningNorm` takes it.
         implementation: of the lookup; `None` chooses by the platform.
     """
 
@@ -41,6 +43,7 @@ class PEER(nn.Module):
     key_width: int
     activation: str = "gelu"
     query_norm: str = "layernorm"
+    statistics: str = RUNNING
     implementation: str | None = None
 
     @nn.compact
@@ -78,12 +81,14 @@ class PEER(nn.Module):
         query_THd = query_THd.reshape(-1, self.heads, 2 * self.key_width)
         if self.query_norm == "layernorm":
             query_THd = nn.LayerNorm(name="query_norm")(query_THd)
+        elif self.query_norm == "batchnorm":
+            query_THd = RunningNorm((0,), self.statistics, name="query_norm")(query_THd)
 
         def scores(name: str, query: Array, num_keys: int) -> Array:
             init = nn.initializers.normal(self.key_width**-0.5)
             keys = self.param(name, init, (self.heads, num_keys, self.key_width))
             if self.is_initializing():
-                self.variable("stats", f"initial_norm_{name}", jnp.linalg.norm, keys, axis=-1)
+                self.variable(STATS, f"initial_norm_{name}", jnp.linalg.norm, keys, axis=-1)
             # Heads first, as in the keys: the scores are the largest arrays of a step, and with
             # tokens first XLA on CPU would write them down once more in another order.
             return jnp.einsum("thd,hnd->htn", query, keys)

@@ -106,7 +106,7 @@ def evaluate(
         for first in range(0, len(chosen), batch_size):
             batch = _padded_batch(rows, chosen[first : first + batch_size], batch_size)
             targets = batch["targets"][batch["weight"] > 0]
-            sums = jax.device_get(eval_step(state.params, state.pools, put_batch(mesh, batch)))
+            sums = jax.device_get(eval_step(state.variables, put_batch(mesh, batch)))
             total += TextLoss(float(sums["nats"]), targets.size, int(token_bytes[targets].sum()))
             for run, per_layer in sums["gate_sums"].items():
                 for index, per_expert in enumerate(per_layer):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.model import Decoder
 from peerjax.pool import ExpertPool
+from peerjax.routing.running_norm import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
 from peerjax.sharding.pools import dense_pool_gradient, gather_tokens
 
@@ -23,43 +24,55 @@ class Gradients(NamedTuple):
     Attributes:
         params: a tree like the params.
         pools: by run of blocks, the factored gradient of its stack of pools.
+        moments: what routers found in the batch; see `peerjax.routing.running_norm`.
     """
 
     params: Any
     pools: dict[str, FactoredGradient]
+    moments: Any
 
 
 def loss_and_gradients(
-    model: Decoder, params: Any, pools: Any, batch: Batch, microbatches: int = 1
+    model: Decoder, variables: dict[str, Any], batch: Batch, microbatches: int = 1
 ) -> tuple[Float[Array, ""], Gradients]:
     """Mean loss of a batch, and its gradients.
 
     Microbatches are computed one after the other, to save memory: gradients of params add up,
     factored ones are joined along their tokens, so that the result is that of the whole batch.
+
+    Args:
+        model: the decoder.
+        variables: its collections "params", "pools" and "stats".
+        batch: rows of tokens.
+        microbatches: in how many parts to compute; they divide the rows.
     """
+    params, fixed = variables["params"], {**variables, "params": None}
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, Any]:
-        variables = {"params": params, "taps": taps, "pools": pools}
-        logits, kept = model.apply(variables, *inputs_of(part), mutable=["routing"])
+        trained = {**fixed, "params": params, "taps": taps}
+        logits, kept = model.apply(trained, *inputs_of(part), mutable=["routing", MOMENTS])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["targets"])
-        return losses.mean() / microbatches, kept.get("routing", {})
+        return losses.mean() / microbatches, kept
 
     def of_part(part: Batch) -> tuple[Array, Gradients]:
         taps = _zero_taps(model, part)
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (loss, routing), (grads, tap_grads) = differentiate(params, taps, part)
-        return loss, Gradients(grads, factored_gradients(routing, tap_grads))
+        (loss, kept), (grads, tap_grads) = differentiate(params, taps, part)
+        factored = factored_gradients(kept.get("routing", {}), tap_grads)
+        return loss, Gradients(grads, factored, kept.get(MOMENTS, {}))
 
     if microbatches == 1:
         return of_part(batch)
 
-    def add_part(total: Any, part: Batch) -> tuple[Any, dict[str, FactoredGradient]]:
+    def add_part(total: Any, part: Batch) -> tuple[Any, tuple[Any, Any]]:
         loss, gradients = of_part(part)
-        return jax.tree.map(jnp.add, total, (loss, gradients.params)), gradients.pools
+        total = jax.tree.map(jnp.add, total, (loss, gradients.params))
+        return total, (gradients.pools, gradients.moments)
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    (loss, grads), parts = jax.lax.scan(add_part, zeros, split_rows(batch, microbatches))
-    return loss, Gradients(grads, jax.tree.map(_join_tokens, parts))
+    parts = split_rows(batch, microbatches)
+    (loss, grads), (factored, moments) = jax.lax.scan(add_part, zeros, parts)
+    return loss, Gradients(grads, jax.tree.map(_join_tokens, factored), pooled(moments))
 
 
 def factored_gradients(routing: Any, tap_grads: Any) -> dict[str, FactoredGradient]:

@@ -22,7 +22,7 @@ from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
 from peerjax.training.state import TrainState, create_state, make_optimizer
-from peerjax.training.step import make_eval_step, make_train_step
+from peerjax.training.step import make_eval_step, make_first_statistics, make_train_step
 from peerjax.training.workdir import check_config, check_data, record
 
 
@@ -67,6 +67,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         if start is None:
             next_batch = 0
             state = jax.jit(fresh_state, out_shardings=shardings)()
+            first_batch = put_batch(mesh, next(train_batches(config, corpus.train)))
+            first_statistics = make_first_statistics(config, model)
+            state = jax.jit(first_statistics, donate_argnums=0)(state, first_batch)
         else:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
         batches = train_batches(config, corpus.train, next_batch)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key
 from peerjax.config import DENSE_RULES, implementation_of
 from peerjax.model import Decoder
 from peerjax.optim import eco, int4_accumulation
+from peerjax.routing.running_norm import STATS
 
 PARAMS, POOLS = "params", "pools"
 # Leaves that weight decay leaves alone: norms, embeddings.
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
         params: float leaves, differentiated.
         pools: the expert pools, by run of blocks.
         opt_state: state of the optimizer over `{"params": params, "pools": pools}`.
-        stats: statistics of routers; the norm of each sub-key at step 0.
+        stats: running statistics of routers; the norm of each sub-key at step 0.
         step: number of steps made, skipped ones included.
         skipped: how many of them were skipped.
         rng: the run's random key.
@@ -55,6 +56,11 @@ class TrainState(NamedTuple):
         """The tree that the optimizer sees."""
         return {PARAMS: self.params, POOLS: self.pools}
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model reads."""
+        return {**self.trained, STATS: self.stats}
+
 
 def create_state(
     config: ml_collections.ConfigDict, model: Decoder, optimizer: optax.GradientTransformation
@@ -69,7 +75,7 @@ def create_state(
         params=params,
         pools=pools,
         opt_state=optimizer.init({PARAMS: params, POOLS: pools}),
-        stats=variables.get("stats", {}),
+        stats=variables.get(STATS, {}),
         step=jnp.zeros((), jnp.int32),
         skipped=Skipped.none(),
         rng=rng,

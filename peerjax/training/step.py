@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions of state and batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from peerjax.config import DENSE_RULES
 from peerjax.model import Decoder
 from peerjax.optim import apply_updates
 from peerjax.pool import ExpertPool
+from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
+from peerjax.sharding.batches import split_rows
 from peerjax.training.gradients import (
     Batch,
     all_finite,
@@ -41,8 +44,8 @@ def make_train_step(
     dense = config.pool.rule in DENSE_RULES
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, (grads, factored) = loss_and_gradients(
-            model, state.params, state.pools, batch, microbatches
+        loss, (grads, factored, moments) = loss_and_gradients(
+            model, state.variables, batch, microbatches
         )
         finite = all_finite((loss, grads, factored))
         # Pools are rewritten in place, so there is no old one to go back to: they are passed over
@@ -64,6 +67,7 @@ def make_train_step(
             params=trained[PARAMS],
             pools=trained[POOLS],
             opt_state=opt_state,
+            stats=updated(state.stats, moments),
         )
         new_state = _accept(finite, new_state, state, in_place=not dense)
         skipped = Skipped(
@@ -91,16 +95,38 @@ def _accept(finite: Bool[Array, ""], new: Any, old: Any, in_place: bool) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=is_of_pool)
 
 
-def make_eval_step(model: Decoder) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+def make_first_statistics(
+    config: ml_collections.ConfigDict, model: Decoder
+) -> Callable[[TrainState, Batch], TrainState]:
+    """Builds what starts the running statistics of routers: those of the first batch.
+
+    Every router is normalised by the batch itself there, so that those behind it see what they
+    will see.
+    """
+    in_batch = Decoder(dataclasses.replace(model.config, routing_statistics=IN_BATCH))
+
+    def first_statistics(state: TrainState, batch: Batch) -> TrainState:
+        def moments_of(part: Batch) -> Any:
+            return in_batch.apply(state.variables, *inputs_of(part), mutable=[MOMENTS])[1]
+
+        parts = jax.lax.map(moments_of, split_rows(batch, config.optimizer.microbatches))
+        moments = pooled(parts).get(MOMENTS, {})
+        return state._replace(stats=updated(state.stats, moments, momentum=1.0))
+
+    return first_statistics
+
+
+def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
     """Builds the evaluation step: sums over a batch, each row counted `batch["weight"]` times."""
 
-    def eval_step(params: Any, pools: Any, batch: Batch) -> dict[str, Any]:
-        variables = {"params": params, "pools": pools}
+    def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:
         logits, kept = model.apply(variables, *inputs_of(batch), mutable=["routing"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
         gates = {
-            run: gate_sums(layer["ids"], layer["gates"], weight_BL.reshape(-1), pools[run]["pool"])
+            run: gate_sums(
+                layer["ids"], layer["gates"], weight_BL.reshape(-1), variables[POOLS][run]["pool"]
+            )
             for run, layer in layers_with_pool(kept.get("routing", {})).items()
         }
         return {"nats": jnp.sum(losses * weight_BL), "gate_sums": gates}

@@ -15,7 +15,7 @@ from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.state import create_state, make_optimizer
-from peerjax.training.step import make_train_step
+from peerjax.training.step import make_first_statistics, make_train_step
 from tests.training.tiny import tiny_config
 
 VOCABULARY, ROWS, LENGTH = 61, 8, 32
@@ -50,20 +50,41 @@ def assert_close(found, expected, bound=1e-5):
 
 @pytest.mark.parametrize("microbatches", [2, 8])
 def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
-    _, model, _, state = make()
+    _, model, _, state = make(**{"peer.query_norm": "batchnorm"})
     differentiate = jax.jit(
         functools.partial(loss_and_gradients, model), static_argnames="microbatches"
     )
-    whole_loss, whole = differentiate(state.params, state.pools, make_batch())
+    whole_loss, whole = differentiate(state.variables, make_batch())
     with jax.set_mesh(make_mesh()):
-        loss, parts = differentiate(
-            state.params, state.pools, make_batch(), microbatches=microbatches
-        )
+        loss, parts = differentiate(state.variables, make_batch(), microbatches=microbatches)
     np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
     assert_close(parts.params, whole.params)
     assert parts.pools.keys() == whole.pools.keys() == {"run_1"}
     np.testing.assert_array_equal(parts.pools["run_1"].ids, whole.pools["run_1"].ids)
     assert_close(parts.pools["run_1"].dense(64), whole.pools["run_1"].dense(64))
+    assert_close(parts.moments, whole.moments)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_running_statistics_start_at_the_first_batch_and_follow_the_steps(microbatches):
+    changes = {"peer.query_norm": "batchnorm", "optimizer.microbatches": microbatches}
+    config, model, optimizer, state = make(**changes)
+    batches = make_batch(0), make_batch(1)
+
+    def moments_of(state, batch):
+        return loss_and_gradients(model, state.variables, batch)[1].moments
+
+    expected = jax.jit(moments_of)(state, batches[0])
+    state = jax.jit(make_first_statistics(config, model))(state, batches[0])
+    stats = state.stats["run_1"]["block"]["peer"]
+    assert stats.keys() == {"query_norm", "initial_norm_keys1", "initial_norm_keys2"}
+    # The only router is behind no other: whatever normalises it, its queries are the same.
+    assert_close(stats["query_norm"], expected["run_1"]["block"]["peer"]["query_norm"])
+
+    found = jax.jit(moments_of)(state, batches[1])["run_1"]["block"]["peer"]["query_norm"]
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, stats["query_norm"], found)
+    state, _ = jax.jit(make_train_step(config, model, optimizer))(state, batches[1])
+    assert_close(state.stats["run_1"]["block"]["peer"]["query_norm"], expected)
 
 
 @pytest.mark.parametrize(("storage", "rule"), CHOICES)
@@ -77,7 +98,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(storage, rule)
     skipped, metrics = step(start, make_batch(2))
     assert metrics["skipped/total"] == metrics["skipped/in_a_row"] == 1
     before, after = start._asdict(), skipped._asdict()
-    for part in ("params", "pools"):
+    for part in ("params", "pools", "stats"):
         jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
 
     def assert_kept(path, after, before):
