@@ -14,7 +14,6 @@ BENCHMARKS = {
     "kernels": "the lookup on the device at hand, against the bandwidth of a copy",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
-    "quickstart": "int4 against float32 + AdamW on the quickstart, tuned, three seeds (2 hours)",
 }
 
 

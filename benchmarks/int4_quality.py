@@ -1,9 +1,9 @@
 """What training in int4 costs in loss, beside other storages, rules, buffers and sizes.
 
 The recipe is the quickstart. The learning rate of the pools is tuned for every storage and rule at
-a third of the length; that of everything else is the one that the `quickstart` benchmark found best
-for int4 and for float32 under AdamW alike. Then every arm trains at full length from the same
-seeds, and is compared seed by seed.
+a third of the length; that of everything else for int4, which all row-wise rules share, and for
+float32 under AdamW. Then every arm trains at full length from the same seeds, and is compared seed
+by seed.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,19 @@ import jax
 
 from benchmarks.int4_quality_plots import plot
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Settings, at_once, paired, train, tune, validation_loss
+from benchmarks.sweep import Settings, at_once, paired, train, tune_rates, validation_loss
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
 
 RECIPE, WIDTH = "quickstart", 128
 STEPS, QUICK_STEPS, LATE_STEPS, LONG_STEPS = 500, 12, 2000, 10_000
 # Enough rows that the error of the validation loss itself does not matter.
-EVALUATION: Settings = {"eval.rows": 96, "eval.every": 500, "checkpoint.every": 250}
-FEW, MANY = (0, 1, 2), tuple(range(8))
+EVALUATION: Settings = {
+    "eval.rows": 96, "eval.every": 500, "checkpoint.every": 250, "peer.query_norm": "batchnorm",
+}  # fmt: skip
+SHARED, OF_POOLS = "optimizer.learning_rate", "pool.learning_rate"
+START = {SHARED: 1e-2, OF_POOLS: 3e-2}
+FEW, MANY = (0, 1, 2), tuple(range(6))
 
 
 class Arm(NamedTuple):
@@ -53,31 +57,37 @@ BUFFERS = (0, 2, 4, 8)
 SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
 # Storages at other numbers of experts than the quickstart's 256^2.
 SIZES = (
-    (INT4, SMALL), (INT4, LARGE), (BFLOAT16, SMALL), (BFLOAT16, DOUBLE), (INT8, SMALL),
-    (INT8, DOUBLE), (FLOAT32, SMALL), (ADAMW, SMALL), (INT4, DOUBLE), (BFLOAT16, LARGE),
+    (INT4, LARGE), (INT4, DOUBLE), (ADAMW, SMALL), (INT4, SMALL), (BFLOAT16, SMALL),
+    (BFLOAT16, DOUBLE), (INT8, SMALL), (FLOAT32, SMALL),
 )  # fmt: skip
 LONG: Settings = {
     "steps": LONG_STEPS, "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64),
-    "peer.key_width": 32, "data.sequence_length": 128, "data.batch_size": 4, "eval.every": 250,
-    "eval.rows": 32, "checkpoint.every": 500, "seed": 0,
+    "peer.key_width": 32, "peer.query_norm": "batchnorm", "data.sequence_length": 128,
+    "data.batch_size": 4, "eval.every": 250, "eval.rows": 32, "checkpoint.every": 500, "seed": 0,
 }  # fmt: skip
 
 
-def tuned_rate(arm: Arm, steps: int) -> tuple[float, list[tuple[float, float]]]:
-    """The best learning rate of an arm's pools at a third of the length, and all tried."""
-    short = {"steps": steps // 3, "optimizer.warmup_steps": steps // 9, "seed": 0}
+def tuned(arms: dict[str, Arm], steps: int) -> dict[str, tuple[dict[str, float], Any]]:
+    """The best learning rates of every arm, and all that were tried."""
 
-    def loss_of(rate: float) -> float:
-        return validation_loss(
-            RECIPE, {**EVALUATION, **arm.settings, **short, "pool.learning_rate": rate}
+    def of_arm(name: str, start: dict[str, float], **fixed: float) -> Any:
+        best, tables = tune_rates(
+            RECIPE, {**EVALUATION, **arms[name].settings, **fixed}, start, steps
         )
+        return {**fixed, **best}, tables
 
-    return tune(loss_of, 1e-2)
+    both = [INT4, ADAMW]
+    found = dict(zip(both, at_once([partial(of_arm, name, START) for name in both]), strict=True))
+    shared = {SHARED: found[INT4][0][SHARED]}
+    others = [name for name in arms if name not in both]
+    start = {OF_POOLS: found[INT4][0][OF_POOLS]}
+    jobs = [partial(of_arm, name, start, **shared) for name in others]
+    return found | dict(zip(others, at_once(jobs), strict=True))
 
 
-def losses(arm: Arm, rate: float, steps: int, **more: Any) -> list[float]:
+def losses(arm: Arm, rates: dict[str, float], steps: int, **more: Any) -> list[float]:
     """Validation losses by seed."""
-    fields = {**EVALUATION, **arm.settings, "steps": steps, "pool.learning_rate": rate, **more}
+    fields = {**EVALUATION, **arm.settings, "steps": steps, **rates, **more}
     return at_once(
         [partial(validation_loss, RECIPE, {**fields, "seed": seed}) for seed in arm.seeds]
     )
@@ -100,12 +110,9 @@ def run(quick: bool) -> Result:
     arms = {
         name: arm._replace(seeds=arm.seeds[:2]) if quick else arm for name, arm in STORAGES.items()
     }
-    tuned = dict(
-        zip(arms, at_once([partial(tuned_rate, arm, steps) for arm in arms.values()]), strict=True)
-    )
-    rates = {name: rate for name, (rate, _) in tuned.items()}
+    tuning = tuned(arms, steps)
+    rates = {name: best for name, (best, _) in tuning.items()}
     storages = {name: losses(arm, rates[name], steps) for name, arm in arms.items()}
-    buffers = _buffers(arms, rates, steps)
     sizes = {
         (name, root): losses(
             arms[name]._replace(seeds=arms[name].seeds[: len(FEW)]),
@@ -115,6 +122,7 @@ def run(quick: bool) -> Result:
         )
         for name, root in (SIZES[:1] if quick else SIZES)
     }
+    buffers = _buffers(arms, rates, steps)
     sizes |= {(name, (256, 256)): found for name, found in storages.items() if name != ECO}
     long_steps = QUICK_STEPS if quick else LONG_STEPS
     long = train(
@@ -124,7 +132,8 @@ def run(quick: bool) -> Result:
     )
     details = {
         "steps": steps,
-        "tuning": {name: table for name, (_, table) in tuned.items()},
+        "rates": rates,
+        "tuning": {name: tables for name, (_, tables) in tuning.items()},
         "storages": storages,
         "buffers": {f"{rate:g}, {name}": found for (rate, name), found in buffers.items()},
         "sizes": [
@@ -143,14 +152,20 @@ def run(quick: bool) -> Result:
     return Result(
         columns=("pools", "learning rate", "nats/token", "beyond int4", "seeds"),
         rows=[
-            *(_against(name, rates[name], each, storages[INT4]) for name, each in storages.items()),
+            *(
+                _against(name, rates[name][OF_POOLS], each, storages[INT4])
+                for name, each in storages.items()
+            ),
             *(
                 _against(f"int4, {name}", rate, each, buffers[rate, "4 bits"])
                 for (rate, name), each in buffers.items()
             ),
             *(
                 _against(
-                    f"{name}, {root[0] * root[1]:,} experts", rates[name], each, storages[INT4]
+                    f"{name}, {root[0] * root[1]:,} experts",
+                    rates[name][OF_POOLS],
+                    each,
+                    storages[INT4],
                 )
                 for (name, root), each in sizes.items()
                 if root != (256, 256)
@@ -162,22 +177,24 @@ def run(quick: bool) -> Result:
 
 
 def _buffers(
-    arms: dict[str, Arm], rates: dict[str, float], steps: int
+    arms: dict[str, Arm], rates: dict[str, dict[str, float]], steps: int
 ) -> dict[tuple[float, str], list[float]]:
     """Losses by learning rate and buffer: at the best rate, at a tenth, and there for longer."""
     few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
     found = {}
     for factor in (1, 0.1):
-        rate = rates[INT4] * factor
+        ours, eco = (
+            {**rates[name], OF_POOLS: rates[name][OF_POOLS] * factor} for name in (INT4, ECO)
+        )
+        rate = ours[OF_POOLS]
         for bits in BUFFERS:
             more = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            found[rate, f"{bits} bits"] = losses(few, rate, steps, **more)
-        eco_rate = rates[ECO] * factor
-        found[rate, f"ECO at {eco_rate:g}"] = losses(arms[ECO], eco_rate, steps)
+            found[rate, f"{bits} bits"] = losses(few, ours, steps, **more)
+        found[rate, f"ECO at {eco[OF_POOLS]:g}"] = losses(arms[ECO], eco, steps)
     if steps == STEPS:
         for bits in BUFFERS[::2]:
             more = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            found[rate, f"{bits} bits, {LATE_STEPS} steps"] = losses(few, rate, LATE_STEPS, **more)
+            found[rate, f"{bits} bits, {LATE_STEPS} steps"] = losses(few, ours, LATE_STEPS, **more)
     return found
 
 

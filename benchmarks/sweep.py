@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +179,31 @@ def tune(
         else:
             return best, sorted(tried.items())
         tried[value] = loss_of(value)
+
+
+def tune_rates(
+    recipe: str, settings: Settings, rates: Mapping[str, float], steps: int
+) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
+    """Tunes learning rates one after the other, each at the best of those before it.
+
+    Args:
+        recipe: the name of a file in `configs/`.
+        settings: fields that differ from it.
+        rates: the fields to tune, and where to begin.
+        steps: the full length; tuning runs have a third of it, warm-up included.
+
+    Returns:
+        The best of each rate; and for each, every (value, loss) tried, ascending.
+    """
+    short = {"steps": steps // 3, "optimizer.warmup_steps": steps // 9, "seed": 0}
+    best, tables = dict(rates), {}
+    for field in rates:
+
+        def loss_of(rate: float, field: str = field) -> float:
+            return validation_loss(recipe, {**settings, **short, **best, field: rate})
+
+        best[field], tables[field] = tune(loss_of, best[field])
+    return best, tables
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:

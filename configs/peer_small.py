@@ -19,6 +19,7 @@ def get_config():
     config.peer.heads = 8
     config.peer.experts_per_head = 16
     config.peer.key_width = 128
+    config.peer.query_norm = "batchnorm"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 500
     config.eval.every = 1000
