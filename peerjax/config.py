@@ -1,5 +1,6 @@
 """Every field of a configuration, its default, and what makes a configuration valid."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -106,6 +107,20 @@ def default_config() -> ml_collections.ConfigDict:
     config.checkpoint.every = 100  # steps; also after the last
     config.checkpoint.keep = 3  # at least 2, so that a damaged one can be passed over
     return config.lock()
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """A configuration as it was written down; fields that it does not know have their defaults.
+
+    Raises:
+        ConfigError: if it has a field that is not known, or one of another type.
+    """
+    config = default_config()
+    try:
+        config.update(_with_tuples(json.loads(text)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"it is of another version of peerjax: {error}") from None
+    return config
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -250,6 +265,13 @@ def _require_choice(config: ml_collections.ConfigDict, name: str, choices: Itera
     value = _flatten(config)[name]
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _with_tuples(value) if isinstance(value, dict) else _as_tuples(value)
+        for name, value in fields.items()
+    }
 
 
 def _as_tuples(value: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peerjax.layers.attention import Attention, same_document
+from peerjax.layers.attention import Attention, KVCache, same_document, seen
 from peerjax.layers.mlp import MLP
 from peerjax.layers.peer import EXPERT_IDS, PEER
 from peerjax.pool import ExpertPool, initialize_pool
@@ -70,17 +70,19 @@ class Block(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x_BLD, positions_BL, mask, pool, layer):
-        """Returns `(x, None)`, as `nn.scan` wants; `pool` is a stack and `layer` its index."""
+    def __call__(self, carry, positions_BL, mask, pool, layer):
+        """Maps `(x, cache)`; `pool` and the cache are stacks and `layer` is their index."""
+        x_BLD, cache = carry
         config = self.config
         dtype = jnp.dtype(config.dtype)
         attention = Attention(
             config.heads, config.rope_base, config.residual_scale, dtype, name="attention"
         )
         normed = nn.RMSNorm(dtype=config.dtype, name="attention_norm")(x_BLD)
-        x_BLD = x_BLD + attention(normed, positions_BL, mask)
+        mixed, cache = attention(normed, positions_BL, mask, cache, layer)
+        x_BLD = x_BLD + mixed
         normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
-        return x_BLD + self.feed_forward(normed, pool, layer), None
+        return (x_BLD + self.feed_forward(normed, pool, layer), cache), None
 
     def feed_forward(self, x_BLD, pool, layer):
         """The feed-forward layer of this block's kind."""
@@ -107,8 +109,8 @@ class Run(nn.Module):
     length: int
 
     @nn.compact
-    def __call__(self, x_BLD, positions_BL, mask):
-        """Returns the stream after the run."""
+    def __call__(self, x_BLD, positions_BL, mask, cache):
+        """Returns the stream after the run, and the run's cache if there is one."""
         pool = None
         if self.kind in KINDS_WITH_POOL:
             pool = self.variable("pools", "pool", self._initialize_pool).value
@@ -124,8 +126,9 @@ class Run(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=self.length,
         )(self.config, self.kind, name="block")
-        x_BLD, _ = blocks(x_BLD, positions_BL, mask, pool, jnp.arange(self.length))
-        return x_BLD
+        layers = jnp.arange(self.length)
+        (x_BLD, cache), _ = blocks((x_BLD, cache), positions_BL, mask, pool, layers)
+        return x_BLD, cache
 
     def _initialize_pool(self) -> ExpertPool:
         peer = self.config.peer
@@ -156,14 +159,21 @@ class Decoder(nn.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
-        segments_BL: Int[Array, "B L"],
-    ) -> Float[Array, "B L V"]:
+        segments_BL: Int[Array, "B L"] | None = None,
+        cache: dict[str, KVCache] | None = None,
+        only: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B _ V"] | tuple[Float[Array, "B _ V"], dict[str, KVCache]]:
         """Returns the logits of the next token, float32.
 
         Args:
             tokens_BL: token numbers.
             positions_BL: position of each token in its document.
-            segments_BL: which document of its row each token belongs to.
+            segments_BL: which document of its row each token belongs to; by default, every row
+                is of one.
+            cache: as `empty_cache` makes it, or from an earlier call: then a row goes on with its
+                document at `positions_BL`, and `(logits, cache)` is returned. What is written at
+                a position is seen from there on, until it is overwritten.
+            only: the one place of each row whose logits are wanted; then L is 1 in the logits.
         """
         config = self.config
         embed = nn.Embed(
@@ -174,9 +184,17 @@ class Decoder(nn.Module):
             name="embed",
         )
         x_BLD = embed(tokens_BL)
-        mask = same_document(segments_BL)
+        if cache is not None:
+            mask = seen(positions_BL, next(iter(cache.values())).key.shape[2])
+        else:
+            mask = same_document(jnp.zeros_like(tokens_BL) if segments_BL is None else segments_BL)
+        caches = {}
         for index, (kind, length) in enumerate(config.layers):
-            x_BLD = Run(config, kind, length, name=f"run_{index}")(x_BLD, positions_BL, mask)
+            name = f"run_{index}"
+            run = Run(config, kind, length, name=name)
+            x_BLD, caches[name] = run(x_BLD, positions_BL, mask, cache and cache[name])
+        if only is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, only[:, None, None], axis=1)
         x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
         # Small initial logits: a fresh model predicts nearly uniformly.
         head = nn.Dense(
@@ -188,4 +206,14 @@ class Decoder(nn.Module):
         )
         # Tokens in one axis: with two, XLA on CPU takes twice as long for the gradient.
         logits_TV = head(x_BLD.reshape(-1, config.width)).astype(jnp.float32)
-        return logits_TV.reshape(*tokens_BL.shape, config.vocab_size)
+        logits_BLV = logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
+        return logits_BLV if cache is None else (logits_BLV, caches)
+
+
+def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, KVCache]:
+    """A cache for `batch` rows of at most `size` tokens each, by run of blocks."""
+    per_head = (config.heads, config.width // config.heads)
+    return {
+        f"run_{index}": KVCache.zeros(length, batch, size, *per_head, jnp.dtype(config.dtype))
+        for index, (_, length) in enumerate(config.layers)
+    }

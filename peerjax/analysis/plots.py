@@ -37,6 +37,25 @@ def plot_losses(path: epath.Path, records: Sequence[Mapping[str, float | int]]) 
     _save(figure, path)
 
 
+def plot_losses_by_domain(path: epath.Path, bits_per_byte: Mapping[str, float]) -> None:
+    """Draws a bar for the loss on each domain's text.
+
+    Args:
+        path: the PNG to write.
+        bits_per_byte: loss by domain.
+    """
+    figure = matplotlib.figure.Figure(
+        figsize=(8, 1.2 + 0.4 * len(bits_per_byte)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    bars = axes.barh(list(bits_per_byte), list(bits_per_byte.values()))
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="bits per byte", title="Loss")
+    axes.margins(x=0.1)
+    _save(figure, path)
+
+
 def plot_expert_usage(path: epath.Path, gate_sums: Mapping[str, Float[np.ndarray, " N"]]) -> None:
     """Draws, for each layer, every expert's share of the gates, most used first.
 

@@ -67,15 +67,7 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
         parts[split_of(document, data.validation_fraction)].append(document)
 
     def pack(part: list[Document], name: str) -> PackedRows:
-        encoded = tokenizer.encode_documents([document.text for document in part])
-        rows = PackedRows(encoded, data.sequence_length)
-        if not len(rows):
-            raise DataError(
-                f"{name} has {len(part)} documents with {len(rows.tokens)} tokens, too few for "
-                f"one row of data.sequence_length={data.sequence_length}; give more text or "
-                "change data.validation_fraction"
-            )
-        return rows
+        return _pack(part, name, tokenizer, data.sequence_length)
 
     order = np.random.default_rng(config.seed).permutation(len(parts[TRAIN]))
     domains = dict.fromkeys(document.domain for document in documents)
@@ -88,6 +80,40 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     }
     train = pack([parts[TRAIN][index] for index in order], "the training text")
     return Corpus(tokenizer, train, validation, corpus_digest(documents))
+
+
+def load_text(pattern: str, tokenizer: Tokenizer, length: int) -> dict[str, PackedRows]:
+    """Packs all text of some files, by domain.
+
+    Args:
+        pattern: as `data.pattern`.
+        tokenizer: to encode with.
+        length: of a row, in tokens.
+
+    Raises:
+        DataError: if text is missing or unreadable, or too little for a row.
+    """
+    documents = without_duplicates(read_files(pattern))
+    domains = dict.fromkeys(document.domain for document in documents)
+    return {
+        domain: _pack(
+            [document for document in documents if document.domain == domain],
+            f"the text of domain {domain!r}",
+            tokenizer,
+            length,
+        )
+        for domain in domains
+    }
+
+
+def _pack(part: list[Document], name: str, tokenizer: Tokenizer, length: int) -> PackedRows:
+    rows = PackedRows(tokenizer.encode_documents([document.text for document in part]), length)
+    if not len(rows):
+        raise DataError(
+            f"{name} has {len(part)} documents with {len(rows.tokens)} tokens, too few for one row "
+            f"of data.sequence_length={length}; give more text or change data.validation_fraction"
+        )
+    return rows
 
 
 def train_batches(

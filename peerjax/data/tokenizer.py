@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token numbers; end-of-text tokens are left out."""
         return self._tokenizer.decode(list(ids))
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes tokens one by one and returns the text that each completes.
+
+        A character may need several tokens: it comes with the last of them.
+        """
+        decoding = decoders.DecodeStream(skip_special_tokens=True)
+        return lambda token: decoding.step(self._tokenizer, token) or ""
 
     def bytes_per_token(self) -> Int[np.ndarray, " vocab_size"]:
         """How many bytes of text each token stands for; 0 for end-of-text."""

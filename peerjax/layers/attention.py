@@ -1,4 +1,6 @@
-"""Causal self-attention that stays inside documents, with rotary positions."""
+"""Causal self-attention that stays inside documents, with rotary positions and a cache."""
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +33,40 @@ def same_document(segments: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
+class KVCache(NamedTuple):
+    """Keys and values of the tokens that a run of blocks has read, by position."""
+
+    key: Float[Array, "layers B S heads dim"]
+    value: Float[Array, "layers B S heads dim"]
+
+    @staticmethod
+    def zeros(
+        layers: int, batch: int, size: int, heads: int, dim: int, dtype: jnp.dtype
+    ) -> "KVCache":
+        """An empty cache for rows of at most `size` tokens."""
+        shape = (layers, batch, size, heads, dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def written(
+        self,
+        layer: Int[Array, ""] | int,
+        positions: Int[Array, "B L"],
+        key: Float[Array, "B L heads dim"],
+        value: Float[Array, "B L heads dim"],
+    ) -> "KVCache":
+        """The cache with a layer's keys and values at `positions`, in place where donated."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        return KVCache(
+            self.key.at[layer, rows, positions].set(key),
+            self.value.at[layer, rows, positions].set(value),
+        )
+
+
+def seen(positions: Int[Array, "B L"], size: int) -> Bool[Array, "B 1 L S"]:
+    """The attention mask over a cache of `size` positions: each token sees what is not after it."""
+    return (jnp.arange(size) <= positions[:, :, None])[:, None]
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention.
 
@@ -51,9 +87,22 @@ class Attention(nn.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         positions_BL: Int[Array, "B L"],
-        mask: Bool[Array, "B 1 L L"],
-    ) -> Float[Array, "B L D"]:
-        """Returns the attention output; `mask` is intersected with causality."""
+        mask: Bool[Array, "B 1 L S"],
+        cache: KVCache | None = None,
+        layer: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Attends to x itself, or to a cache that x is written into first.
+
+        Args:
+            x_BLD: the stream.
+            positions_BL: position of each token in its document.
+            mask: which of x (intersected with causality) or of the cache each token sees.
+            cache: of all layers of the run.
+            layer: which of them this is.
+
+        Returns:
+            The attention output, and the cache.
+        """
         width = x_BLD.shape[-1]
         per_head = (self.heads, width // self.heads)
 
@@ -63,11 +112,13 @@ class Attention(nn.Module):
 
         query = rotate(project("query"), positions_BL, self.rope_base)
         key = rotate(project("key"), positions_BL, self.rope_base)
-        mixed = jax.nn.dot_product_attention(
-            query, key, project("value"), mask=mask, is_causal=True
-        )
+        value = project("value")
+        if cache is not None:
+            cache = cache.written(layer, positions_BL, key, value)
+            key, value = cache.key[layer], cache.value[layer]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=cache is None)
         init = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "normal")
         out = nn.DenseGeneral(
             width, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="out"
         )
-        return out(mixed)
+        return out(mixed), cache

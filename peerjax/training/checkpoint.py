@@ -168,6 +168,47 @@ def find_damage(folder: epath.Path) -> str | None:
     return None
 
 
+def find_checkpoint(workdir: epath.Path, step: int | None = None) -> epath.Path:
+    """The folder of a step's checkpoint; of the newest intact one by default.
+
+    Changes nothing: the run may still be going on.
+
+    Raises:
+        CheckpointError: if there is none, or the one asked for is damaged.
+    """
+    folder = workdir / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    steps = sorted(int(path.name) for path in found)
+    if not steps:
+        raise CheckpointError(f"there is no checkpoint in {folder}; train first")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {there}")
+    damage = []
+    for each in reversed(steps) if step is None else [step]:
+        why = find_damage(folder / str(each))
+        if why is None:
+            return folder / str(each)
+        damage.append(f"step {each}: {why}")
+    raise CheckpointError(f"no checkpoint in {folder} is intact ({'; '.join(damage)})")
+
+
+def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]:
+    """Reads some fields of a saved train state, and no others.
+
+    Args:
+        checkpoint: the folder of a step.
+        part: by field, the tree of shapes, dtypes and shardings that it is to have.
+    """
+    arguments = ocp.args.PyTreeRestore(
+        item=part,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(checkpoint / "state", args=arguments)
+
+
 def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
     """Moves newer damaged steps away until the newest one is intact."""
     if not folder.exists():

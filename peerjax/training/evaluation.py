@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -16,9 +15,9 @@ from jaxtyping import Float
 from peerjax.analysis.codes import code_statistics
 from peerjax.analysis.usage import Usage, expert_usage
 from peerjax.data.packing import PackedRows
-from peerjax.data.pipeline import Corpus, validation_rows
+from peerjax.data.pipeline import validation_rows
+from peerjax.data.tokenizer import Tokenizer
 from peerjax.sharding import BATCH, sharding_of
-from peerjax.training.state import TrainState
 
 _code_statistics = jax.jit(code_statistics)
 
@@ -89,24 +88,37 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[..., dict[str, Any]],
-    state: TrainState,
-    corpus: Corpus,
+    eval_step: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+    variables: dict[str, Any],
+    texts: Mapping[str, PackedRows],
+    tokenizer: Tokenizer,
     mesh: Mesh,
-    config: ml_collections.ConfigDict,
+    *,
+    rows: int | None,
+    batch_size: int,
 ) -> Evaluation:
-    """Evaluates on a fixed choice of validation rows of every domain."""
+    """Evaluates on some text, by domain.
+
+    Args:
+        eval_step: see `peerjax.training.step.make_eval_step`.
+        variables: of the model.
+        texts: packed rows by domain.
+        tokenizer: to count bytes.
+        mesh: over which a batch is split.
+        rows: how many of each domain to read, spread evenly, always the same ones; or all.
+        batch_size: rows at once, and as many more as let every device have the same number.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
     losses: dict[str, TextLoss] = {}
     gate_sums: dict[str, np.ndarray] = {}
-    batch_size = config.data.batch_size
-    token_bytes = corpus.tokenizer.bytes_per_token()
-    for domain, rows in corpus.validation.items():
+    token_bytes = tokenizer.bytes_per_token()
+    for domain, text in texts.items():
         total = TextLoss(0.0, 0, 0)
-        chosen = validation_rows(rows, config.eval.rows)
+        chosen = validation_rows(text, len(text) if rows is None else rows)
         for first in range(0, len(chosen), batch_size):
-            batch = _padded_batch(rows, chosen[first : first + batch_size], batch_size)
+            batch = _padded_batch(text, chosen[first : first + batch_size], batch_size)
             targets = batch["targets"][batch["weight"] > 0]
-            sums = jax.device_get(eval_step(state.variables, put_batch(mesh, batch)))
+            sums = jax.device_get(eval_step(variables, put_batch(mesh, batch)))
             total += TextLoss(float(sums["nats"]), targets.size, int(token_bytes[targets].sum()))
             for run, per_layer in sums["gate_sums"].items():
                 for index, per_expert in enumerate(per_layer):
@@ -114,7 +126,7 @@ def evaluate(
                     sums_so_far = gate_sums.setdefault(f"{run}.{index}", zeros)
                     sums_so_far += per_expert
         losses[domain] = total
-    return Evaluation(losses, gate_sums, _code_figures(state.pools))
+    return Evaluation(losses, gate_sums, _code_figures(variables["pools"]))
 
 
 def _code_figures(pools: Any) -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches
@@ -23,7 +22,7 @@ from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
 from peerjax.training.state import TrainState, create_state, make_optimizer
 from peerjax.training.step import make_eval_step, make_first_statistics, make_train_step
-from peerjax.training.workdir import check_config, check_data, record
+from peerjax.training.workdir import check_config, check_data, folder_of, record
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -39,7 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         UserError: one of its kinds, with one sentence that says what to do.
     """
     # ---- What the run is ----
-    folder = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
+    folder = folder_of(workdir)
     validate(config)
     check_config(folder, config)
     corpus = load_corpus(config)
@@ -90,7 +89,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         progress.say(_describe(shapes, tokens_per_step, mesh, step))
 
         def evaluate_now() -> Evaluation:
-            evaluation = evaluate(eval_step, state, corpus, mesh, config)
+            evaluation = evaluate(
+                eval_step,
+                state.variables,
+                corpus.validation,
+                corpus.tokenizer,
+                mesh,
+                rows=config.eval.rows,
+                batch_size=config.data.batch_size,
+            )
             loss = evaluation.overall
             progress.say(
                 f"validation after {step} steps: {loss.nats_per_token:.4f} nats/token, "

@@ -70,7 +70,7 @@ def print_memory(memory: MemoryReport) -> None:
         [part, f"{size / 2**20:,.1f}", f"{size / memory.parameters:.3f}"]
         for part, size in whole.items()
     ]
-    _print_table(console, "Memory of pools", ("part", "MiB", "bytes per parameter"), rows)
+    print_table(console, "Memory of pools", ("part", "MiB", "bytes per parameter"), rows)
     console.print(f"{memory.experts:,} experts, {memory.experts_per_gb:,.0f} per GB")
 
 
@@ -91,13 +91,13 @@ def print_report(workdir: epath.Path) -> None:
         for domain, measures in report["validation"].items()
     ]
     columns = ("text", "nats/token before", "after", "bits/byte before", "after")
-    _print_table(console, "Validation loss", columns, rows)
+    print_table(console, "Validation loss", columns, rows)
     rows = [
         [layer, f"{figures['usage']:.1%}", f"{figures['unevenness']:.3f}"]
         for layer, figures in report["experts"].items()
     ]
     if rows:
-        _print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
+        print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
     console.print(
         f"{report['steps']} steps of {report['tokens_per_step']:,} tokens, "
         f"{report['tokens_per_second']:,.0f} tokens/s; "
@@ -108,9 +108,10 @@ def print_report(workdir: epath.Path) -> None:
     console.print(f"checkpoint  {workdir / report['checkpoint']}")
 
 
-def _print_table(
+def print_table(
     console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    """Prints a table whose columns, but for the first, are numbers."""
     table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

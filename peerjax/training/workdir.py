@@ -6,10 +6,16 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from peerjax.config import differences
+from peerjax.config import differences, from_json
+from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
 CONFIG, DATA = "config.json", "data.json"
+
+
+def folder_of(workdir: str) -> epath.Path:
+    """A workdir as a path; absolute, if it is on this machine."""
+    return epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
@@ -37,6 +43,21 @@ def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None
         )
 
 
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The configuration of the run in a folder.
+
+    Raises:
+        ConfigError: if there is no run, or one of another version.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        raise ConfigError(f"{workdir} holds no run: there is no {CONFIG}")
+    try:
+        return from_json(path.read_text())
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
 def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
     """Refuses to continue a run with another corpus or tokenizer.
 
@@ -53,6 +74,20 @@ def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
                 f"{workdir} was trained with another {name} ({old[name]}) than the present one "
                 f"({identity[name]}); choose another --workdir, or the old text and tokenizer"
             )
+
+
+def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that is not the one of the run in a folder.
+
+    Raises:
+        DataError: if it is another.
+    """
+    expected = json.loads((workdir / DATA).read_text())["tokenizer"]
+    if tokenizer.digest != expected:
+        raise DataError(
+            f"{workdir} was trained with another tokenizer ({expected}) than the one there is now "
+            f"({tokenizer.digest}); put the old one back where data.tokenizer says"
+        )
 
 
 def record(

@@ -14,8 +14,8 @@ from peerjax.data import tokenizer as tokenizer_module
 from peerjax.errors import ConfigError, DataError, DivergenceError
 from peerjax.training.loop import train
 from peerjax.training.metrics import read_metrics
-from tests.conftest import REPOSITORY
-from tests.training.tiny import SAVE_EVERY, tiny_config
+from tests.conftest import REPOSITORY, config_of_finished
+from tests.training.tiny import tiny_config
 
 
 def run_script(*arguments):
@@ -64,7 +64,7 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
         ({"model.layers": (("peer", 0),)}, "gives 'peer' the count 0"),
         ({"model.layers": ()}, "model.layers is empty"),
         ({"model.layers": ("peer",)}, "model.layers has 'peer'; give a tuple"),
-        ({"peer.query_norm": "batchnorm"}, "peer.query_norm='batchnorm' is unknown"),
+        ({"peer.query_norm": "rmsnorm"}, "peer.query_norm='rmsnorm' is unknown"),
         ({"pool.storage": "int3"}, "pool.storage='int3' is unknown; choose from float32"),
         ({"pool.rule": "adamw"}, "pool.rule='adamw' needs float storage, but pool.storage='int4'"),
         (
@@ -128,16 +128,6 @@ def test_missing_packages_and_unknown_domains_are_named(corpus, tmp_path, monkey
         train(config, str(tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """A run of a few steps."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    config = tiny_config(corpus)
-    config.steps = SAVE_EVERY
-    train(config, str(workdir))
-    return workdir
-
-
 def files_of(workdir):
     return {
         path: path.read_bytes()
@@ -168,7 +158,7 @@ def test_another_corpus_is_refused(finished, corpus):
     extra.write_text("one more document")
     try:
         with pytest.raises(DataError, match="trained with another corpus"):
-            train(tiny_config(corpus), str(finished))
+            train(config_of_finished(corpus), str(finished))
     finally:
         extra.unlink()
     assert files_of(finished) == before
@@ -183,7 +173,7 @@ def test_another_vocabulary_is_refused(finished, corpus, monkeypatch):
         staticmethod(lambda path: tokenizer_module.Tokenizer(smaller)),
     )
     with pytest.raises(DataError, match=r"trained with another vocabulary \(4096\)"):
-        train(tiny_config(corpus), str(finished))
+        train(config_of_finished(corpus), str(finished))
     assert files_of(finished) == before
 
 

@@ -1,0 +1,30 @@
+"""Evaluates a checkpoint: python evaluate.py --workdir=runs/quickstart [--pattern='*.txt']."""
+
+from absl import flags
+
+from peerjax import script
+from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_evaluation
+from peerjax.inference.trained import open_run
+from peerjax.training.workdir import folder_of
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest by default.")
+PATTERN = flags.DEFINE_string(
+    "pattern", "", "Text to read, as data.pattern; the run's validation text by default."
+)
+ROWS = flags.DEFINE_integer("rows", None, "Of each domain, spread evenly; all by default.", 1)
+OUTPUT = flags.DEFINE_string("output", None, "A folder; by default evaluation/ in the workdir.")
+
+
+def main() -> None:
+    """Prints loss by domain and expert usage, and writes them down."""
+    run = open_run(WORKDIR.value, STEP.value)
+    evaluation = evaluate_run(run, PATTERN.value, ROWS.value)
+    folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
+    facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
+    write_evaluation(folder, evaluation, facts)
+    print_evaluation(folder)
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,135 @@
+"""Prompts as text: read, checked, continued, and shown while they grow."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peerjax.data.documents import read_text
+from peerjax.errors import ConfigError, DataError
+from peerjax.inference.sampling import Sampling, generate
+from peerjax.inference.trained import Run
+
+
+class Continued(NamedTuple):
+    """What was drawn for a batch of prompts.
+
+    Attributes:
+        texts: of every prompt, without the prompt.
+        tokens: drawn in all, end-of-text tokens included.
+        tokens_per_second: over the batch, after the first token; 0 if there was no second.
+    """
+
+    texts: list[str]
+    tokens: int
+    tokens_per_second: float
+
+
+def read_prompts(path: str) -> list[str]:
+    """Reads prompts from a file: one a line, or one a JSON line, under "prompt".
+
+    Raises:
+        DataError: if the file is missing, empty or not UTF-8, or a line is not JSON.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"the file of prompts {path!r} does not exist")
+    lines = read_text(Path(path)).splitlines()
+    if not lines:
+        raise DataError(f"the file of prompts {path!r} is empty")
+    if not path.endswith(".jsonl"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'{path}, line {number}, is not JSON with a field "prompt"') from None
+    return prompts
+
+
+def check(sampling: Sampling, count: int) -> None:
+    """Checks how tokens are to be drawn.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    if count < 1:
+        raise ConfigError(f"tokens={count} is not positive")
+    if sampling.temperature < 0:
+        raise ConfigError(f"temperature={sampling.temperature} is negative; 0 is the least")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"top_p={sampling.top_p} is not in (0, 1]")
+
+
+def encode(run: Run, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as token numbers; an empty one is the beginning of a document.
+
+    Raises:
+        DataError: if a prompt is not text, or leaves no room in the model for one more token.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the prompt is not UTF-8 text (character {error.start} cannot be read)"
+            ) from None
+    encoded = [row.tolist() for row in run.tokenizer.encode_documents(prompts)]
+    longest = run.config.model.max_length
+    for number, row in enumerate(encoded, 1):
+        if len(row) >= longest:
+            raise DataError(
+                f"prompt {number} has {len(row)} tokens, and model.max_length={longest} leaves no "
+                "room to go on; shorten it"
+            )
+    return encoded
+
+
+def continue_prompts(
+    run: Run,
+    variables: dict[str, Any],
+    prompts: Sequence[str],
+    count: int,
+    sampling: Sampling,
+    show: Callable[[str], None] | None = None,
+) -> Continued:
+    """Continues prompts in one batch, each until its document ends.
+
+    Args:
+        run: whose model it is.
+        variables: of the model.
+        prompts: texts; see `encode`.
+        count: at most so many tokens for each; fewer where the model would grow too long.
+        sampling: how tokens are drawn.
+        show: is told the first prompt's text piece by piece.
+    """
+    encoded = encode(run, prompts)
+    count = min(count, run.config.model.max_length - max(map(len, encoded)))
+    end_of_text = run.tokenizer.end_of_text
+    drawn: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    stream = run.tokenizer.stream()
+    shown, start, steps = "", time.perf_counter(), 0
+    for tokens in generate(run.model, variables, encoded, count, sampling):
+        if not steps:
+            start = time.perf_counter()  # compilation is behind us
+        steps += 1
+        for row, token in enumerate(tokens.tolist()):
+            if not ended[row]:
+                drawn[row].append(token)
+                ended[row] = token == end_of_text
+        if show is not None and not ended[0]:
+            piece = stream(drawn[0][-1])
+            shown += piece
+            show(piece)
+        if all(ended):
+            break
+    seconds = time.perf_counter() - start
+    texts = [run.tokenizer.decode(each) for each in drawn]
+    if show is not None:
+        show(texts[0][len(shown) :])  # bytes that are no whole character
+    speed = (steps - 1) * len(prompts) / seconds if steps > 1 else 0.0
+    return Continued(texts, sum(map(len, drawn)), speed)

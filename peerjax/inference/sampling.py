@@ -1,0 +1,136 @@
+"""Text from a model: tokens drawn one after the other, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from peerjax.layers.attention import KVCache
+from peerjax.model import Decoder, empty_cache
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draws from the fewest likeliest tokens that have this probability together; 1 from
+            all.
+        seed: of the draws; a row's depend on it, the row's number and the position only.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
+    """Logits of the fewest likeliest tokens with probability `top_p` together; others -inf.
+
+    The likeliest token always stays; so do all that are exactly as likely as the last to stay.
+
+    References:
+        Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eq. 2.
+    """
+    descending = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    stays = (before < top_p).at[:, 0].set(True)
+    least = jnp.min(descending, axis=-1, keepdims=True, where=stays, initial=jnp.inf)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """Draws a token for every row, each by its own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1:
+        logits = nucleus(logits, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def generate(
+    model: Decoder,
+    variables: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    sampling: Sampling,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """Continues prompts, all in one batch, a token each at a time.
+
+    Args:
+        model: the decoder.
+        variables: its collections "params", "pools" and "stats".
+        prompts: token numbers; each begins a document, and none is empty.
+        count: how many tokens to draw for each.
+        sampling: how.
+
+    Yields:
+        The next token of every prompt; `count` times.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    cache = empty_cache(model.config, len(prompts), int(max(lengths)) + count)
+    ends = jnp.asarray(lengths - 1, jnp.int32)
+    drawn, cache = _read(model, sampling, variables, cache, jnp.asarray(tokens), ends)
+    for _ in range(1, count):
+        # The next step is on its way before this one's tokens are waited for.
+        ends = ends + 1
+        following, cache = _go_on(model, sampling, variables, cache, drawn, ends)
+        yield np.asarray(drawn)
+        drawn = following
+    yield np.asarray(drawn)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read(
+    model: Decoder,
+    sampling: Sampling,
+    variables: dict[str, Any],
+    cache: dict[str, KVCache],
+    tokens: Int[Array, "B L"],
+    ends: Int[Array, " B"],
+) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
+    """Reads prompts, and draws what follows position `ends` of each.
+
+    What is read and written behind the end of a shorter prompt is overwritten before it is seen.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    read: Any = model.apply(variables, tokens, positions, cache=cache, only=ends)
+    logits, cache = read
+    return draw(logits[:, 0], _keys(sampling.seed, ends), sampling), cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _go_on(
+    model: Decoder,
+    sampling: Sampling,
+    variables: dict[str, Any],
+    cache: dict[str, KVCache],
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
+    """Reads one token of every row, and draws the next."""
+    read: Any = model.apply(variables, tokens[:, None], positions[:, None], cache=cache)
+    logits, cache = read
+    return draw(logits[:, 0], _keys(sampling.seed, positions), sampling), cache
+
+
+def _keys(seed: int, positions: Int[Array, " B"]) -> Key[Array, " B"]:
+    rows = jnp.arange(positions.shape[0])
+    return jax.vmap(
+        lambda row, position: jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(seed), row), position
+        )
+    )(rows, positions)

@@ -1,0 +1,76 @@
+"""A model as a run left it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from peerjax.config import model_config, validate
+from peerjax.data.tokenizer import Tokenizer
+from peerjax.model import Decoder
+from peerjax.sharding import state_shardings
+from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
+from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.workdir import check_tokenizer, folder_of, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run with a checkpoint.
+
+    Attributes:
+        config: of the run.
+        tokenizer: of the run.
+        model: the decoder.
+        folder: the run's.
+        checkpoint: the folder of a step.
+    """
+
+    config: ml_collections.ConfigDict
+    tokenizer: Tokenizer
+    model: Decoder
+    folder: epath.Path
+    checkpoint: epath.Path
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return int(self.checkpoint.name)
+
+
+def open_run(workdir: str, step: int | None = None) -> Run:
+    """Finds a run's checkpoint, and reads what is small.
+
+    Args:
+        workdir: of the run, which may still be going on.
+        step: of the checkpoint; the newest intact one by default.
+
+    Raises:
+        ConfigError: if the folder holds no run that this version can read.
+        DataError: if the run's tokenizer is not what it was.
+        CheckpointError: if there is no such checkpoint.
+    """
+    folder = folder_of(workdir)
+    config = read_config(folder)
+    validate(config)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    check_tokenizer(folder, tokenizer)
+    model = Decoder(model_config(config, tokenizer.vocab_size))
+    return Run(config, tokenizer, model, folder, find_checkpoint(folder, step))
+
+
+def restore(run: Run, mesh: Mesh) -> dict[str, Any]:
+    """Reads the model's collections "params", "pools" (packed ones stay packed) and "stats".
+
+    What only training needs, such as accumulators, is not read.
+    """
+    optimizer = make_optimizer(run.config)
+    shapes = jax.eval_shape(lambda: create_state(run.config, run.model, optimizer)).variables
+    # A collection that is empty was not saved.
+    part = {name: tree for name, tree in shapes.items() if tree}
+    return shapes | restore_part(run.checkpoint, abstract(part, state_shardings(mesh, part)))
