@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 # Collections: what a layer reads, and what it found in the batch at hand.
 STATS, MOMENTS = "stats", "moments"
-MOMENTUM = 0.1
 # Whose statistics a training step normalises by: those of the steps before, or of its own batch.
 RUNNING, IN_BATCH = "running", "in_batch"
 
@@ -76,7 +75,7 @@ def pooled(parts: Any) -> Any:
     return jax.tree.map(pool, parts, is_leaf=_is_moments)
 
 
-def updated(stats: Any, moments: Any, momentum: float = MOMENTUM) -> Any:
+def updated(stats: Any, moments: Any, momentum: float) -> Any:
     """Running statistics after a step.
 
     Args:

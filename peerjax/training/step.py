@@ -67,7 +67,7 @@ def make_train_step(
             params=trained[PARAMS],
             pools=trained[POOLS],
             opt_state=opt_state,
-            stats=updated(state.stats, moments),
+            stats=updated(state.stats, moments, config.model.routing_momentum),
         )
         new_state = _accept(finite, new_state, state, in_place=not dense)
         skipped = Skipped(

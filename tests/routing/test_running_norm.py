@@ -67,8 +67,8 @@ def test_moments_of_parts_are_those_of_the_whole(z):
 
 def test_an_update_moves_moments_and_nothing_else():
     stats = {"a": {"moments": Moments(jnp.ones(2), jnp.ones(2)), "initial_norm": jnp.ones(3)}}
-    found = updated(stats, {"a": {"moments": Moments(jnp.zeros(2), jnp.full(2, 11.0))}})
+    found = updated(stats, {"a": {"moments": Moments(jnp.zeros(2), jnp.full(2, 11.0))}}, 0.1)
     np.testing.assert_allclose(found["a"]["moments"].mean, 0.9)
     np.testing.assert_allclose(found["a"]["moments"].variance, 2.0)
     np.testing.assert_array_equal(found["a"]["initial_norm"], 1)
-    assert updated(stats, {}) == stats
+    assert updated(stats, {}, 0.1) == stats

@@ -79,6 +79,7 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
         ({"model.width": 20}, "model.width=20: a width of 20 does not pack: int4 codes need"),
         ({"data.pattern": ""}, "data.pattern is empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
+        ({"model.routing_momentum": 0.0}, "model.routing_momentum=0.0 is not in (0, 1]"),
         ({"steps": 0}, "steps=0 is not positive"),
         ({"optimizer.microbatches": 3}, "not divisible by optimizer.microbatches=3"),
         ({"pool.clip_norm": -1.0}, "pool.clip_norm=-1.0 is negative; 0 means none"),
