@@ -1,0 +1,241 @@
+"""Monet's expert layers: n * n experts of m neurons from two sets of n halves.
+
+Park et al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139, section 3
+and appendix A. Expert (i, j) has the gate `sum_h g1_hi * g2_hj`; sums are reordered so that
+nothing of the size of all N = n * n experts exists. Every matrix is kept as its linear map,
+[out, in], as in the published checkpoints; neuron l of half i is number i * m + l.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.activations import ACTIVATIONS
+from peerjax.routing.monet import keys_per_side, mean_square_sum
+
+# The mean and the mean square of relu^2 over standard normal inputs.
+MEAN, MEAN_SQUARE = 0.5, 1.5
+
+
+def horizontal(
+    x: Float[Array, "*S D"],
+    g1: Float[Array, "*S H n"],
+    g2: Float[Array, "*S H n"],
+    u: Float[Array, "nm D"],
+    v: Float[Array, "D nm"],
+    c: Float[Array, "nm"],
+    b: Float[Array, "n D"],
+) -> Float[Array, "*S D"]:
+    """Horizontal decomposition: expert (i, j) is `V_j relu2(U_i x + c_i) + b_j`.
+
+    Equation 12. A token takes about `4 D n m` operations for the two matrices, `4 H n m` to mix
+    hidden neurons, `2 n D` for output biases; the largest intermediate values are 2 n m a token.
+
+    Args:
+        x: inputs; their dtype is that of the computation.
+        g1: gates of the first halves; each head's sum to 1, or `b` would need their sum.
+        g2: gates of the second halves; likewise.
+        u: U_1 .. U_n, one above the other.
+        v: V_1 .. V_n, side by side.
+        c: hidden biases.
+        b: output biases.
+    """
+    hidden = _hidden(x, u, c, num_keys=g1.shape[-1])
+    moved = _moved(hidden, g1, g2)
+    return _linear(_flat(moved), v) + _biases(g2, b)
+
+
+def vertical(
+    x: Float[Array, "*S D"],
+    g1: Float[Array, "*S H n"],
+    g2: Float[Array, "*S H n"],
+    u1: Float[Array, "half_nm D"],
+    u2: Float[Array, "half_nm D"],
+    v11: Float[Array, "half_D half_nm"],
+    v12: Float[Array, "half_D half_nm"],
+    v21: Float[Array, "half_D half_nm"],
+    v22: Float[Array, "half_D half_nm"],
+    c1: Float[Array, "half_nm"],
+    c2: Float[Array, "half_nm"],
+    b1: Float[Array, "n half_D"],
+    b2: Float[Array, "n half_D"],
+) -> Float[Array, "*S D"]:
+    """Vertical decomposition: each half gives m / 2 hidden neurons and D / 2 outputs.
+
+    With `x1 = relu2(U1_i x + c1_i)` and `x2 = relu2(U2_j x + c2_j)`, expert (i, j) is
+    `[V11_i x1 + V12_i x2 + b1_i; V21_j x1 + V22_j x2 + b2_j]`: equation 15, in the terms of
+    equations 22 to 29. Operations and intermediate values are as many as in `horizontal`.
+
+    Args:
+        x: inputs; their dtype is that of the computation.
+        g1: gates of the first halves; each head's sum to 1, as the sums over the other side
+            that are left out suppose.
+        g2: gates of the second halves; likewise.
+        u1: U1_1 .. U1_n, one above the other.
+        u2: U2_1 .. U2_n.
+        v11: V11_1 .. V11_n, side by side: from first halves to the left outputs.
+        v12: from second halves to the left outputs, chosen by the first.
+        v21: from first halves to the right outputs, chosen by the second.
+        v22: from second halves to the right outputs.
+        c1: hidden biases of first halves.
+        c2: hidden biases of second halves.
+        b1: biases of the left outputs.
+        b2: biases of the right outputs.
+    """
+    x1 = _hidden(x, u1, c1, num_keys=g1.shape[-1])
+    x2 = _hidden(x, u2, c2, num_keys=g2.shape[-1])
+    kept1, kept2 = (_summed(g, x.dtype)[..., None] * each for g, each in ((g1, x1), (g2, x2)))
+    left = _linear(_flat(kept1), v11) + _linear(_flat(_moved(x2, g2, g1)), v12)
+    right = _linear(_flat(_moved(x1, g1, g2)), v21) + _linear(_flat(kept2), v22)
+    return jnp.concatenate([left + _biases(g1, b1), right + _biases(g2, b2)], axis=-1)
+
+
+def _hidden(x: Array, u: Array, c: Array, num_keys: int) -> Array:
+    """`relu2(U x + c)`, [*S, n, m]."""
+    return ACTIVATIONS["relu2"](_linear(x, u) + c).reshape(*x.shape[:-1], num_keys, -1)
+
+
+def _moved(hidden: Array, from_gates: Array, to_gates: Array) -> Array:
+    """`sum_h to_hj sum_i from_hi hidden_i`, [*S, n, m]; by way of [*S, H, m], never [n, n]."""
+    from_gates, to_gates = from_gates.astype(hidden.dtype), to_gates.astype(hidden.dtype)
+    per_head = jnp.einsum("...im,...hi->...hm", hidden, from_gates)
+    return jnp.einsum("...hm,...hj->...jm", per_head, to_gates)
+
+
+def _biases(gates: Array, b: Array) -> Array:
+    return _summed(gates, b.dtype) @ b
+
+
+def _summed(gates: Array, dtype: jnp.dtype) -> Array:
+    """Gates summed over heads, before they are rounded."""
+    return jnp.sum(gates, axis=-2).astype(dtype)
+
+
+def _linear(x: Array, weights: Array) -> Array:
+    return jnp.einsum("...i,oi->...o", x, weights)
+
+
+def _flat(hidden: Array) -> Array:
+    return hidden.reshape(*hidden.shape[:-2], -1)
+
+
+def kept_square_sum(num_keys: int, heads: int, top_k: int) -> float:
+    """Mean of `sum_i (sum_h g_hi)^2 x_i^2` for a hidden neuron of a fresh layer.
+
+    Heads are taken as independent: two of them share a key with probability 1 / n.
+    """
+    concentration = mean_square_sum(num_keys, top_k)
+    return MEAN_SQUARE * heads * (concentration + (heads - 1) / num_keys)
+
+
+def moved_square_sum(num_keys: int, heads: int, top_k: int) -> float:
+    """Mean of `sum_j (sum_h g2_hj sum_i g1_hi x_i)^2` for a hidden neuron of a fresh layer.
+
+    Heads are taken as independent, as in `kept_square_sum`.
+    """
+
+    def of_two_heads(together: float) -> float:
+        """`sum_j g2_hj g2_kj` times the mean of the two heads' neurons' product."""
+        return together * (MEAN**2 + (MEAN_SQUARE - MEAN**2) * together)
+
+    concentration = mean_square_sum(num_keys, top_k)
+    return heads * of_two_heads(concentration) + heads * (heads - 1) * of_two_heads(1 / num_keys)
+
+
+class MonetLayer(nn.Module):
+    """What `MonetHD` and `MonetVD` share: sizes, and how their parameters are drawn.
+
+    Hidden weights have variance 1 / D, biases are 0. Output weights have the deviation with which
+    a fresh layer's outputs are as large as those of a fresh dense MLP with relu^2. (The published
+    code draws every weight with deviation 0.02, from which outputs are several times smaller.)
+
+    Attributes:
+        num_experts: N, the square of the number n of halves on a side.
+        expert_width: m, hidden neurons of an expert.
+        heads: H, routing heads.
+        top_k: of the router; like `heads`, only the initial scale depends on it.
+        residual_scale: scale of the outputs' initial values.
+        dtype: compute dtype; parameters are float32.
+    """
+
+    num_experts: int
+    expert_width: int
+    heads: int
+    top_k: int
+    residual_scale: float
+    dtype: jnp.dtype
+
+    def _parameter(self, name: str, shape: tuple[int, ...], variance: float = 0.0) -> Array:
+        init = nn.initializers.normal(variance**0.5) if variance else nn.initializers.zeros
+        return self.param(name, init, shape).astype(self.dtype)
+
+
+class MonetHD(MonetLayer):
+    """Monet's layer in horizontal decomposition; see `horizontal`.
+
+    Parameters: "u" [n m, D], "v" [D, n m], "c" [n m], "b" [n, D].
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*S D"], g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]
+    ) -> Float[Array, "*S D"]:
+        """Applies the layer to every token, with the gates of a `MonetRouter`.
+
+        Raises:
+            ValueError: if `num_experts` is not a square.
+        """
+        n, width = keys_per_side(self.num_experts), x.shape[-1]
+        hidden = n * self.expert_width
+        fan_in = self.expert_width * moved_square_sum(n, self.heads, self.top_k)
+        return horizontal(
+            x.astype(self.dtype),
+            g1,
+            g2,
+            u=self._parameter("u", (hidden, width), 1 / width),
+            v=self._parameter("v", (width, hidden), self.residual_scale**2 * MEAN_SQUARE / fan_in),
+            c=self._parameter("c", (hidden,)),
+            b=self._parameter("b", (n, width)),
+        )
+
+
+class MonetVD(MonetLayer):
+    """Monet's layer in vertical decomposition; see `vertical`.
+
+    Parameters: "u1", "u2" [n m/2, D], "v11", "v12", "v21", "v22" [D/2, n m/2], "c1", "c2" [n m/2],
+    "b1", "b2" [n, D/2].
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*S D"], g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]
+    ) -> Float[Array, "*S D"]:
+        """Applies the layer to every token, with the gates of a `MonetRouter`.
+
+        Raises:
+            ValueError: if `num_experts` is not a square, or D or m is odd.
+        """
+        n, m, width = keys_per_side(self.num_experts), self.expert_width, x.shape[-1]
+        if m % 2 or width % 2:
+            raise ValueError(
+                f"vertical decomposition halves experts of {m} neurons and {width} features; "
+                "both must be even"
+            )
+        hidden, out = n * m // 2, width // 2
+        of_neuron = kept_square_sum(n, self.heads, self.top_k) + moved_square_sum(
+            n, self.heads, self.top_k
+        )
+        variance = self.residual_scale**2 * MEAN_SQUARE / (m // 2 * of_neuron)
+        parameter = self._parameter
+        return vertical(
+            x.astype(self.dtype),
+            g1,
+            g2,
+            **{name: parameter(name, (hidden, width), 1 / width) for name in ("u1", "u2")},
+            **{
+                name: parameter(name, (out, hidden), variance)
+                for name in ("v11", "v12", "v21", "v22")
+            },
+            **{name: parameter(name, (hidden,)) for name in ("c1", "c2")},
+            **{name: parameter(name, (n, out)) for name in ("b1", "b2")},
+        )

@@ -1,0 +1,171 @@
+"""Monet's routing: per head two sides of n keys, each side gated by a thresholded softmax.
+
+Expert (i, j) of the n * n has the gate `g1_i * g2_j`. A key is on if its score, normalised over a
+batch, is above the quantile that lets `top_k` of n Gaussian scores through: no sorting. Park et
+al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139, section 3.
+"""
+
+import functools
+import math
+import statistics
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
+
+# The smallest mean gate whose logarithm the uniformity loss takes.
+LEAST_MEAN_GATE = 1e-9
+
+
+def keys_per_side(num_experts: int) -> int:
+    """Returns n, the square root of the number of experts.
+
+    Raises:
+        ValueError: if it is not whole.
+    """
+    n = max(math.isqrt(max(num_experts, 0)), 1)
+    if n * n != num_experts:
+        raise ValueError(
+            f"{num_experts} experts are not a square of a number of keys; "
+            f"choose {n**2} or {(n + 1) ** 2}"
+        )
+    return n
+
+
+def quantile(num_keys: int, top_k: int) -> float:
+    """Returns the normal quantile `Phi^-1(1 - top_k / num_keys)`; minus infinity if all are let on.
+
+    Raises:
+        ValueError: if `top_k` is not in 1 .. `num_keys`.
+    """
+    if not 1 <= top_k <= num_keys:
+        raise ValueError(f"top_k={top_k} is not in 1 .. {num_keys}, the keys of a side")
+    if top_k == num_keys:
+        return -math.inf
+    return statistics.NormalDist().inv_cdf(1 - top_k / num_keys)
+
+
+def threshold(normalised: Float[Array, "*S n"], top_k: int) -> Float[Array, "*S 1"]:
+    """Returns `min(max_i normalised_i, Phi^-1(1 - top_k / n))`: the largest key is always on.
+
+    Args:
+        normalised: scores of the keys of one side, with mean 0 and variance 1.
+        top_k: how many keys a side has on, on average over Gaussian scores: to the nominal
+            `top_k`, the rule of the largest key adds `(1 - top_k / n)^n`.
+
+    Raises:
+        ValueError: if `top_k` is not in 1 .. n.
+    """
+    largest = jnp.max(normalised, axis=-1, keepdims=True)
+    return jnp.minimum(largest, quantile(normalised.shape[-1], top_k))
+
+
+def gates(
+    z: Float[Array, "*S n"], normalised: Float[Array, "*S n"], top_k: int
+) -> Float[Array, "*S n"]:
+    """Returns the softmax of the raw scores over the keys that are on; the others are exactly 0.
+
+    Args:
+        z: raw scores.
+        normalised: the same scores, normalised; they say which keys are on, and get no gradient.
+        top_k: as `threshold` takes it.
+
+    Raises:
+        ValueError: if `top_k` is not in 1 .. n.
+    """
+    on = normalised >= threshold(normalised, top_k)
+    return jax.nn.softmax(z, axis=-1, where=on)
+
+
+def uniformity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[Array, ""]:
+    """The loss that spreads use over keys: `-1/(2 H n) sum log(mean gate)`; at best log n.
+
+    Equation 16, which takes the logarithm of gates that are mostly 0; the mean over the tokens
+    is taken first, and clamped at 1e-9. (The values in the paper's Table 7 are just above log 512
+    only in this reading.) Of several routers, take the mean.
+
+    Args:
+        g1: gates of the first side; all but the last two axes are tokens.
+        g2: gates of the second side.
+    """
+
+    def of_side(gates: Array) -> Array:
+        means = jnp.mean(gates.reshape(-1, *gates.shape[-2:]), axis=0)
+        return -jnp.mean(jnp.log(jnp.maximum(means, LEAST_MEAN_GATE)))
+
+    return (of_side(g1) + of_side(g2)) / 2
+
+
+def ambiguity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[Array, ""]:
+    """The loss that makes choices sharp: the mean of `1 - max gate` over heads, sides and tokens.
+
+    Equation 17, averaged over tokens. Of several routers, take the mean.
+
+    Args:
+        g1: gates of the first side; all but the last two axes are tokens.
+        g2: gates of the second side.
+    """
+    return 1 - (jnp.mean(jnp.max(g1, axis=-1)) + jnp.mean(jnp.max(g2, axis=-1))) / 2
+
+
+@functools.cache
+def mean_square_sum(num_keys: int, top_k: int) -> float:
+    """Returns the mean of `sum_i gate_i^2` over standard normal scores, from 1,024 fixed draws.
+
+    One over it is how many keys share a head's gate, so to speak. Initial scales go by it.
+    """
+    z = np.random.default_rng(0).standard_normal((1024, num_keys))
+    on = z >= np.minimum(z.max(axis=1, keepdims=True), quantile(num_keys, top_k))
+    weights = np.where(on, np.exp(z), 0)
+    return float(np.mean(np.sum(weights**2, axis=1) / np.sum(weights, axis=1) ** 2))
+
+
+class MonetRouter(nn.Module):
+    """Scores `z1 = W1 x`, `z2 = W2 x`, and the gates of both sides. Routing is float32.
+
+    The paper reuses a router's gates in four layers, one after the other. Normalisation is per
+    head, over tokens and keys, without an affine part. W1 and W2, one sub-key a row, are drawn
+    with variance 1 / D: scores of a fresh router are about normal, and at D = 2,048 the deviation
+    is the 0.02 of the published code. Initialisation records each sub-key's norm in the
+    collection "stats".
+
+    Attributes:
+        num_experts: N, the square of the number n of keys of a side.
+        heads: H, routing heads.
+        top_k: how many keys a side and head has on, on average.
+        statistics: what scores are normalised by, as `RunningNorm` takes it.
+    """
+
+    num_experts: int
+    heads: int
+    top_k: int
+    statistics: str = RUNNING
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*S D"]
+    ) -> tuple[Float[Array, "*S H n"], Float[Array, "*S H n"]]:
+        """Returns `(g1, g2)`, float32.
+
+        Raises:
+            ValueError: if `num_experts` is not a square, or `top_k` is not in 1 .. n.
+        """
+        x_TD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        g1_THn, g2_THn = self._gates("1", x_TD), self._gates("2", x_TD)
+        shape = (*x.shape[:-1], *g1_THn.shape[1:])
+        return g1_THn.reshape(shape), g2_THn.reshape(shape)
+
+    def _gates(self, side: str, x_TD: Array) -> Array:
+        num_keys, width = keys_per_side(self.num_experts), x_TD.shape[-1]
+        init = nn.initializers.normal(width**-0.5)
+        keys = self.param(f"w{side}", init, (self.heads * num_keys, width))
+        if self.is_initializing():
+            per_head = keys.reshape(self.heads, num_keys, width)
+            self.variable(STATS, f"initial_norm_w{side}", jnp.linalg.norm, per_head, axis=-1)
+        z_THn = (x_TD @ keys.T).reshape(-1, self.heads, num_keys)
+        normalised = RunningNorm((0, 2), self.statistics, name=f"norm{side}")(z_THn)
+        return gates(z_THn, normalised, self.top_k)
