@@ -1,13 +1,12 @@
 """Pools, packed matrices and other arrays as safetensors files, for other tools and back.
 
 `save` keeps what is packed packed: `NAME.codes` and `NAME.scales`, and how they lie in the file's
-metadata. `save_floats` writes plain weights, which any tool reads. Nothing is ever pickled.
+metadata. `save_floats` writes plain weights, which any tool reads.
 """
 
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array
 
 from pallas_kernels.storage import ExpertPool, read_floats
 from peerjax.errors import UserError
+from peerjax.exchange.files import named_leaves, write_tensors
 from peerjax.optim import PackedMatrix
 
 METADATA = "peerjax"
@@ -41,7 +41,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     """
     tensors: dict[str, Array] = {}
     kinds: dict[str, dict[str, Any]] = {}
-    for name, leaf in _named_leaves(tree).items():
+    for name, leaf in named_leaves(tree, _is_leaf).items():
         if isinstance(leaf, ExpertPool) and leaf.is_packed:
             kinds[name] = {"kind": "pool", **_static_fields(leaf)}
             tensors |= {f"{name}.codes": leaf.weights, f"{name}.scales": leaf.scales}
@@ -54,7 +54,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         else:
             tensors[name] = jnp.asarray(leaf)
     metadata = {METADATA: json.dumps(kinds), "layout": LAYOUT}
-    _write(path, tensors, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def restore(path: str | os.PathLike[str], like: Any) -> Any:
     Raises:
         UserError: as `load`; or if a leaf is missing, left over, or of another kind, shape or type.
     """
-    found, expected = load(path), _named_leaves(like)
+    found, expected = load(path), named_leaves(like, _is_leaf)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected:
             where = os.fspath(path) if name not in found else "the tree"
@@ -131,23 +131,14 @@ def save_floats(
         weights = np.concatenate(parts).reshape(layers, leaf.num_experts, 2, leaf.width)
         return weights if leaf.is_stack else weights[0]
 
-    tensors = {name: jnp.asarray(as_floats(leaf)) for name, leaf in _named_leaves(tree).items()}
-    _write(path, tensors, {})
+    tensors = {
+        name: jnp.asarray(as_floats(leaf)) for name, leaf in named_leaves(tree, _is_leaf).items()
+    }
+    write_tensors(path, tensors, {})
 
 
 def _is_leaf(node: Any) -> bool:
     return isinstance(node, ExpertPool | PackedMatrix)
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
-    named: dict[str, Any] = {}
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name in named:
-            raise UserError(f"two leaves of the tree have the name {name!r}")
-        named[name] = leaf
-    return named
 
 
 def _static_fields(leaf: ExpertPool | PackedMatrix) -> dict[str, Any]:
@@ -165,17 +156,3 @@ def _form(leaf: Any) -> str:
         return arrays
     fields = ", ".join(f"{name}={value!r}" for name, value in _static_fields(leaf).items())
     return f"a {type(leaf).__name__} of {fields} ({arrays})"
-
-
-def _write(
-    path: str | os.PathLike[str], tensors: dict[str, Array], metadata: dict[str, str]
-) -> None:
-    """Writes under another name first: a file that was there stays whole if this fails."""
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    try:
-        # A copy: its arrays are replaced by what is written.
-        safetensors.flax.save_file(dict(tensors), unfinished, metadata)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)

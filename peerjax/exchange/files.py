@@ -1,0 +1,47 @@
+"""What all formats share: trees by the names of their leaves, and safetensors files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from peerjax.errors import UserError
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their paths, joined by dots.
+
+    Raises:
+        UserError: if two leaves have the same name.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name in named:
+            raise UserError(f"two leaves of the tree have the name {name!r}")
+        named[name] = leaf
+    return named
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Writes a safetensors file; one that was there stays whole if this fails."""
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    replace_whole(path, lambda to: safetensors.numpy.save_file(arrays, to, metadata))
+
+
+def replace_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file under another name, and renames it when it is whole."""
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        write(unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,318 @@
+"""Models of Monet in the layout of the published checkpoints, as Hugging Face keeps them.
+
+In a folder: `config.json`, and `model.safetensors` or the shards that
+`model.safetensors.index.json` names. Attention and norms have Llama's names; a layer adds `moe`,
+and the first of each group of `moe_groups` layers a `router`. Here a model is
+
+    {"params": {"embed", "layer_0", .., "final_norm", "head"}, "stats": {"layer_0", ..}}
+
+where a layer has "attention_norm", "attention", "feed_forward_norm", "monet" and perhaps "router",
+each with the parameters of the module of that name: `nn.RMSNorm`, `Attention`, `MonetHD` or
+`MonetVD`, `MonetRouter`; and "stats" has each router's moments. The published layout is that of
+dmis-lab/Monet, `modeling_monet.py`.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax.traverse_util import unflatten_dict
+
+from peerjax.errors import UserError
+from peerjax.exchange.files import named_leaves, replace_whole, write_tensors
+from peerjax.routing.running_norm import STATS, Moments
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What a `config.json` leaves out has these values.
+SIZES = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "moe_dim": 8,
+    "moe_heads": 8,
+    "moe_experts": 512,
+    "moe_topk": 32,
+    "moe_groups": 4,
+}
+VERTICAL, HORIZONTAL = "vertical", "horizontal"
+OTHERS = {"moe_decompose": VERTICAL, "rope_theta": 10_000.0}
+# What peerjax's layers compute; a model that wants something else is refused.
+FIXED = {
+    "model_type": "monet",
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+FLOATS = ("F32", "BF16", "F16", "F64")
+# Tensors that say nothing about what a model computes.
+IGNORED = ("num_batches_tracked", "rotary_emb.inv_freq")
+
+
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint is in the tree.
+
+    Attributes:
+        shape: in the file.
+        name: path in the tree, joined by dots.
+        own_shape: in the tree.
+        transposed: whether the file has [out, in] where the tree has [in, out].
+    """
+
+    shape: tuple[int, ...]
+    name: str
+    own_shape: tuple[int, ...]
+    transposed: bool = False
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """From the file's form to the tree's, float32."""
+        tensor = tensor.astype(np.float32)
+        return (tensor.T if self.transposed else tensor).reshape(self.own_shape)
+
+    def written(self, leaf: Any) -> np.ndarray:
+        """From the tree's form to the file's."""
+        flat = np.asarray(leaf).reshape(self.shape[::-1] if self.transposed else self.shape)
+        return flat.T if self.transposed else flat
+
+
+def read_hf(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a model.
+
+    Args:
+        folder: as a published checkpoint is downloaded, or as `write_hf` writes it.
+
+    Returns:
+        The fields of `config.json`, defaults filled in; and the model, as the module docstring
+        says, with float32 arrays of numpy.
+
+    Raises:
+        UserError: if a file is missing or damaged, if the model is one that peerjax does not
+            compute, or if tensors are missing, misshapen or left over: all are named.
+    """
+    folder = Path(folder)
+    config = _complete(_read_json(folder / CONFIG), folder / CONFIG)
+    places = layout(config)
+    arrays: dict[str, np.ndarray] = {}
+    with contextlib.ExitStack() as stack:
+        where: dict[str, Any] = {}
+        problems: list[str] = []
+        for path in _tensor_files(folder):
+            try:
+                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            except (OSError, safetensors.SafetensorError) as error:
+                raise UserError(f"cannot read {path} as safetensors: {error}") from None
+            where |= {name: file for name in file.keys() if not name.endswith(IGNORED)}  # noqa: SIM118
+        found = {}
+        for name, file in where.items():
+            description = file.get_slice(name)
+            found[name] = tuple(description.get_shape())
+            if description.get_dtype() not in FLOATS:
+                problems.append(f"{name} is {description.get_dtype()}, not a float")
+        problems += _differences(found, {name: place.shape for name, place in places.items()})
+        if problems:
+            raise UserError(
+                f"{folder} does not hold the model that its {CONFIG} describes: "
+                + "; ".join(problems)
+            )
+        for name, place in places.items():
+            arrays[place.name] = place.read(where[name].get_tensor(name))
+    tree = unflatten_dict(arrays, sep=".")
+    for layer in tree[STATS].values():
+        for norm in layer["router"].values():
+            norm["moments"] = Moments(**norm["moments"])
+    return config, tree
+
+
+def write_hf(
+    folder: str | os.PathLike[str],
+    config: dict[str, Any],
+    tree: dict[str, Any],
+    dtype: str = "float32",
+) -> None:
+    """Writes a model, the inverse of `read_hf`.
+
+    To be loaded by `transformers`, the folder also needs the published `modeling_monet.py`, and
+    `config` the `auto_map` that points to it.
+
+    Args:
+        folder: made if it is not there; the files in it are replaced.
+        config: as `read_hf` returns it; further fields are kept.
+        tree: a model as the module docstring says; what else its "stats" hold is left out.
+        dtype: of the tensors, "float32" or "bfloat16".
+
+    Raises:
+        UserError: if `config` is of a model that peerjax does not compute, or leaves of the tree
+            are missing, misshapen or left over: all are named.
+    """
+    folder = Path(folder)
+    config = _complete({**FIXED, **config}, "the configuration")
+    places = layout(config)
+    expected = {place.name: place.own_shape for place in places.values()}
+    leaves = {
+        name: leaf
+        for name, leaf in named_leaves(tree).items()
+        if name in expected or not name.startswith(f"{STATS}.")
+    }
+    problems = _differences({name: np.shape(leaf) for name, leaf in leaves.items()}, expected)
+    if problems:
+        raise UserError(
+            "the tree is not the model that the configuration describes: " + "; ".join(problems)
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name, place in places.items():
+        tensors[name] = place.written(leaves[place.name]).astype(jnp.dtype(dtype))
+        if name.endswith("running_var"):
+            count = name.removesuffix("running_var") + "num_batches_tracked"
+            tensors[count] = np.zeros((), np.int64)
+    described = {**config, "architectures": ["MonetForCausalLM"], "torch_dtype": dtype}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / SINGLE, tensors, {"format": "pt"})
+    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    replace_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def layout(config: dict[str, Any]) -> dict[str, Place]:
+    """Every tensor of a checkpoint that peerjax reads, by its name there.
+
+    Args:
+        config: the fields of `config.json`, complete.
+    """
+    width, heads, vocabulary = (
+        config[name] for name in ("hidden_size", "num_attention_heads", "vocab_size")
+    )
+    places = {
+        "model.embed_tokens.weight": _same("params.embed.embedding", vocabulary, width),
+        "model.norm.weight": _same("params.final_norm.scale", width),
+        "lm_head.weight": Place(
+            (vocabulary, width), "params.head.kernel", (width, vocabulary), transposed=True
+        ),
+    }
+    into = (width, heads, width // heads)
+    kernels = {
+        "q_proj": ("query", into),
+        "k_proj": ("key", into),
+        "v_proj": ("value", into),
+        "o_proj": ("out", (heads, width // heads, width)),
+    }
+    for index in range(config["num_hidden_layers"]):
+        theirs, ours = f"model.layers.{index}", f"params.layer_{index}"
+        for name, own in (
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "feed_forward_norm"),
+        ):
+            places[f"{theirs}.{name}.weight"] = _same(f"{ours}.{own}.scale", width)
+        for name, (own, own_shape) in kernels.items():
+            places[f"{theirs}.self_attn.{name}.weight"] = Place(
+                (width, width), f"{ours}.attention.{own}.kernel", own_shape, transposed=True
+            )
+        for name, own, shape in _expert_tensors(config):
+            places[f"{theirs}.moe.{name}"] = _same(f"{ours}.monet.{own}", *shape)
+        if index % config["moe_groups"] == 0:
+            places |= _router_places(config, index)
+    return places
+
+
+def _expert_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name in the file, name in the layer, shape."""
+    width, n = config["hidden_size"], config["moe_experts"]
+    hidden, out = n * config["moe_dim"], width
+    sides, values = [""], ["v"]
+    if config["moe_decompose"] == VERTICAL:
+        hidden, out = hidden // 2, width // 2
+        sides, values = ["1", "2"], ["v11", "v12", "v21", "v22"]
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    for side in sides:
+        tensors.append((f"u{side}.weight", f"u{side}", (hidden, width)))
+        tensors.append((f"u{side}.bias", f"c{side}", (hidden,)))
+        tensors.append((f"b{side}", f"b{side}", (n, out)))
+    return tensors + [(f"{value}.weight", value, (out, hidden)) for value in values]
+
+
+def _router_places(config: dict[str, Any], index: int) -> dict[str, Place]:
+    heads, theirs = config["moe_heads"], f"model.layers.{index}.router"
+    places = {}
+    for side in ("1", "2"):
+        places[f"{theirs}.w{side}.weight"] = _same(
+            f"params.layer_{index}.router.w{side}",
+            heads * config["moe_experts"],
+            config["hidden_size"],
+        )
+        for name, own in (("running_mean", "mean"), ("running_var", "variance")):
+            path = f"{STATS}.layer_{index}.router.norm{side}.moments.{own}"
+            places[f"{theirs}.norm{side}.{name}"] = Place((heads,), path, (1, heads, 1))
+    return places
+
+
+def _same(name: str, *shape: int) -> Place:
+    return Place(shape, name, shape)
+
+
+def _complete(config: dict[str, Any], source: Any) -> dict[str, Any]:
+    """Fills in what is left out, and refuses a model that peerjax does not compute."""
+    config = {**SIZES, **OTHERS, **FIXED, "model_type": None, **config}
+    problems = [
+        f"{name}={config[name]!r} is not a positive number"
+        for name in SIZES
+        if type(config[name]) is not int or config[name] < 1
+    ]
+    problems += [
+        f"{name}={config[name]!r}, where peerjax has {value!r} only"
+        for name, value in FIXED.items()
+        if config[name] != value
+    ]
+    if config["moe_decompose"] not in (HORIZONTAL, VERTICAL):
+        problems.append(f"moe_decompose={config['moe_decompose']!r} is not known")
+    if not problems:
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        if config.get("num_key_value_heads") not in (None, heads):
+            problems.append(f"num_key_value_heads is not num_attention_heads={heads}")
+        if width % (2 * heads):
+            problems.append(f"hidden_size={width} is not divisible by 2 * {heads} attention heads")
+        if config["moe_decompose"] == VERTICAL and config["moe_dim"] % 2:
+            problems.append(f"moe_dim={config['moe_dim']} is odd, and cannot be halved")
+        if config["moe_topk"] > config["moe_experts"]:
+            problems.append(f"moe_topk={config['moe_topk']} is more than moe_experts")
+    if problems:
+        raise UserError(f"{source} is not of a model that peerjax reads: " + "; ".join(problems))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map that names files")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _differences(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> list[str]:
+    problems = []
+    for name, shape in expected.items():
+        if name not in found:
+            problems.append(f"{name} {list(shape)} is missing")
+        elif found[name] != shape:
+            problems.append(f"{name} is {list(found[name])}, not {list(shape)}")
+    return problems + [f"{name} has no place" for name in found if name not in expected]
