@@ -13,7 +13,7 @@ from pallas_kernels.expert_update import accumulator_bits_of
 from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
 from peerjax.errors import ConfigError
-from peerjax.model import KINDS, ModelConfig, PeerConfig
+from peerjax.model import KINDS, ModelConfig, MoeConfig, PeerConfig
 from peerjax.pool import STORAGES
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
@@ -54,7 +54,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # runs of equal blocks
     model.heads = 4  # attention heads
     model.mlp_width = 512  # hidden neurons of a dense feed-forward layer
-    model.activation = "gelu"  # of dense feed-forward layers
+    model.activation = "gelu"  # of dense feed-forward layers and of mixtures
     model.max_length = 2048  # the longest sequence the model accepts, in tokens
     model.rope_base = 10_000.0
     model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
@@ -75,6 +75,12 @@ def default_config() -> ml_collections.ConfigDict:
     peer.activation = "gelu"
     peer.query_norm = "layernorm"  # or "batchnorm", "none"
 
+    moe = config.moe = ml_collections.ConfigDict()
+    moe.num_experts = 8  # E
+    moe.experts_per_token = 2  # k
+    moe.hidden = 256  # hidden neurons of an expert
+    moe.balance_weight = 1e-2  # of the loss that spreads tokens over experts; 0 means none
+
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # or "int8", "bfloat16", "float32"
     # How a pool is updated. "adamw" is for float storage; "eco", its rounding error fed into
@@ -88,7 +94,7 @@ def default_config() -> ml_collections.ConfigDict:
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu",
+    # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu",
     # "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
     kernels.implementation = "auto"
 
@@ -135,6 +141,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "steps", "data.sequence_length", "data.batch_size", "model.width")
     _require_positive(config, "model.heads", "model.mlp_width", "peer.heads", "peer.key_width")
     _require_positive(config, "peer.experts_per_head", "eval.every", "eval.rows", "log_every")
+    _require_positive(config, "moe.num_experts", "moe.experts_per_token", "moe.hidden")
     _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
     _require_choice(config, "data.source", ("packages", "files"))
@@ -179,6 +186,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"peer.num_experts={peer.num_experts} makes {total} experts, fewer than "
             f"peer.experts_per_head={peer.experts_per_head}"
         )
+    moe = config.moe
+    if moe.experts_per_token > moe.num_experts:
+        raise ConfigError(
+            f"moe.experts_per_token={moe.experts_per_token} is more than "
+            f"moe.num_experts={moe.num_experts}"
+        )
+    if moe.balance_weight < 0:
+        raise ConfigError(f"moe.balance_weight={moe.balance_weight} is negative; 0 means none")
     _validate_pool(config)
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
@@ -193,6 +208,7 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
     return ModelConfig(
         vocab_size=vocab_size,
         peer=peer,
+        moe=MoeConfig(**config.moe),
         pool_storage=config.pool.storage,
         implementation=implementation_of(config),
         **fields,

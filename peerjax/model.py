@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peerjax.layers.attention import Attention, KVCache, same_document, seen
+from peerjax.layers.auxiliary import LOSSES, ROUTING
 from peerjax.layers.mlp import MLP
+from peerjax.layers.moe import MoE
 from peerjax.layers.peer import EXPERT_IDS, PEER
 from peerjax.pool import ExpertPool, initialize_pool
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
 # The kinds of feed-forward layer that `ModelConfig.layers` may name. To add one: write its
 # module in `peerjax/layers/`, name it here, and give it a branch in `Block.feed_forward`.
-DENSE, PEER_KIND = "dense", "peer"
-KINDS = (DENSE, PEER_KIND)
+DENSE, PEER_KIND, MOE_KIND = "dense", "peer", "moe"
+KINDS = (DENSE, PEER_KIND, MOE_KIND)
 KINDS_WITH_POOL = (PEER_KIND,)
 
 
@@ -35,6 +37,16 @@ class PeerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Fields of a mixture of experts; see `peerjax.layers.moe.MoE`."""
+
+    num_experts: int
+    experts_per_token: int
+    hidden: int
+    balance_weight: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What a decoder is made of; `peerjax.config` documents the fields."""
 
@@ -48,9 +60,10 @@ class ModelConfig:
     dtype: str
     remat: bool
     peer: PeerConfig
+    moe: MoeConfig
     pool_storage: str
     routing_statistics: str = RUNNING  # of routers with batch normalisation
-    implementation: str | None = None  # of lookups
+    implementation: str | None = None  # of lookups and mixtures
 
     @property
     def depth(self) -> int:
@@ -61,6 +74,13 @@ class ModelConfig:
     def residual_scale(self) -> float:
         """Initial scale of what a sub-layer adds, so that the stream's variance stays O(1)."""
         return (2 * self.depth) ** -0.5
+
+    def experts_by_run(self) -> dict[str, int]:
+        """Number of experts a layer of each run `run_<i>` whose layers route."""
+        n1, n2 = self.peer.num_experts
+        of_kind = {PEER_KIND: n1 * n2, MOE_KIND: self.moe.num_experts}
+        kinds = enumerate(kind for kind, _ in self.layers)
+        return {f"run_{index}": of_kind[kind] for index, kind in kinds if kind in of_kind}
 
 
 class Block(nn.Module):
@@ -97,6 +117,16 @@ class Block(nn.Module):
             )
             return peer(x_BLD, pool.at_layer(layer))
         dtype = jnp.dtype(config.dtype)
+        if self.kind == MOE_KIND:
+            moe = MoE(
+                **dataclasses.asdict(config.moe),
+                activation=config.activation,
+                residual_scale=config.residual_scale,
+                dtype=dtype,
+                implementation=config.implementation,
+                name="moe",
+            )
+            return moe(x_BLD)
         mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")
         return mlp(x_BLD)
 
@@ -120,7 +150,7 @@ class Run(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         blocks = nn.scan(
             block,
-            variable_axes={"params": 0, STATS: 0, MOMENTS: 0, "taps": 0, "routing": 0},
+            variable_axes=dict.fromkeys(("params", STATS, MOMENTS, "taps", ROUTING, LOSSES), 0),
             split_rngs={"params": True},
             # The pool is closed over: as a scanned input it would be copied layer by layer.
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
@@ -135,7 +165,7 @@ class Run(nn.Module):
         return initialize_pool(
             self.make_rng("params"),
             self.length,
-            peer.num_experts[0] * peer.num_experts[1],
+            self.config.experts_by_run()[self.name],
             self.config.width,
             heads=peer.heads,
             experts_per_head=peer.experts_per_head,
@@ -148,8 +178,9 @@ class Decoder(nn.Module):
     """A causal language model over packed documents.
 
     Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
-    run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" and "routing" as
-    `peerjax.layers.peer.PEER`, stacked over the blocks of a run.
+    run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
+    `peerjax.layers.peer.PEER`, "routing" and "losses" as `peerjax.layers.auxiliary`, stacked over
+    the blocks of a run.
     """
 
     config: ModelConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peerjax.layers.attention import rotate
-from peerjax.model import Decoder, ModelConfig, PeerConfig
+from peerjax.model import Decoder, ModelConfig, MoeConfig, PeerConfig
 
 VOCAB, LENGTH = 61, 24
 CONFIG = ModelConfig(
@@ -22,6 +22,7 @@ CONFIG = ModelConfig(
     dtype="float32",
     remat=False,
     peer=PeerConfig((8, 16), 2, 4, 8, "gelu", "layernorm"),
+    moe=MoeConfig(num_experts=5, experts_per_token=2, hidden=24, balance_weight=1e-2),
     pool_storage="float32",
 )
 VARIANTS = {
@@ -32,6 +33,8 @@ VARIANTS = {
         CONFIG, peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
     ),
     "remat": dataclasses.replace(CONFIG, remat=True),
+    "moe": dataclasses.replace(CONFIG, layers=(("moe", 2), ("dense", 1))),
+    "moe, bfloat16": dataclasses.replace(CONFIG, layers=(("moe", 2),), dtype="bfloat16"),
 }
 
 
@@ -61,7 +64,7 @@ def train_and_eval(config):
 
     def loss(params, *inputs):
         trained = {**readable, "params": params, "taps": variables.get("taps", {})}
-        logits, _ = model.apply(trained, *inputs, mutable=["routing", "moments"])
+        logits, _ = model.apply(trained, *inputs, mutable=["routing", "moments", "losses"])
         return jnp.sum(logits**2), logits
 
     differentiate = jax.jit(jax.grad(loss, has_aux=True))

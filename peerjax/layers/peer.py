@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.factored_gradient import Tap
+from peerjax.layers.auxiliary import keep_routing
 from peerjax.pool import ExpertPool
 from peerjax.routing.product_keys import pair_scores, top_k_pairs
 from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
@@ -61,8 +62,7 @@ class PEER(nn.Module):
 
         ids_TK = ids_HTk.swapaxes(0, 1).reshape(x_TD.shape[0], -1)
         gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
-        self._keep("ids", ids_TK)
-        self._keep("gates", gates_TK)
+        keep_routing(self, ids_TK, gates_TK)
         tap = self._tap(ids_TK, x_TD)
         y_TD = sharded_lookup(
             pool,
@@ -98,9 +98,6 @@ class PEER(nn.Module):
             scores("keys1", first, self.num_experts[0]),
             scores("keys2", second, self.num_experts[1]),
         )
-
-    def _keep(self, name: str, value: Array) -> None:
-        self.sow("routing", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
     def _tap(self, ids_TK: Array, x_TD: Array) -> Tap | None:
         if not (self.is_initializing() or self.has_variable("taps", "pool")):

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
+from peerjax.layers.auxiliary import LOSSES, ROUTING
 from peerjax.model import Decoder
 from peerjax.pool import ExpertPool
 from peerjax.routing.running_norm import MOMENTS, pooled
@@ -25,20 +26,23 @@ class Gradients(NamedTuple):
         params: a tree like the params.
         pools: by run of blocks, the factored gradient of its stack of pools.
         moments: what routers found in the batch; see `peerjax.routing.running_norm`.
+        losses: the terms that layers add to the loss; see `loss_terms`.
     """
 
     params: Any
     pools: dict[str, FactoredGradient]
     moments: Any
+    losses: dict[str, Float[Array, ""]]
 
 
 def loss_and_gradients(
     model: Decoder, variables: dict[str, Any], batch: Batch, microbatches: int = 1
 ) -> tuple[Float[Array, ""], Gradients]:
-    """Mean loss of a batch, and its gradients.
+    """Mean loss of a batch, and the gradients of its sum with the terms that layers add.
 
     Microbatches are computed one after the other, to save memory: gradients of params add up,
     factored ones are joined along their tokens, so that the result is that of the whole batch.
+    Only terms of layers may differ from it: they are means over the parts.
 
     Args:
         model: the decoder.
@@ -48,18 +52,21 @@ def loss_and_gradients(
     """
     params, fixed = variables["params"], {**variables, "params": None}
 
-    def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, Any]:
+    def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
         trained = {**fixed, "params": params, "taps": taps}
-        logits, kept = model.apply(trained, *inputs_of(part), mutable=["routing", MOMENTS])
+        logits, kept = model.apply(trained, *inputs_of(part), mutable=[ROUTING, MOMENTS, LOSSES])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["targets"])
-        return losses.mean() / microbatches, kept
+        loss = losses.mean()
+        terms = [jnp.sum(term) for term in jax.tree.leaves(kept.get(LOSSES, {}))]
+        return sum(terms, loss) / microbatches, (loss / microbatches, kept)
 
     def of_part(part: Batch) -> tuple[Array, Gradients]:
         taps = _zero_taps(model, part)
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (loss, kept), (grads, tap_grads) = differentiate(params, taps, part)
-        factored = factored_gradients(kept.get("routing", {}), tap_grads)
-        return loss, Gradients(grads, factored, kept.get(MOMENTS, {}))
+        (_, (loss, kept)), (grads, tap_grads) = differentiate(params, taps, part)
+        factored = factored_gradients(kept.get(ROUTING, {}), tap_grads)
+        terms = loss_terms(kept.get(LOSSES, {}))
+        return loss, Gradients(grads, factored, kept.get(MOMENTS, {}), terms)
 
     if microbatches == 1:
         return of_part(batch)
@@ -67,20 +74,30 @@ def loss_and_gradients(
     def add_part(total: Any, part: Batch) -> tuple[Any, tuple[Any, Any]]:
         loss, gradients = of_part(part)
         total = jax.tree.map(jnp.add, total, (loss, gradients.params))
-        return total, (gradients.pools, gradients.moments)
+        return total, (gradients.pools, gradients.moments, gradients.losses)
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
     parts = split_rows(batch, microbatches)
-    (loss, grads), (factored, moments) = jax.lax.scan(add_part, zeros, parts)
-    return loss, Gradients(grads, jax.tree.map(_join_tokens, factored), pooled(moments))
+    (loss, grads), (factored, moments, terms) = jax.lax.scan(add_part, zeros, parts)
+    factored, terms = jax.tree.map(_join_tokens, factored), jax.tree.map(jnp.mean, terms)
+    return loss, Gradients(grads, factored, pooled(moments), terms)
+
+
+def loss_terms(collection: Any) -> dict[str, Float[Array, ""]]:
+    """Terms that layers added to the loss, named `<run>/<name>`: means over a run's layers."""
+    return {
+        f"{run}/{name}": jnp.mean(term)
+        for run, layer in layer_by_run(collection).items()
+        for name, term in layer.items()
+    }
 
 
 def factored_gradients(routing: Any, tap_grads: Any) -> dict[str, FactoredGradient]:
     """Joins the ids that the forward pass kept with the cotangents of its taps, by run."""
-    taps = layers_with_pool(tap_grads)
+    layers = layer_by_run(routing)
     return {
-        run: FactoredGradient.from_tap(layer["ids"], taps[run]["pool"])
-        for run, layer in layers_with_pool(routing).items()
+        run: FactoredGradient.from_tap(layers[run]["ids"], taps["pool"])
+        for run, taps in layer_by_run(tap_grads).items()
     }
 
 
@@ -92,7 +109,7 @@ def gradient_shapes(
     def gradients() -> dict[str, FactoredGradient]:
         tokens = jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32)
         variables = model.init(jax.random.key(0), tokens, tokens, tokens)
-        return factored_gradients(variables.get("routing", {}), variables.get("taps", {}))
+        return factored_gradients(variables.get(ROUTING, {}), variables.get("taps", {}))
 
     return jax.eval_shape(gradients)
 
@@ -120,8 +137,8 @@ def whole_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
     return {run: {"pool": gather_tokens(factored[run])} for run in pools}
 
 
-def layers_with_pool(collection: Any) -> dict[str, Any]:
-    """Takes `{run: {"block": {layer name: leaves}}}` apart, one layer with a pool a run."""
+def layer_by_run(collection: Any) -> dict[str, Any]:
+    """Takes `{run: {"block": {layer name: leaves}}}` apart: one layer of a block has leaves."""
     return {run: next(iter(tree["block"].values())) for run, tree in collection.items()}
 
 

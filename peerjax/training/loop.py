@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from peerjax.analysis.flops import forward_flops
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.model import Decoder
@@ -86,7 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             report.print_memory(memory_report(shapes.pools, shapes.opt_state, gradients))
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
         stack.enter_context(progress)
-        progress.say(_describe(shapes, tokens_per_step, mesh, step))
+        progress.say(_describe(config, model, shapes, mesh, step))
 
         def evaluate_now() -> Evaluation:
             evaluation = evaluate(
@@ -163,12 +164,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         report.print_report(folder)
 
 
-def _describe(shapes: Any, tokens_per_step: int, mesh: jax.sharding.Mesh, start: int) -> str:
-    parameters = count_parameters(shapes.params)
+def _describe(
+    config: ml_collections.ConfigDict,
+    model: Decoder,
+    shapes: Any,
+    mesh: jax.sharding.Mesh,
+    start: int,
+) -> str:
+    length, parameters = config.data.sequence_length, count_parameters(shapes.params)
+    flops = sum(forward_flops(model.config, length).values())
     experts = count_expert_parameters(shapes.pools)
     devices = f"{mesh.size} {jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
     beginning = f"going on from step {start}" if start else "starting"
     return (
         f"{parameters:,} parameters and {experts:,} in experts on {devices}, "
-        f"{tokens_per_step:,} tokens a step; {beginning}"
+        f"{flops / 1e6:,.2f} MFLOPs a token forward, "
+        f"{config.data.batch_size * length:,} tokens a step; {beginning}"
     )

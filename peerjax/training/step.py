@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.config import DENSE_RULES
+from peerjax.layers.auxiliary import ROUTING
 from peerjax.model import Decoder
 from peerjax.optim import apply_updates
 from peerjax.pool import ExpertPool
@@ -23,7 +24,7 @@ from peerjax.training.gradients import (
     all_finite,
     dense_gradients,
     inputs_of,
-    layers_with_pool,
+    layer_by_run,
     loss_and_gradients,
     whole_gradients,
 )
@@ -44,7 +45,7 @@ def make_train_step(
     dense = config.pool.rule in DENSE_RULES
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, (grads, factored, moments) = loss_and_gradients(
+        loss, (grads, factored, moments, terms) = loss_and_gradients(
             model, state.variables, batch, microbatches
         )
         finite = all_finite((loss, grads, factored))
@@ -59,6 +60,7 @@ def make_train_step(
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients if dense else grads),
             "learning_rate": schedule(state.step - state.skipped.total),
+            **{f"losses/{name}": term for name, term in terms.items()},
             **hit_shares(state.pools, factored),
         }
         if not dense:
@@ -119,15 +121,15 @@ def make_first_statistics(
 def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
     """Builds the evaluation step: sums over a batch, each row counted `batch["weight"]` times."""
 
+    num_experts = model.config.experts_by_run()
+
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        logits, kept = model.apply(variables, *inputs_of(batch), mutable=["routing"])
+        logits, kept = model.apply(variables, *inputs_of(batch), mutable=[ROUTING])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
         gates = {
-            run: gate_sums(
-                layer["ids"], layer["gates"], weight_BL.reshape(-1), variables[POOLS][run]["pool"]
-            )
-            for run, layer in layers_with_pool(kept.get("routing", {})).items()
+            run: gate_sums(layer["ids"], layer["gates"], weight_BL.reshape(-1), num_experts[run])
+            for run, layer in layer_by_run(kept.get(ROUTING, {})).items()
         }
         return {"nats": jnp.sum(losses * weight_BL), "gate_sums": gates}
 
@@ -138,11 +140,11 @@ def gate_sums(
     ids: Int[Array, "layers T K"],
     gates: Float[Array, "layers T K"],
     weight: Float[Array, " T"],
-    pool: ExpertPool,
+    num_experts: int,
 ) -> Float[Array, "layers N"]:
     """Sums each expert's gates over the tokens: z of the PEER paper, before normalisation."""
     weighted = gates * weight[None, :, None]
-    zeros = jnp.zeros((ids.shape[0], pool.num_experts), jnp.float32)
+    zeros = jnp.zeros((ids.shape[0], num_experts), jnp.float32)
     layer = jnp.arange(ids.shape[0])[:, None, None]
     return zeros.at[layer, ids].add(weighted, mode="drop")
 

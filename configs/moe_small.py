@@ -1,0 +1,15 @@
+"""`peer_small.py` with mixtures for pools: two of 64 experts, 2 a token, in eight layers.
+
+57.16 MFLOPs a token forward, as its 57.16, by `peerjax.analysis.flops`.
+"""
+
+from configs import peer_small
+
+
+def get_config():
+    config = peer_small.get_config()
+    config.model.layers = (("dense", 2), ("moe", 1), ("dense", 2), ("moe", 1), ("dense", 2))
+    config.moe.num_experts = 64
+    config.moe.experts_per_token = 2
+    config.moe.hidden = 816
+    return config

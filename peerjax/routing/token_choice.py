@@ -1,0 +1,110 @@
+"""Token-choice routing of mixtures of experts: every token takes its k best of E experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Rows of one multiplication: at most what fills a matrix unit.
+LARGEST_BLOCK, SMALLEST_BLOCK = 128, 8
+
+
+class Slots(NamedTuple):
+    """Where (token, choice) pairs lie once they are sorted by expert and padded to blocks.
+
+    Every expert has whole blocks of b slots, so that a block is multiplied by one expert. A slot
+    that holds no pair is padding.
+
+    Attributes:
+        of_pair: the slot of each pair.
+        pair: the pair t * k + j of each slot; T * k where there is none.
+        expert: the expert of each block.
+    """
+
+    of_pair: Int[Array, "T k"]
+    pair: Int[Array, " slots"]
+    expert: Int[Array, " blocks"]
+
+
+def gates_of(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, "T k"]:
+    """Mixing weights of the chosen experts: their probabilities, divided by their sum.
+
+    That is the softmax over the chosen logits alone, as in Mixtral. With k = 1 it would be 1
+    whatever the router says and give it no gradient: there, the probability itself is the gate,
+    as in the Switch Transformer.
+
+    Args:
+        logits: of the router, float32.
+        ids: the experts that each token chose.
+
+    References:
+        Jiang et al., "Mixtral of Experts", arXiv:2401.04088, section 2.1; Zoph et al., "ST-MoE",
+        arXiv:2202.08906, appendix D (top-n routing); Fedus et al., "Switch Transformers",
+        arXiv:2101.03961, eq. 2.
+    """
+    chosen = jnp.take_along_axis(logits, ids, axis=-1)
+    if ids.shape[-1] == 1:
+        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return jax.nn.softmax(chosen, axis=-1)
+
+
+def balance_loss(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, ""]:
+    """`E * sum_i f_i P_i`: 1 where experts are used evenly, at most E.
+
+    f_i is the share of the T * k choices that fell on expert i, through which no gradient flows,
+    and P_i the mean probability of expert i. With k = 1 it is the loss of the Switch Transformer
+    (there multiplied by alpha); Mixtral's code counts choices a token, which makes it k times
+    as large.
+
+    References:
+        Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
+    """
+    num_experts = logits.shape[-1]
+    share = counts_of(ids, num_experts) / ids.size
+    probability = jax.nn.softmax(logits, axis=-1).mean(0)
+    return num_experts * jnp.sum(share * probability)
+
+
+def counts_of(ids: Int[Array, "..."], num_experts: int) -> Int[Array, " E"]:
+    """How often each expert occurs."""
+    return jnp.sum(ids.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+
+
+def block_size(pairs: int, num_experts: int) -> int:
+    """Slots of a block: a power of two, near a quarter of what an expert gets on average.
+
+    Padding is then about an eighth of the work.
+    """
+    quarter = max(1, pairs // (4 * num_experts))
+    return min(max(1 << (quarter.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def sorted_slots(ids: Int[Array, "T k"], num_experts: int, block: int) -> Slots:
+    """Sorts the pairs by expert, pads each expert's to whole blocks; none is dropped.
+
+    The number of blocks is the largest that any choice of experts can need; those that this one
+    leaves over are padding of the last expert.
+
+    Args:
+        ids: the experts that each token chose.
+        num_experts: E.
+        block: slots of a block.
+    """
+    flat = ids.reshape(-1)
+    pairs = flat.size
+    num_blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
+    counts = counts_of(flat, num_experts)
+    blocks = -(-counts // block)
+    last_block = jnp.cumsum(blocks)
+    order = jnp.argsort(flat, stable=True)
+    by_expert = flat[order]
+    # Of each sorted pair: its place among the pairs of its expert, then its slot.
+    place = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[by_expert]
+    slot = (last_block - blocks)[by_expert] * block + place
+    expert = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
+    return Slots(
+        of_pair=jnp.zeros_like(flat).at[order].set(slot).reshape(ids.shape),
+        pair=jnp.full(num_blocks * block, pairs, jnp.int32).at[slot].set(order),
+        expert=jnp.minimum(expert, num_experts - 1),
+    )

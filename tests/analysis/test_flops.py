@@ -1,0 +1,119 @@
+"""The formula against what XLA counts, of programs without loops (or with the loop taken out).
+
+XLA counts one iteration of a loop, so runs have one block; it also counts elementwise operations
+(norms, softmaxes, activations), a few numbers a feature where products take hundreds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import dense_small, moe_small, peer_small
+from peerjax.analysis.flops import EXPERTS, LOOKUP, forward_flops
+from peerjax.config import model_config
+from peerjax.model import KINDS, Decoder, PeerConfig
+from peerjax.routing.token_choice import block_size
+from tests.test_model import CONFIG
+
+ROWS, LENGTH = 2, 64
+TOKENS = ROWS * LENGTH
+TINY = dataclasses.replace(
+    CONFIG,
+    vocab_size=512,
+    width=64,
+    heads=2,
+    mlp_width=256,
+    peer=PeerConfig((64, 96), 2, 8, 32, "relu", "layernorm"),
+    activation="relu",
+    implementation="xla",
+)
+# Of the formula: what is elementwise at these widths is 1 to 4 percent.
+ELEMENTWISE = 0.05
+
+
+def compiled_flops(config):
+    """As XLA counts them, a token."""
+    model = Decoder(config)
+    inputs = [jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)] * 3
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    readable = {name: variables[name] for name in ("params", "pools", "stats") if name in variables}
+    return _count(model.apply, readable, *inputs) / TOKENS
+
+
+def _count(function, *operands):
+    return jax.jit(function).lower(*operands).compile().cost_analysis()["flops"]
+
+
+def with_layers(*layers, **changes):
+    return dataclasses.replace(TINY, layers=layers, **changes)
+
+
+def assert_counted(counted, expected):
+    assert expected <= counted <= expected * (1 + ELEMENTWISE)
+
+
+@pytest.mark.parametrize("layers", [[("dense", 1)], [("dense", 1)] * 2])
+def test_dense(layers):
+    config = with_layers(*layers)
+    assert_counted(
+        compiled_flops(config), sum(forward_flops(config, LENGTH, full_attention=True).values())
+    )
+
+
+def test_peer_where_the_lookup_is_a_loop_over_tokens():
+    config = with_layers(("peer", 1))
+    flops = forward_flops(config, LENGTH, full_attention=True)
+    one_of_all = flops[LOOKUP] / TOKENS
+    assert_counted(compiled_flops(config), sum(flops.values()) - flops[LOOKUP] + one_of_all)
+
+    # The lookup by itself, without a loop: every expert gathered, multiplied and added.
+    def lookup(weights, ids, gates, x):
+        experts = weights[ids]
+        hidden = jax.nn.relu(jnp.einsum("tkd,td->tk", experts[:, :, 0], x))
+        return jnp.einsum("tk,tkd->td", gates * hidden, experts[:, :, 1])
+
+    chosen = config.peer.heads * config.peer.experts_per_head
+    shapes = [(6144, 2, 64), (TOKENS, chosen), (TOKENS, chosen), (TOKENS, 64)]
+    dtypes = [jnp.float32, jnp.int32, jnp.float32, jnp.float32]
+    operands = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
+    assert_counted(_count(lookup, *operands) / TOKENS, flops[LOOKUP])
+
+
+def test_mixture_with_the_padding_of_its_blocks():
+    config = with_layers(("moe", 1), implementation="mosaic_gpu")  # all blocks at once
+    flops = forward_flops(config, LENGTH, full_attention=True)
+    moe = config.moe
+    pairs = TOKENS * moe.experts_per_token
+    block = block_size(pairs, moe.num_experts)
+    slots = (pairs + moe.num_experts * (block - 1)) // block * block
+    padding = flops[EXPERTS] * (slots / pairs - 1)
+    assert_counted(compiled_flops(config), sum(flops.values()) + padding)
+
+
+def test_a_causal_token_sees_half_of_its_row_on_average():
+    whole = forward_flops(TINY, LENGTH, full_attention=True)
+    causal = forward_flops(TINY, LENGTH)
+    part = "attention scores and mixing"
+    assert causal[part] / whole[part] == sum(range(1, LENGTH + 1)) / LENGTH**2
+    assert {**causal, part: 0} == {**whole, part: 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_has_a_formula_and_counts_as_often_as_it_is_there(kind):
+    def total(count):
+        return sum(forward_flops(with_layers((kind, count)), LENGTH).values())
+
+    assert total(3) - total(2) == total(2) - total(1) > 0
+
+
+@pytest.mark.parametrize("twin", [dense_small, moe_small])
+def test_the_twins_of_peer_small_take_its_flops(twin):
+    def flops(recipe):
+        config = recipe.get_config()
+        model = model_config(config, 4096)
+        return sum(forward_flops(model, config.data.sequence_length).values())
+
+    assert flops(twin) == pytest.approx(flops(peer_small), rel=1e-3)
+    assert f"{flops(twin) / 1e6:.2f} MFLOPs" in twin.__doc__
