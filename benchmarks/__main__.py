@@ -14,6 +14,7 @@ BENCHMARKS = {
     "kernels": "the lookup on the device at hand, against the bandwidth of a copy",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
+    "isoflop": "dense layers, mixtures and pools at equal FLOPs a token, tuned (a night)",
 }
 
 

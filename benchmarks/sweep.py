@@ -7,6 +7,7 @@ and as many run at once as there are cores.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -76,8 +77,7 @@ def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
     """
     if (found := _look_up(recipe, settings)) is not None:
         return found
-    name = ",".join(f"{field}={value}" for field, value in sorted(settings.items()))
-    folder = ROOT / recipe / name
+    folder = ROOT / recipe / _name_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if _train(recipe, settings, folder):
@@ -90,6 +90,14 @@ def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
     _write_down(recipe, settings, found)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
+
+
+def _name_of(settings: Settings) -> str:
+    """A folder's name; file systems take no more than 255 characters."""
+    name = ",".join(f"{field}={value}" for field, value in sorted(settings.items()))
+    if len(name) <= 255:
+        return name
+    return f"{name[:200]},{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _look_up(recipe: str, settings: Settings) -> Run | None:

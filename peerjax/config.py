@@ -94,8 +94,8 @@ def default_config() -> ml_collections.ConfigDict:
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu",
-    # "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
+    # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla",
+    # "mosaic_tpu", "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

@@ -165,7 +165,7 @@ class Run(nn.Module):
         return initialize_pool(
             self.make_rng("params"),
             self.length,
-            self.config.experts_by_run()[self.name],
+            peer.num_experts[0] * peer.num_experts[1],
             self.config.width,
             heads=peer.heads,
             experts_per_head=peer.experts_per_head,

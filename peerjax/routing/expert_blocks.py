@@ -137,9 +137,7 @@ def _one_by_one(blocks: Array, weights: Array, expert: Array) -> Array:
     return jax.lax.map(lambda each: each[0] @ weights[each[1]], (blocks, expert))
 
 
-def _all_at_once(
-    blocks: Array, weights: Array, expert: Array, interpret: bool = False
-) -> Array:
+def _all_at_once(blocks: Array, weights: Array, expert: Array, interpret: bool = False) -> Array:
     return jnp.einsum("nbi,nij->nbj", blocks, weights[expert])
 
 
@@ -165,6 +163,4 @@ def _sum_all_at_once(
     blocks: Array, dy: Array, expert: Array, zeros: Array, interpret: bool = False
 ) -> Array:
     products = jnp.einsum("nbi,nbj->nij", blocks, dy, preferred_element_type=jnp.float32)
-    return zeros + jax.ops.segment_sum(
-        products, expert, len(zeros), indices_are_sorted=True
-    )
+    return zeros + jax.ops.segment_sum(products, expert, len(zeros), indices_are_sorted=True)

@@ -71,7 +71,7 @@ def loss_and_gradients(
     if microbatches == 1:
         return of_part(batch)
 
-    def add_part(total: Any, part: Batch) -> tuple[Any, tuple[Any, Any]]:
+    def add_part(total: Any, part: Batch) -> tuple[Any, Any]:
         loss, gradients = of_part(part)
         total = jax.tree.map(jnp.add, total, (loss, gradients.params))
         return total, (gradients.pools, gradients.moments, gradients.losses)

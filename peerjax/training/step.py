@@ -120,7 +120,6 @@ def make_first_statistics(
 
 def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
     """Builds the evaluation step: sums over a batch, each row counted `batch["weight"]` times."""
-
     num_experts = model.config.experts_by_run()
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:

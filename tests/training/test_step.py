@@ -63,6 +63,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
     np.testing.assert_array_equal(parts.pools["run_1"].ids, whole.pools["run_1"].ids)
     assert_close(parts.pools["run_1"].dense(64), whole.pools["run_1"].dense(64))
     assert_close(parts.moments, whole.moments)
+    assert parts.losses == whole.losses == {}  # no layer adds a term
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
