@@ -11,4 +11,4 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found t
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    script.run(lambda config: train(config, WORKDIR.value), CONFIG)
+    script.run(lambda: train(CONFIG.value, WORKDIR.value), CONFIG)

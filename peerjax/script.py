@@ -16,10 +16,10 @@ USER_ERROR_STATUS = 2
 
 
 def run(
-    main: Callable[[ml_collections.ConfigDict], None],
-    config: flags.FlagHolder[ml_collections.ConfigDict],
+    main: Callable[[], None],
+    config: flags.FlagHolder[ml_collections.ConfigDict] | None = None,
 ) -> None:
-    """Parses flags and calls `main` with the configuration that the flag `config` names.
+    """Parses flags, loads the configuration that the flag `config` names, and calls `main`.
 
     A user's mistake becomes one line and exit status 2.
     """
@@ -27,7 +27,8 @@ def run(
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-            config.value.keys()  # what could not be loaded fails when it is used
+            if config is not None:
+                config.value.keys()  # what could not be loaded fails when it is used
             return rest
         except (AttributeError, KeyError) as error:
             _fail(_unknown_field(error, argv))
@@ -40,7 +41,7 @@ def run(
         if not flags.FLAGS["verbosity"].present:
             _silence_background_saves()
         try:
-            main(config.value)
+            main()
         except CheckpointError as error:
             sys.unraisablehook = lambda _: None  # the rest of the failed save, being collected
             _fail(str(error))

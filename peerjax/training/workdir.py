@@ -6,17 +6,11 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from peerjax.atomic import write_atomically
 from peerjax.config import differences
 from peerjax.errors import ConfigError, DataError
 
 CONFIG, DATA = "config.json", "data.json"
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one, even if killed."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:

@@ -10,7 +10,7 @@ from tests.training.tiny import tiny_config
 @pytest.fixture
 def rows():
     rng = np.random.default_rng(0)
-    return PackedRows([rng.integers(1, 99, 700).astype(np.int32) for _ in range(3)], 32)
+    return PackedRows(rng.integers(0, 99, 2100).astype(np.int32), 32, end_of_text=0)
 
 
 def take(iterator, count):
