@@ -36,17 +36,20 @@ def run(quick: bool) -> Result:
             f"{arm['text_bytes'] / 1e6:,.0f} MB of text, {arm['workers'] or 'no'} workers",
             f"{arm['seconds']:.0f}",
             f"{arm['text_bytes'] / 1e6 / arm['seconds']:.2f}",
+            f"{arm['text_bytes'] / 1e6 / arm['cpu_seconds']:.2f}",
             f"{arm['peak_bytes'] / 1e6:.0f}",
         ]
         for arm in arms
     ]
     peak = max(arm["peak_bytes"] for arm in arms) / 1e6
+    text, last = arms[-1]["text_bytes"] / 1e6, arms[-1]
     return Result(
-        ("", "seconds", "MB/s", "peak MB of all processes"),
+        ("", "seconds", "MB/s", "MB a CPU second", "peak MB of all processes"),
         rows,
         [
             Figure.at_most("peak MB of all processes", peak, BOUND_MB),
-            Figure("MB/s", arms[-1]["text_bytes"] / 1e6 / arms[-1]["seconds"]),
+            Figure("MB/s", text / last["seconds"]),
+            Figure("MB a CPU second", text / last["cpu_seconds"]),
         ],
         {"arms": arms},
     )
@@ -83,16 +86,19 @@ def prepare(folder: Path, pattern: str, workers: int) -> dict[str, Any]:
     ]
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
+    peak, ended = 0, 0
+    while not ended:
         peak = max(peak, resident_bytes(process.pid))
         time.sleep(POLL_SECONDS)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"prepare.py ended with status {process.returncode}")
     index = ShardIndex.load(output)
     return {
         "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,  # of its processes, all over
         "peak_bytes": peak,
         "text_bytes": sum(shard.text_bytes for shard in index.shards),
         "tokens": sum(shard.tokens for shard in index.shards),

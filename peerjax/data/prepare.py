@@ -29,6 +29,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peerjax.atomic import write_atomically
 from peerjax.data.meter import Meter
 from peerjax.data.plan import Documents, Plan, check_splits, make_plan, read_planned, scan
@@ -68,7 +70,7 @@ class Settings:
     tokenizer: str = ""
     text_field: str = "text"
     validation_fraction: float = 0.05
-    shard_mb: float = 64
+    shard_mb: float = 64.0
     skip_bad_files: bool = False
 
 
@@ -373,11 +375,7 @@ def _scan_parts(files: list[TextFile], sizes: list[int]) -> Iterator[list[tuple[
 def _part(plan: Plan, first: int, stop: int) -> tuple[list[TextFile], Documents]:
     """Some documents of a plan with their own files only, to be sent to a worker."""
     documents = plan.documents.at(slice(first, stop))
-    own = sorted(set(documents.files.tolist()))
-    place = {number: index for index, number in enumerate(own)}
-    renumbered = documents.files.copy()
-    for index, number in enumerate(documents.files.tolist()):
-        renumbered[index] = place[number]
+    own, renumbered = np.unique(documents.files, return_inverse=True)
     return [plan.files[number] for number in own], documents._replace(files=renumbered)
 
 
