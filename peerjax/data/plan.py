@@ -1,7 +1,7 @@
 """What a corpus consists of, and which document goes into which shard: known before any is made.
 
-A scan reads all text once and keeps some eighty bytes of every document: where it stands, its
-digest, its size.
+A scan reads all text once and keeps where every document stands, its digest and its size: with
+what sorting needs, some 250 bytes a document.
 """
 
 from __future__ import annotations
@@ -176,6 +176,8 @@ def check_splits(plan: Plan) -> None:
     Raises:
         DataError: naming a domain and a split in which there is none of it.
     """
+    if not plan.shards:
+        raise DataError("none of the files has text that can be used")
     there = {(shard.split, shard.domain) for shard in plan.shards}
     counts = {domain: 0 for _, domain in there}
     for shard in plan.shards:
@@ -210,7 +212,7 @@ def read_planned(
         except DataError as error:
             raise DataError(f"{file} has changed since it was scanned: {error}") from None
         if digest.digest() != documents.digests[which].tobytes():
-            raise DataError(f"{file} has changed since it was scanned; run the same command again")
+            raise DataError(f"{file} has changed since it was scanned; leave the text as it is")
 
     for which, number in enumerate(documents.files):
         yield checked(files[number].path, which)

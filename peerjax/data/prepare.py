@@ -98,9 +98,9 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     recorded = {**dataclasses.asdict(settings), "tokenizer": tokenizer.digest}
     files = find_files(settings.pattern, outside=folder)
     with contextlib.ExitStack() as stack:
-        known = _known_plan(folder, recorded)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_alone_in(folder))
+        known = _known_plan(folder, recorded)
         meter = stack.enter_context(Meter())
         counter = multiprocessing.get_context("spawn").Value("q")
         executor = stack.enter_context(_executor(workers, tokenizer.json, counter))
@@ -166,7 +166,7 @@ def _known_plan(folder: Path, recorded: dict[str, Any]) -> dict[str, Any] | None
     """
     path = folder / PLAN
     if not path.exists():
-        if folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder)):
+        if any(not name.startswith(".") for name in os.listdir(folder)):
             raise DataError(f"{folder} is not empty and holds no shards; choose another --output")
         return None
     known = json.loads(path.read_text(encoding="utf-8"))
