@@ -149,8 +149,10 @@ def test_workers_die_with_the_command(pattern, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     going_on = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "index.json" in files_of(output)
     assert "bytes of text in" in going_on.stdout
+    shards.RECORD_TOKENS = 4096
+    prepare(own_settings(pattern, shard_mb=0.002), str(tmp_path / "undisturbed"))
+    assert files_of(output) == files_of(tmp_path / "undisturbed")
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "it was finished already" in again.stdout
 
