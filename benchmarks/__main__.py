@@ -13,6 +13,7 @@ BENCHMARKS = {
     "one_accelerator": "expert parameters that train on one H100 and one v5e, neither of them here",
     "kernels": "the lookup on the device at hand, against the bandwidth of a copy",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
+    "prepare": "a gigabyte of text through prepare.py: peak memory and speed",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
     "isoflop": "dense layers, mixtures and pools at equal FLOPs a token, tuned (a night)",
 }

@@ -12,6 +12,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.expert_update import accumulator_bits_of
 from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
+from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.model import KINDS, ModelConfig, MoeConfig, PeerConfig
 from peerjax.pool import STORAGES
@@ -40,10 +41,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.log_every = 10  # steps between lines when the output is no terminal
 
     data = config.data = ml_collections.ConfigDict()
-    data.source = "packages"  # or "files"
+    data.source = "packages"  # or "files"; "shards" for what prepare.py made
     data.domains = ("speeches", "drama", "code")  # of source "packages"
-    data.pattern = ""  # of source "files": a glob such as "corpus/**/*.txt"
-    data.tokenizer = ""  # a tokenizer JSON; empty means the one that comes with peerjax
+    # Of source "files": a glob such as "corpus/**/*.txt", or several as domains of their own:
+    # "web=corpus/**/*.txt;notes=notes/*.jsonl". Of source "shards": their folder.
+    data.pattern = ""
+    data.text_field = "text"  # of source "files": where the objects of JSON lines hold the text
+    # A tokenizer JSON; empty means the one that comes with peerjax, or with the shards.
+    data.tokenizer = ""
     data.validation_fraction = 0.05  # of the documents
     data.sequence_length = 256  # tokens a row
     data.batch_size = 8  # rows a step, over all devices
@@ -144,7 +149,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "moe.num_experts", "moe.experts_per_token", "moe.hidden")
     _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
-    _require_choice(config, "data.source", ("packages", "files"))
+    _require_choice(config, "data.source", ("packages", "files", "shards"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
     _require_choice(config, "model.activation", ACTIVATIONS)
     _require_choice(config, "model.routing_statistics", (RUNNING, IN_BATCH))
@@ -154,8 +159,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
     model, peer, data = config.model, config.peer, config.data
-    if data.source == "files" and not data.pattern:
-        raise ConfigError("data.source is 'files' but data.pattern is empty")
+    if data.source in ("files", "shards") and not data.pattern:
+        raise ConfigError(f"data.source is {data.source!r} but data.pattern is empty")
+    if data.source == "files":
+        domain_globs(data.pattern)
+    if data.source == "shards" and data.tokenizer:
+        raise ConfigError(
+            "data.source is 'shards', which bring their tokenizer: leave data.tokenizer empty"
+        )
     if not 0 < data.validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in (0, 1)")
     if data.workers < 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from peerjax.data.text_files import documents_in, empty_file, find_files, read_blocks
 from peerjax.errors import DataError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -74,13 +74,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: if the file is not UTF-8.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); "
-            "convert it or leave it out of data.pattern"
-        ) from None
+    return "".join(read_blocks(path))
 
 
 def read_packages(domains: Sequence[str]) -> list[Document]:
@@ -113,23 +107,23 @@ def _package_folder(domain: str, package: TextPackage) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def read_files(pattern: str) -> list[Document]:
-    """Reads UTF-8 text files, one document each, as the domain "files".
+def read_files(pattern: str, text_field: str) -> list[Document]:
+    """Reads the documents of a pattern's files: UTF-8 text, one a file, or JSON lines.
 
     Args:
-        pattern: a glob, in which `**` stands for any folders.
+        pattern: see `find_files`.
+        text_field: the field of a JSON line that holds the text.
 
     Raises:
-        DataError: if no file matches, or a file is empty or not UTF-8.
+        ConfigError: if the pattern has no globs.
+        DataError: if no file matches, or a file is empty, unreadable or has a bad line.
     """
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(f"no file matches data.pattern={pattern!r}")
-    documents = [Document("files", path.as_posix(), read_text(path)) for path in paths]
-    for document in documents:
-        if not document.text.strip():
-            raise DataError(f"{document.name} is empty; leave it out of data.pattern")
+    documents: list[Document] = []
+    for domain, path in find_files(pattern):
+        texts = [(found.name, "".join(found.blocks)) for found in documents_in(path, text_field)]
+        if not any(text.strip() for _, text in texts):
+            raise empty_file(path)
+        documents += [Document(domain, name, text) for name, text in texts]
     return documents
 
 

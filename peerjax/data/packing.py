@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -23,6 +22,15 @@ class Row(TypedDict):
     row: Int[np.ndarray, "*B"]
 
 
+@runtime_checkable
+class TokenStream(Protocol):
+    """Documents end to end as int32 tokens: an array, or what reads like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Int[np.ndarray, " n"]: ...
+
+
 class PackedRows:
     """A random-access source of rows: documents end to end, cut every L tokens.
 
@@ -32,29 +40,28 @@ class PackedRows:
 
     Attributes:
         tokens: all documents, one after the other.
-        starts: where each document begins.
         length: L.
+        end_of_text: the token that begins every document, and is nowhere else.
     """
 
-    def __init__(self, documents: Sequence[Int[np.ndarray, " n"]], length: int):
+    def __init__(self, tokens: TokenStream, length: int, end_of_text: int):
+        self.tokens = tokens
         self.length = length
-        self.tokens = np.concatenate([*documents, np.zeros(0, np.int32)])
-        sizes = [len(document) for document in documents]
-        self.starts = np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, np.int64)
+        self.end_of_text = end_of_text
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> Row:
         first = int(index) * self.length
-        places = np.arange(first, first + self.length)
-        document = np.searchsorted(self.starts, places, side="right") - 1
         tokens = self.tokens[first : first + self.length + 1]
+        places = np.arange(self.length, dtype=np.int32)
+        # A document that goes on from the row before is as one that begins here.
+        begins = (tokens[:-1] == self.end_of_text) | (places == 0)
         return Row(
             inputs=tokens[:-1],
             targets=tokens[1:],
-            # Counted from the row's first token where a document goes on from the row before.
-            positions=(places - np.maximum(self.starts[document], first)).astype(np.int32),
-            segments=(document - document[0]).astype(np.int32),
+            positions=places - np.maximum.accumulate(np.where(begins, places, 0)),
+            segments=np.cumsum(begins, dtype=np.int32) - 1,
             row=np.array(index, np.int32),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import grain
 import jax
@@ -19,9 +20,12 @@ from peerjax.data.documents import (
     split_of,
     without_duplicates,
 )
-from peerjax.data.packing import PackedRows
+from peerjax.data.packing import PackedRows, TokenStream
+from peerjax.data.shards import TOKENIZER, ShardedTokens, ShardIndex
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
+
+TRAINING_TEXT = "the training text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Corpus:
         tokenizer: what the tokens mean.
         train: rows of all domains mixed.
         validation: rows by domain.
-        digest: SHA-256 of the documents.
+        digest: SHA-256 of the documents; for shards, of their order too.
     """
 
     tokenizer: Tokenizer
@@ -51,17 +55,37 @@ class Corpus:
 
 
 def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
-    """Reads, splits, tokenizes and packs the text that `config.data` names.
+    """Opens the text that `config.data` names as packed rows.
+
+    Text in packages and files is read, split and tokenized into memory; shards, which
+    `prepare.py` has made, are read as training goes on.
 
     Raises:
         DataError: if text or tokenizer is missing or unreadable, or a split too small for a row.
     """
+    if config.data.source == "shards":
+        return _open_shards(config)
+    return _read_text(config)
+
+
+def load_tokenizer(config: ml_collections.ConfigDict) -> Tokenizer:
+    """The tokenizer that `config.data` names; that of the shards, if it names some.
+
+    Raises:
+        DataError: if there is none that can be used.
+    """
+    if config.data.source == "shards":
+        return Tokenizer.load(str(Path(config.data.pattern) / TOKENIZER))
+    return Tokenizer.load(config.data.tokenizer)
+
+
+def _read_text(config: ml_collections.ConfigDict) -> Corpus:
     data = config.data
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(config)
     if data.source == "packages":
         documents = without_duplicates(read_packages(data.domains))
     else:
-        documents = without_duplicates(read_files(data.pattern))
+        documents = without_duplicates(read_files(data.pattern, data.text_field))
     parts: dict[str, list[Document]] = {TRAIN: [], VALIDATION: []}
     for document in documents:
         parts[split_of(document, data.validation_fraction)].append(document)
@@ -74,26 +98,29 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     validation = {
         domain: pack(
             [document for document in parts[VALIDATION] if document.domain == domain],
-            f"the validation text of domain {domain!r}",
+            _validation_of(domain),
         )
         for domain in domains
     }
-    train = pack([parts[TRAIN][index] for index in order], "the training text")
+    train = pack([parts[TRAIN][index] for index in order], TRAINING_TEXT)
     return Corpus(tokenizer, train, validation, corpus_digest(documents))
 
 
-def load_text(pattern: str, tokenizer: Tokenizer, length: int) -> dict[str, PackedRows]:
+def load_text(
+    pattern: str, text_field: str, tokenizer: Tokenizer, length: int
+) -> dict[str, PackedRows]:
     """Packs all text of some files, by domain.
 
     Args:
         pattern: as `data.pattern`.
+        text_field: as `data.text_field`.
         tokenizer: to encode with.
         length: of a row, in tokens.
 
     Raises:
         DataError: if text is missing or unreadable, or too little for a row.
     """
-    documents = without_duplicates(read_files(pattern))
+    documents = without_duplicates(read_files(pattern, text_field))
     domains = dict.fromkeys(document.domain for document in documents)
     return {
         domain: _pack(
@@ -107,13 +134,48 @@ def load_text(pattern: str, tokenizer: Tokenizer, length: int) -> dict[str, Pack
 
 
 def _pack(part: list[Document], name: str, tokenizer: Tokenizer, length: int) -> PackedRows:
-    rows = PackedRows(tokenizer.encode_documents([document.text for document in part]), length)
+    tokens = np.concatenate([*tokenizer.encode([document.text] for document in part)])
+    return _rows(tokens, len(part), name, tokenizer, length)
+
+
+def _open_shards(config: ml_collections.ConfigDict) -> Corpus:
+    folder = Path(config.data.pattern)
+    index = ShardIndex.load(folder)
+    tokenizer = load_tokenizer(config)
+    if tokenizer.digest != index.tokenizer:
+        raise DataError(f"{folder / TOKENIZER} is not the tokenizer that the shards were made with")
+    if config.data.validation_fraction != index.validation_fraction:
+        raise DataError(
+            f"data.validation_fraction={config.data.validation_fraction}, but the shards in "
+            f"{folder} were split by {index.validation_fraction}; give that, or prepare them anew"
+        )
+
+    def pack(split: str, domains: list[str], name: str) -> PackedRows:
+        shards = [each for each in index.shards if each.split == split and each.domain in domains]
+        tokens = ShardedTokens(folder, shards, index.token_bytes)
+        documents = sum(shard.documents for shard in shards)
+        return _rows(tokens, documents, name, tokenizer, config.data.sequence_length)
+
+    domains = list(dict.fromkeys(shard.domain for shard in index.shards))
+    validation = {domain: pack(VALIDATION, [domain], _validation_of(domain)) for domain in domains}
+    train = pack(TRAIN, domains, TRAINING_TEXT)
+    return Corpus(tokenizer, train, validation, index.digest)
+
+
+def _rows(
+    tokens: TokenStream, documents: int, name: str, tokenizer: Tokenizer, length: int
+) -> PackedRows:
+    rows = PackedRows(tokens, length, tokenizer.end_of_text)
     if not len(rows):
         raise DataError(
-            f"{name} has {len(part)} documents with {len(rows.tokens)} tokens, too few for one row "
-            f"of data.sequence_length={length}; give more text or change data.validation_fraction"
+            f"{name} has {documents} documents with {len(tokens)} tokens, too few for one row of "
+            f"data.sequence_length={length}; give more text or change data.validation_fraction"
         )
     return rows
+
+
+def _validation_of(domain: str) -> str:
+    return f"the validation text of domain {domain!r}"
 
 
 def train_batches(

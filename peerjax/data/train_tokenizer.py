@@ -1,14 +1,17 @@
-"""Makes `peerjax/data/bpe_4096.json` from the training split of the default text.
+"""Trains a tokenizer on one's own text.
 
-    python -m peerjax.data.train_tokenizer OUTPUT.json
+    python -m peerjax.data.train_tokenizer --output=tok.json --pattern='corpus/**/*.txt'
 
-Byte-identical whenever it is run again with the same packages.
+Without a pattern it makes `peerjax/data/bpe_4096.json`, from the training split of the default
+text; byte-identical whenever it is run again with the same packages.
 """
 
-import sys
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
 
-from peerjax.config import default_config
+from peerjax.atomic import write_atomically
 from peerjax.data.documents import (
     TEXT_PACKAGES,
     TRAIN,
@@ -16,18 +19,86 @@ from peerjax.data.documents import (
     split_of,
     without_duplicates,
 )
-from peerjax.data.tokenizer import train_bpe
+from peerjax.data.plan import make_plan, read_planned, scan
+from peerjax.data.text_files import find_files
+from peerjax.data.tokenizer import pieces, train_bpe
+from peerjax.errors import ConfigError, DataError
 
-VOCAB_SIZE = 4096
+BUILTIN_SIZE, OWN_SIZE = 4096, 8192
+SMALLEST_SIZE = 257  # every byte, and the end-of-text token
 
 
-def main(output: str) -> None:
-    """Trains the tokenizer and writes it to `output`."""
-    fraction = default_config().data.validation_fraction
-    documents = without_duplicates(read_packages(list(TEXT_PACKAGES)))
-    texts = [document.text for document in documents if split_of(document, fraction) == TRAIN]
-    Path(output).write_text(train_bpe(texts, VOCAB_SIZE), encoding="utf-8")
+def train_tokenizer(
+    output: str,
+    pattern: str = "",
+    vocab_size: int | None = None,
+    text_field: str = "text",
+    validation_fraction: float = 0.05,
+) -> None:
+    """Trains a byte-level BPE tokenizer and writes its JSON to `output`.
+
+    Text of the validation split and later copies of equal documents are left out.
+
+    Args:
+        output: path of the JSON.
+        pattern: see `find_files`; empty for the text packages.
+        vocab_size: entries; `None` for 4096 from the packages and 8192 from files. Little text
+            may give fewer.
+        text_field: of JSON lines.
+        validation_fraction: share of the documents that validation will be given.
+
+    Raises:
+        ConfigError: if `vocab_size` is too small for the bytes.
+        DataError: if text is missing or cannot be used.
+    """
+    size = vocab_size or (OWN_SIZE if pattern else BUILTIN_SIZE)
+    if size < SMALLEST_SIZE:
+        raise ConfigError(f"vocab_size={size} is less than {SMALLEST_SIZE}, 256 bytes and one more")
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(f"validation_fraction={validation_fraction} is not in (0, 1)")
+    if pattern:
+        texts = _files(pattern, text_field, validation_fraction)
+    else:
+        texts = _packages(validation_fraction)
+    write_atomically(Path(output), train_bpe(texts, size))
+
+
+def _packages(validation_fraction: float) -> Iterator[str]:
+    for document in without_duplicates(read_packages(list(TEXT_PACKAGES))):
+        if split_of(document, validation_fraction) == TRAIN:
+            yield document.text
+
+
+def _files(pattern: str, text_field: str, validation_fraction: float) -> Iterator[str]:
+    files = find_files(pattern)
+    documents, faults = scan(list(enumerate(files)), text_field, lambda size: None)
+    if faults:
+        raise DataError(faults[0][1])
+    plan = make_plan(files, [documents], [], validation_fraction, shard_bytes=1 << 62)
+    for shard in plan.shards:
+        if shard.split == TRAIN:
+            part = plan.documents.at(slice(shard.first, shard.stop))
+            for blocks in read_planned(files, part, text_field, lambda size: None):
+                yield from pieces(blocks)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from absl import flags
+
+    from peerjax import script
+
+    output_flag = flags.DEFINE_string("output", None, "The tokenizer JSON to write.")
+    pattern_flag = flags.DEFINE_string("pattern", "", "Text files, as for prepare.py.")
+    size_flag = flags.DEFINE_integer("vocab_size", None, "Entries.")
+    field_flag = flags.DEFINE_string("text_field", "text", "Where JSON lines hold their text.")
+    fraction_flag = flags.DEFINE_float("validation_fraction", 0.05, "Of the documents, left out.")
+    flags.mark_flag_as_required("output")
+    script.run(
+        lambda: train_tokenizer(
+            str(output_flag.value),
+            str(pattern_flag.value),
+            size_flag.value,
+            str(field_flag.value),
+            fraction_flag.value,
+        )
+    )

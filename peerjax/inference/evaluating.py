@@ -11,6 +11,7 @@ import rich.console
 from etils import epath
 
 from peerjax.analysis.plots import plot_expert_usage, plot_losses_by_domain
+from peerjax.atomic import write_atomically
 from peerjax.data.packing import PackedRows
 from peerjax.data.pipeline import load_corpus, load_text
 from peerjax.inference.trained import Run, restore
@@ -18,7 +19,7 @@ from peerjax.sharding import make_mesh
 from peerjax.training.evaluation import Evaluation, evaluate
 from peerjax.training.report import USAGE_PLOT, print_table
 from peerjax.training.step import make_eval_step
-from peerjax.training.workdir import check_data, write_atomically
+from peerjax.training.workdir import check_data
 
 FILE, LOSS_PLOT = "evaluation.json", "losses.png"
 
@@ -50,7 +51,8 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
 
 def _texts(run: Run, pattern: str) -> Mapping[str, PackedRows]:
     if pattern:
-        return load_text(pattern, run.tokenizer, run.config.data.sequence_length)
+        data = run.config.data
+        return load_text(pattern, data.text_field, run.tokenizer, data.sequence_length)
     corpus = load_corpus(run.config)
     check_data(run.folder, corpus.identity)
     return corpus.validation

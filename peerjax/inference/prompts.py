@@ -77,7 +77,10 @@ def encode(run: Run, prompts: Sequence[str]) -> list[list[int]]:
             raise DataError(
                 f"the prompt is not UTF-8 text (character {error.start} cannot be read)"
             ) from None
-    encoded = [row.tolist() for row in run.tokenizer.encode_documents(prompts)]
+    encoded = [
+        [token for tokens in run.tokenizer.encode([[prompt]]) for token in tokens.tolist()]
+        for prompt in prompts
+    ]
     longest = run.config.model.max_length
     for number, row in enumerate(encoded, 1):
         if len(row) >= longest:

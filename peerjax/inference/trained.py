@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from peerjax.config import model_config, validate
+from peerjax.data.pipeline import load_tokenizer
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.model import Decoder
 from peerjax.sharding import state_shardings
@@ -58,7 +59,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     folder = folder_of(workdir)
     config = read_config(folder)
     validate(config)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config)
     check_tokenizer(folder, tokenizer)
     model = Decoder(model_config(config, tokenizer.vocab_size))
     return Run(config, tokenizer, model, folder, find_checkpoint(folder, step))

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from peerjax.atomic import write_atomically
 from peerjax.errors import CheckpointError
-from peerjax.training.workdir import write_atomically
 
 CHECKSUMS = "checksums.json"
 READ_SIZE = 1 << 22

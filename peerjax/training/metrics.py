@@ -14,8 +14,8 @@ import rich.progress
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from peerjax.atomic import write_atomically
 from peerjax.errors import UserError
-from peerjax.training.workdir import write_atomically
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 

@@ -10,10 +10,10 @@ import rich.table
 from etils import epath
 
 from peerjax.analysis.plots import plot_expert_usage, plot_losses, plot_pools
+from peerjax.atomic import write_atomically
 from peerjax.pool import MemoryReport
 from peerjax.training.evaluation import Evaluation
 from peerjax.training.metrics import read_metrics
-from peerjax.training.workdir import write_atomically
 
 FILE = "report.json"
 LOSS_PLOT, USAGE_PLOT, POOLS_PLOT = "loss.png", "expert_usage.png", "pools.png"

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from peerjax.atomic import write_atomically
 from peerjax.config import differences, from_json
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
@@ -18,13 +19,6 @@ def folder_of(workdir: str) -> epath.Path:
     return epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one, even if killed."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
     """Refuses a folder that holds a run of another configuration.
 
@@ -34,8 +28,7 @@ def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None
     path = workdir / CONFIG
     if not path.exists():
         return
-    old = ml_collections.ConfigDict(json.loads(path.read_text()))
-    changed = differences(old, config)
+    changed = differences(read_config(workdir), config)
     if changed:
         raise ConfigError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}; "

@@ -17,8 +17,8 @@ documents = st.lists(
 @settings(deadline=None, max_examples=80)
 @given(documents, st.integers(1, 16))
 def test_rows_hold_every_token_once_with_its_document(documents, length):
-    rows = PackedRows(documents, length)
     stream = np.concatenate(documents)
+    rows = PackedRows(stream, length, END)
     owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     assert len(rows) == (len(stream) - 1) // length
     for index in range(len(rows)):
@@ -36,7 +36,7 @@ def test_rows_hold_every_token_once_with_its_document(documents, length):
 
 
 def test_no_target_is_the_content_of_another_document():
-    rows = PackedRows([np.array([END, 5, 6]), np.array([END, 7, 8, 9]), np.array([END, 1])], 8)
+    rows = PackedRows(np.array([END, 5, 6, END, 7, 8, 9, END, 1], np.int32), 8, END)
     row = rows[0]
     last_of_segment = row["segments"][:-1] != row["segments"][1:]
     assert last_of_segment.sum() == 2

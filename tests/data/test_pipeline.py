@@ -4,13 +4,14 @@ import pytest
 
 from peerjax.data.packing import PackedRows
 from peerjax.data.pipeline import train_batches, validation_rows
+from peerjax.data.shards import Shard, ShardedTokens, write_shard
 from tests.training.tiny import tiny_config
 
 
 @pytest.fixture
 def rows():
     rng = np.random.default_rng(0)
-    return PackedRows([rng.integers(1, 99, 700).astype(np.int32) for _ in range(3)], 32)
+    return PackedRows(rng.integers(0, 99, 2100).astype(np.int32), 32, end_of_text=0)
 
 
 def take(iterator, count):
@@ -50,17 +51,34 @@ def test_processes_share_the_rows_of_every_step(rows, monkeypatch):
         assert sorted(batch) == sorted(row for part in parts for row in part[step])
 
 
+@pytest.fixture(params=["memory", "shards"])
+def stored_rows(request, rows, tmp_path):
+    """Rows in memory, and the same in two files."""
+    if request.param == "memory":
+        return rows
+    shards, tokens = [], rows.tokens
+    for part in (tokens[:700], tokens[700:]):
+        name = f"{len(shards)}.array_record"
+        write_shard(tmp_path / name, [part], token_bytes=2)
+        shards.append(Shard(name, "train", "d", 1, 0, len(part), 0))
+    stored = ShardedTokens(tmp_path, shards, token_bytes=2)
+    stored[0:9]  # an open file does not keep them from being sent to a worker
+    return PackedRows(stored, rows.length, rows.end_of_text)
+
+
 @pytest.mark.slow
-def test_worker_processes_change_nothing(rows):
+def test_worker_processes_change_nothing(rows, stored_rows):
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])  # grain's workers read flags
     config = tiny_config("unused")
-    expected = rows_of(take(train_batches(config, rows, next_batch=3), 10))
+    expected = take(train_batches(config, rows, next_batch=3), 10)
     config.data.workers = 2
-    iterator = train_batches(config, rows, next_batch=3)
-    assert rows_of(take(iterator, 10)) == expected
+    iterator = train_batches(config, stored_rows, next_batch=3)
+    for one, other in zip(take(iterator, 10), expected, strict=True):
+        for name in other:
+            np.testing.assert_array_equal(one[name], other[name])
     iterator.close()
 
 

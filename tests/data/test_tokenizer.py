@@ -1,11 +1,25 @@
 import importlib.resources
+import itertools
+import json
+import re
+import unittest.mock
 
+import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerjax.data.tokenizer import Tokenizer
-from peerjax.data.train_tokenizer import main as train_tokenizer
+from peerjax.data import tokenizer as tokenizer_module
+from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, without_duplicates
+from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
+from peerjax.data.train_tokenizer import train_tokenizer
+from peerjax.errors import ConfigError, DataError
+
+BUILTIN = importlib.resources.files("peerjax.data") / "bpe_4096.json"
+texts = st.lists(st.text() | st.just(END_OF_TEXT)).map("".join)
+# What cuts go by: spaces of all kinds, ends of lines, and what the pre-tokenizer tells apart.
+cuttable = st.text(alphabet="  \n\t\r\x1c\x85\xa0\u2028ab'sé漢.0", max_size=60)
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +27,45 @@ def tokenizer():
     return Tokenizer.load()
 
 
+def encode(tokenizer, *documents):
+    return np.concatenate([*tokenizer.encode(documents)])
+
+
 @settings(deadline=None)
-@given(st.text())
+@given(texts)
 def test_any_text_comes_back_and_its_bytes_are_counted(tokenizer, text):
-    (ids,) = tokenizer.encode_documents([text])
+    ids = encode(tokenizer, [text])
     assert ids[0] == tokenizer.end_of_text
+    assert tokenizer.end_of_text not in ids[1:]
     assert tokenizer.decode(ids.tolist()) == text
     assert tokenizer.bytes_per_token()[ids].sum() == len(text.encode())
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(cuttable, min_size=1, max_size=4), st.integers(1, 9))
+def test_pieces_encode_as_the_whole_does(tokenizer, blocks, piece):
+    text = "".join(blocks)
+    with unittest.mock.patch.object(tokenizer_module, "PIECE", piece):
+        found = [*pieces(blocks)]
+        assert found == [*pieces([text])]
+    assert "".join(found) == text
+    whole = tokenizers.Tokenizer.from_str(tokenizer.json)
+    assert [*itertools.chain(*(whole.encode(each).ids for each in found))] == whole.encode(text).ids
+
+
+def test_a_long_document_encodes_as_if_it_were_not_cut(tokenizer):
+    text = "".join(document.text for document in read_packages(["speeches"])[:40])
+    assert len([*pieces([text])]) > 5
+    whole = tokenizers.Tokenizer.from_str(tokenizer.json).encode(text).ids
+    assert encode(tokenizer, [text]).tolist() == [tokenizer.end_of_text, *whole]
+
+
+@pytest.mark.parametrize("unit", ["x", " ", "漢"])
+def test_no_piece_is_longer_than_the_longest(unit):
+    blocks = [unit * 700_001] * 5
+    found = [*pieces(blocks)]
+    assert max(map(len, found)) == LONGEST_PIECE
+    assert "".join(found) == "".join(blocks)
 
 
 def test_has_4096_entries(tokenizer):
@@ -28,5 +74,69 @@ def test_has_4096_entries(tokenizer):
 
 def test_training_it_again_gives_the_same_bytes(tmp_path):
     train_tokenizer(str(tmp_path / "again.json"))
-    committed = importlib.resources.files("peerjax.data") / "bpe_4096.json"
-    assert (tmp_path / "again.json").read_bytes() == committed.read_bytes()
+    assert (tmp_path / "again.json").read_bytes() == BUILTIN.read_bytes()
+
+
+def test_training_on_own_text_sees_the_training_split_once(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(["alpha", "beta", "gamma"], 9)) for _ in range(40)]
+    lines += lines[:5]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"body": x}) + "\n" for x in lines))
+    (tmp_path / "y.txt").write_text("one more document")
+    train_tokenizer(
+        str(tmp_path / "tok.json"), f"{tmp_path}/x.jsonl;{tmp_path}/y.txt", 300, "body", 0.3
+    )
+    documents = without_duplicates(read_files(f"{tmp_path}/x.jsonl;{tmp_path}/y.txt", "body"))
+    kept = [each.text for each in documents if split_of(each, 0.3) == TRAIN]
+    assert (tmp_path / "tok.json").read_text() == train_bpe(kept, 300)
+    assert Tokenizer.load(str(tmp_path / "tok.json")).vocab_size <= 300
+    with pytest.raises(ConfigError, match="vocab_size=256 is less than 257"):
+        train_tokenizer(str(tmp_path / "tok.json"), f"{tmp_path}/*.txt", 256)
+
+
+def changed(**changes):
+    parts = json.loads(BUILTIN.read_text())
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        place = parts
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    return json.dumps(parts)
+
+
+@pytest.mark.parametrize(
+    ("json_text", "message"),
+    [
+        (changed(added_tokens=[]), "'<|endoftext|>' is not special"),
+        (train_bpe(["a b"], 300).replace(END_OF_TEXT, "<pad>"), f"has no token {END_OF_TEXT!r}"),
+        (changed(normalizer={"type": "NFC"}), "changes text before it encodes it (normalizer NFC)"),
+        (changed(pre_tokenizer=None), "its pre_tokenizer is not byte-level"),
+        (changed(pre_tokenizer={"type": "Whitespace"}), "its pre_tokenizer is not byte-level"),
+        (changed(pre_tokenizer__add_prefix_space=True), "adds or removes characters"),
+        (changed(model__dropout=0.1), "it drops merges by chance"),
+        (changed(model__end_of_word_suffix="</w>"), "it marks parts of words"),
+        (changed(model__vocab={"a": 1, "b": 2}, model__merges=[]), "lacks 254 of the 256 bytes"),
+        (changed(model={"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}), "not BPE"),
+        ("{}", "is not a tokenizer JSON"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(json_text, message, tmp_path):
+    path = tmp_path / "tok.json"
+    path.write_text(json_text)
+    with pytest.raises(DataError, match=rf"tok.json .*{re.escape(message)}"):
+        Tokenizer.load(str(path))
+
+
+@settings(deadline=None)
+@given(texts)
+def test_what_else_a_tokenizer_json_asks_for_is_left_out(tokenizer, text):
+    # Tokenizers as they are published cut texts short, pad them and add tokens of their own.
+    published = tokenizers.Tokenizer.from_str(tokenizer.json)
+    published.enable_truncation(3)
+    published.enable_padding(length=9)
+    published.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    own = Tokenizer(published.to_str())
+    np.testing.assert_array_equal(encode(own, [text]), encode(tokenizer, [text]))

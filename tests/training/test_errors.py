@@ -54,6 +54,26 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["prepare.py", "--output={0}"], "--pattern"),
+        (["prepare.py", "--output={0}", "--pattern={0}/none"], "no file matches"),
+        (["prepare.py", "--output={0}", "--pattern=x", "--shard_mb=big"], "shard_mb"),
+        (["-m", "peerjax.data.train_tokenizer", "--output={0}", "--pattern={0}/x"], "no file"),
+    ],
+)
+def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
+    output = tmp_path / "output"
+    result = run_script(*(flag.format(output) for flag in flags))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -77,7 +97,9 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
             "model.width=8: a width of 8 does not pack: int2 codes need a multiple of 16",
         ),
         ({"model.width": 20}, "model.width=20: a width of 20 does not pack: int4 codes need"),
-        ({"data.pattern": ""}, "data.pattern is empty"),
+        ({"data.pattern": ""}, "data.source is 'files' but data.pattern is empty"),
+        ({"data.pattern": "web=;x"}, "the domain 'web' in the pattern 'web=;x' has no glob"),
+        ({"data.source": "shards", "data.tokenizer": "x"}, "leave data.tokenizer empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
         ({"model.routing_momentum": 0.0}, "model.routing_momentum=0.0 is not in (0, 1]"),
         ({"steps": 0}, "steps=0 is not positive"),

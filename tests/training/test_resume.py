@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from peerjax.errors import CheckpointError
+from peerjax.data.prepare import Settings, prepare
+from peerjax.errors import CheckpointError, DataError
 from peerjax.training.loop import train
 from tests.conftest import REPOSITORY
 from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
@@ -83,6 +84,26 @@ def test_killed_during_a_save(when, step, corpus, undisturbed, tmp_path):
     assert status == -signal.SIGKILL
     train(tiny_config(corpus), str(tmp_path))
     assert_same_run(tmp_path, undisturbed(0))
+
+
+@pytest.mark.slow
+def test_killed_while_training_from_shards(corpus, tmp_path):
+    shards = str(tmp_path / "shards")
+    prepare(Settings(corpus, validation_fraction=0.2, shard_mb=0.01), shards)
+    train(tiny_config(shards), str(tmp_path / "undisturbed"))
+    assert run_elsewhere(tmp_path / "run", shards, 0, "step", "7") == -signal.SIGKILL
+    train(tiny_config(shards), str(tmp_path / "run"))
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+    # Of another order, the same text gives other rows: the run is not continued.
+    other = tmp_path / "other"
+    for number, path in enumerate(sorted(Path(corpus).parent.glob("*.txt"), reverse=True)):
+        other.mkdir(exist_ok=True)
+        shutil.copy(path, other / f"{number:02d}.txt")
+    shutil.rmtree(shards)
+    prepare(Settings(f"{other}/*.txt", validation_fraction=0.2, shard_mb=0.01), shards)
+    with pytest.raises(DataError, match="trained with another corpus"):
+        train(tiny_config(shards), str(tmp_path / "run"))
 
 
 @pytest.mark.slow

@@ -38,11 +38,11 @@ def write_corpus(folder: Path, documents: int = 48) -> str:
 
 
 def tiny_config(pattern: str, seed: int = 0) -> ml_collections.ConfigDict:
-    """Two layers, 64 experts, 12 steps of 8 rows."""
+    """Two layers, 64 experts, 12 steps of 8 rows; a folder as `pattern` is one of shards."""
     config = default_config()
     config.seed = seed
     config.steps = STEPS
-    config.data.source = "files"
+    config.data.source = "shards" if Path(pattern).is_dir() else "files"
     config.data.pattern = pattern
     config.data.validation_fraction = 0.2
     config.data.sequence_length = 32

@@ -1,0 +1,386 @@
+"""Makes shards of tokens from a researcher's own text, in bounded memory, and goes on if killed.
+
+All text is read twice: once for a plan of which document goes into which shard, then shard by
+shard, each written under a temporary name and moved into place. Whatever is in place is whole, so
+a killed run needs no other record of how far it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peerjax.atomic import write_atomically
+from peerjax.data.meter import Meter
+from peerjax.data.plan import Documents, Plan, check_splits, make_plan, read_planned, scan
+from peerjax.data.shards import (
+    INDEX,
+    TOKENIZER,
+    Shard,
+    ShardIndex,
+    count_tokens,
+    token_bytes_for,
+    write_shard,
+)
+from peerjax.data.text_files import TextFile, find_files
+from peerjax.data.tokenizer import Tokenizer
+from peerjax.errors import ConfigError, DataError
+
+PLAN = "plan.json"
+# Files that are scanned in one go: so many, or so many bytes.
+SCAN_FILES, SCAN_BYTES = 512, 1 << 24
+POLL_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What shards depend on, beside the text; the fields are the flags of `prepare.py`.
+
+    Attributes:
+        pattern: see `find_files`.
+        tokenizer: path of a tokenizer JSON; empty for the one that comes with peerjax.
+        text_field: of JSON lines.
+        validation_fraction: share of the documents.
+        shard_mb: megabytes (10^6 bytes) of text in a shard.
+        skip_bad_files: leave out files that cannot be used, rather than stop.
+    """
+
+    pattern: str
+    tokenizer: str = ""
+    text_field: str = "text"
+    validation_fraction: float = 0.05
+    shard_mb: float = 64.0
+    skip_bad_files: bool = False
+
+
+def prepare(settings: Settings, output: str, workers: int = 0) -> None:
+    """Makes the shards of a corpus in a folder, or goes on with those that are missing.
+
+    Args:
+        settings: what to make.
+        output: the folder; it gets the shards, `tokenizer.json`, `plan.json`, and when all is
+            done `index.json`.
+        workers: processes; 0 means none beside this one, which uses the tokenizer's threads.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+        DataError: if text or tokenizer cannot be used, or the folder holds something else.
+    """
+    if not 0 < settings.validation_fraction < 1:
+        raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")
+    if settings.shard_mb <= 0:
+        raise ConfigError(f"shard_mb={settings.shard_mb} is not positive")
+    if workers < 0:
+        raise ConfigError(f"workers={workers} is negative")
+    folder, start = Path(output), time.monotonic()
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    recorded = {**dataclasses.asdict(settings), "tokenizer": tokenizer.digest}
+    files = find_files(settings.pattern, outside=folder)
+    with contextlib.ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_alone_in(folder))
+        known = _known_plan(folder, recorded)
+        meter = stack.enter_context(Meter())
+        counter = multiprocessing.get_context("spawn").Value("q")
+        executor = stack.enter_context(_executor(workers, tokenizer.json, counter))
+
+        # ---- What there is ----
+        plan = _plan(executor, files, settings, meter, counter, window=workers + 1)
+        described = {"settings": recorded, **plan.to_json()}
+        if known is not None and known != described:
+            raise DataError(
+                f"the text that {settings.pattern!r} matches is not what {folder} was begun with; "
+                "choose another --output, or the old text"
+            )
+        for line in plan.skipped:
+            meter.say(f"skipped: {line}")
+        check_splits(plan)
+        write_atomically(folder / PLAN, json.dumps(described, indent=1) + "\n")
+        write_atomically(folder / TOKENIZER, tokenizer.json)
+        for leftover in folder.glob(".*.array_record.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+        # ---- What is missing of it ----
+        token_bytes = token_bytes_for(tokenizer.vocab_size)
+        tokens = {
+            shard.name: count_tokens(folder / shard.name, token_bytes) for shard in plan.shards
+        }
+        missing = [shard for shard in plan.shards if tokens[shard.name] is None]
+        tasks = (
+            (str(folder / shard.name), *_part(plan, shard.first, shard.stop), settings.text_field)
+            for shard in missing
+        )
+        made_bytes = sum(shard.text_bytes for shard in missing)
+        kept = len(plan.shards) - len(missing)
+        if missing and kept:
+            meter.say(f"going on: {kept} of {len(plan.shards)} shards are there")
+        meter.begin("tokenizing", made_bytes)
+        shown = _Shown(meter, counter)
+        for number, count in _run(executor, _make_shard, tasks, workers + 1, shown.show):
+            tokens[missing[number].name] = count
+        meter.end()
+        index = _index(folder, plan, settings, tokenizer.digest, token_bytes, tokens)
+        write_atomically(folder / INDEX, index.to_json())
+    _close(index, folder, made_bytes, time.monotonic() - start)
+
+
+def _close(index: ShardIndex, folder: Path, made_bytes: int, seconds: float) -> None:
+    tokens = sum(shard.tokens for shard in index.shards)
+    text = sum(shard.text_bytes for shard in index.shards)
+    speed = f"{made_bytes / 1e6 / seconds:.1f} MB/s" if made_bytes else "it was finished already"
+    print(
+        f"{folder}: {tokens:,} tokens from {text:,} bytes of text in {len(index.shards)} shards; "
+        f"{speed}"
+    )
+
+
+# ---- The folder ----
+
+
+def _known_plan(folder: Path, recorded: dict[str, Any]) -> dict[str, Any] | None:
+    """What the folder was begun with.
+
+    Raises:
+        DataError: if that was something else.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        if any(not name.startswith(".") for name in os.listdir(folder)):
+            raise DataError(f"{folder} is not empty and holds no shards; choose another --output")
+        return None
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} (was {known['settings'].get(name)!r}, is {value!r})"
+        for name, value in recorded.items()
+        if known["settings"].get(name) != value
+    ]
+    if changed:
+        raise DataError(
+            f"{folder} was begun with other settings: {'; '.join(changed)}; "
+            "choose another --output, or the old values"
+        )
+    return known
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder for as long as this process lives."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(f"another run is preparing {folder}; let it finish") from None
+    finally:
+        os.close(handle)
+
+
+def _index(
+    folder: Path,
+    plan: Plan,
+    settings: Settings,
+    tokenizer: str,
+    token_bytes: int,
+    tokens: dict[str, int | None],
+) -> ShardIndex:
+    shards = [
+        Shard(
+            name=shard.name,
+            split=shard.split,
+            domain=shard.domain,
+            documents=shard.stop - shard.first,
+            text_bytes=shard.text_bytes,
+            tokens=tokens[shard.name] or 0,
+            file_bytes=(folder / shard.name).stat().st_size,
+        )
+        for shard in plan.shards
+    ]
+    return ShardIndex(
+        corpus=plan.corpus,
+        order=plan.order,
+        tokenizer=tokenizer,
+        token_bytes=token_bytes,
+        validation_fraction=settings.validation_fraction,
+        shards=shards,
+    )
+
+
+# ---- The work, and who does it ----
+
+
+class _Worker:
+    """What a worker has, set once: a tokenizer, and a count of bytes that all workers share."""
+
+    tokenizer: Tokenizer
+    counter: Any
+
+    @staticmethod
+    def start(json: str, counter: Any) -> None:
+        _Worker.tokenizer, _Worker.counter = Tokenizer(json), counter
+
+    @staticmethod
+    def start_process(json: str, counter: Any, threads: int) -> None:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+        _Worker.start(json, counter)
+
+    @staticmethod
+    def count(size: int) -> None:
+        with _Worker.counter.get_lock():
+            _Worker.counter.value += size
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _scan(
+    numbered: list[tuple[int, TextFile]], text_field: str
+) -> tuple[Documents, list[tuple[int, str]]]:
+    return scan(numbered, text_field, _Worker.count)
+
+
+def _make_shard(path: str, files: list[TextFile], documents: Documents, text_field: str) -> int:
+    tokens = 0
+    tokenizer = _Worker.tokenizer
+
+    def counted() -> Iterator[Any]:
+        nonlocal tokens
+        texts = read_planned(files, documents, text_field, _Worker.count)
+        for part in tokenizer.encode(texts):
+            tokens += len(part)
+            yield part
+
+    write_shard(Path(path), counted(), token_bytes_for(tokenizer.vocab_size))
+    return tokens
+
+
+def _executor(workers: int, json: str, counter: Any) -> Executor:
+    if not workers:
+        return ThreadPoolExecutor(1, initializer=_Worker.start, initargs=(json, counter))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_Worker.start_process,
+        initargs=(json, counter, threads),
+    )
+
+
+class _Shown:
+    """Shows on a meter what workers have counted since this was made."""
+
+    def __init__(self, meter: Meter, counter: Any):
+        self._meter, self._counter, self._first = meter, counter, counter.value
+
+    def show(self) -> None:
+        self._meter.update(self._counter.value - self._first)
+
+
+def _run(
+    executor: Executor,
+    function: Callable[..., Any],
+    tasks: Iterable[tuple[Any, ...]],
+    window: int,
+    show: Callable[[], None],
+) -> Iterator[tuple[int, Any]]:
+    """Runs tasks, at most `window` of them handed out at a time; yields numbers and results."""
+    waiting: dict[Future[Any], int] = {}
+    numbered = enumerate(tasks)
+    try:
+        while True:
+            while len(waiting) < window and (task := next(numbered, None)) is not None:
+                waiting[executor.submit(function, *task[1])] = task[0]
+            if not waiting:
+                return
+            for future in wait(waiting, POLL_SECONDS, FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+            show()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker was killed, perhaps for want of memory; run the same command again to go on, "
+            "with fewer --workers"
+        ) from None
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _plan(
+    executor: Executor,
+    files: list[TextFile],
+    settings: Settings,
+    meter: Meter,
+    counter: Any,
+    window: int,
+) -> Plan:
+    sizes = [_size(file.path) for file in files]
+    meter.begin("reading", sum(sizes))
+    shown = _Shown(meter, counter)
+    tasks = ((part, settings.text_field) for part in _scan_parts(files, sizes))
+    results = dict(_run(executor, _scan, tasks, window, shown.show))
+    meter.end()
+    in_order = [results[number] for number in sorted(results)]
+    faults = [fault for _, of_part in in_order for _, fault in of_part]
+    if faults and not settings.skip_bad_files:
+        more = f" (and {len(faults) - 1} more such files)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}; or leave out all such files by --skip_bad_files")
+    return make_plan(
+        files,
+        [documents for documents, _ in in_order],
+        faults,
+        validation_fraction=settings.validation_fraction,
+        shard_bytes=round(settings.shard_mb * 1e6),
+    )
+
+
+def _scan_parts(files: list[TextFile], sizes: list[int]) -> Iterator[list[tuple[int, TextFile]]]:
+    part: list[tuple[int, TextFile]] = []
+    total = 0
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        part.append((number, file))
+        total += size
+        if len(part) == SCAN_FILES or total >= SCAN_BYTES:
+            yield part
+            part, total = [], 0
+    if part:
+        yield part
+
+
+def _part(plan: Plan, first: int, stop: int) -> tuple[list[TextFile], Documents]:
+    """Some documents of a plan with their own files only, to be sent to a worker."""
+    documents = plan.documents.at(slice(first, stop))
+    own, renumbered = np.unique(documents.files, return_inverse=True)
+    return [plan.files[number] for number in own], documents._replace(files=renumbered)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # the scan says what is wrong
