@@ -14,8 +14,17 @@ from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
-from peerjax.model import KINDS, ModelConfig, MoeConfig, PeerConfig
+from peerjax.model import (
+    KINDS,
+    MONET_VD,
+    MONETS,
+    ModelConfig,
+    MoeConfig,
+    MonetConfig,
+    PeerConfig,
+)
 from peerjax.pool import STORAGES
+from peerjax.routing.monet import keys_per_side, quantile
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
 # Rules of pools that take a dense gradient.
@@ -86,6 +95,18 @@ def default_config() -> ml_collections.ConfigDict:
     moe.hidden = 256  # hidden neurons of an expert
     moe.balance_weight = 1e-2  # of the loss that spreads tokens over experts; 0 means none
 
+    monet = config.monet = ml_collections.ConfigDict()
+    monet.num_experts = 64**2  # N, a square: n keys a side
+    monet.expert_width = 4  # m, hidden neurons of an expert
+    monet.heads = 4  # H, routing heads
+    monet.top_k = 8  # keys that a side and head has on, on average
+    monet.group = 2  # blocks that share a router, one after the other
+    monet.uniformity_weight = 1e-3  # of the loss that spreads use over keys
+    monet.ambiguity_weight = 1e-3  # of the loss that makes choices sharp
+    # Of its matrices: "float32", under AdamW; or "int4", "int8", in packed codes under the rule and
+    # the learning rates of pools.
+    monet.storage = "float32"
+
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # or "int8", "bfloat16", "float32"
     # How a pool is updated. "adamw" is for float storage; "eco", its rounding error fed into
@@ -147,6 +168,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "model.heads", "model.mlp_width", "peer.heads", "peer.key_width")
     _require_positive(config, "peer.experts_per_head", "eval.every", "eval.rows", "log_every")
     _require_positive(config, "moe.num_experts", "moe.experts_per_token", "moe.hidden")
+    _require_positive(config, "monet.expert_width", "monet.heads", "monet.top_k", "monet.group")
     _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
     _require_choice(config, "data.source", ("packages", "files", "shards"))
@@ -158,6 +180,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
+    _require_choice(config, "monet.storage", ("float32", *BITS))
     model, peer, data = config.model, config.peer, config.data
     if data.source in ("files", "shards") and not data.pattern:
         raise ConfigError(f"data.source is {data.source!r} but data.pattern is empty")
@@ -206,6 +229,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if moe.balance_weight < 0:
         raise ConfigError(f"moe.balance_weight={moe.balance_weight} is negative; 0 means none")
     _validate_pool(config)
+    _validate_monet(config)
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
 
@@ -220,6 +244,7 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
         vocab_size=vocab_size,
         peer=peer,
         moe=MoeConfig(**config.moe),
+        monet=MonetConfig(**{name: config.monet[name] for name in MonetConfig.__annotations__}),
         pool_storage=config.pool.storage,
         implementation=implementation_of(config),
         **fields,
@@ -268,6 +293,27 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
             words_per_vector(config.model.width, bits)
         except ValueError as error:
             raise ConfigError(f"model.width={config.model.width}: {error}") from None
+
+
+def _validate_monet(config: ml_collections.ConfigDict) -> None:
+    monet, kinds = config.monet, dict(config.model.layers)
+    if not kinds.keys() & MONETS.keys():
+        return
+    try:
+        quantile(keys_per_side(monet.num_experts), monet.top_k)
+    except ValueError as error:
+        raise ConfigError(f"monet: {error}") from None
+    if MONET_VD in kinds and (monet.expert_width % 2 or config.model.width % 2):
+        raise ConfigError(
+            f"monet.expert_width={monet.expert_width} and model.width={config.model.width} must be "
+            "even for 'monet_vd', which halves them"
+        )
+    for kind, count in config.model.layers:
+        if kind in MONETS and count % monet.group:
+            raise ConfigError(
+                f"model.layers has {count} blocks of {kind!r} in a row, which is not divisible by "
+                f"monet.group={monet.group}"
+            )
 
 
 def _validate_layers(layers: tuple) -> None:

@@ -10,18 +10,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peerjax.layers.attention import Attention, KVCache, same_document, seen
-from peerjax.layers.auxiliary import LOSSES, ROUTING
+from peerjax.layers.auxiliary import LOSSES, ROUTING, keep_factored_routing, sow_loss
 from peerjax.layers.mlp import MLP
 from peerjax.layers.moe import MoE
+from peerjax.layers.monet import MonetHD, MonetVD
 from peerjax.layers.peer import EXPERT_IDS, PEER
 from peerjax.pool import ExpertPool, initialize_pool
+from peerjax.routing.monet import MonetRouter, ambiguity, uniformity
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
 # The kinds of feed-forward layer that `ModelConfig.layers` may name. To add one: write its
 # module in `peerjax/layers/`, name it here, and give it a branch in `Block.feed_forward`.
-DENSE, PEER_KIND, MOE_KIND = "dense", "peer", "moe"
-KINDS = (DENSE, PEER_KIND, MOE_KIND)
+DENSE, PEER_KIND, MOE_KIND, MONET_HD, MONET_VD = "dense", "peer", "moe", "monet_hd", "monet_vd"
+KINDS = (DENSE, PEER_KIND, MOE_KIND, MONET_HD, MONET_VD)
 KINDS_WITH_POOL = (PEER_KIND,)
+MONETS = {MONET_HD: MonetHD, MONET_VD: MonetVD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,19 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MonetConfig:
+    """Fields of Monet's layers; see `peerjax.layers.monet` and `peerjax.routing.monet`."""
+
+    num_experts: int
+    expert_width: int
+    heads: int
+    top_k: int
+    group: int
+    uniformity_weight: float
+    ambiguity_weight: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What a decoder is made of; `peerjax.config` documents the fields."""
 
@@ -61,6 +77,7 @@ class ModelConfig:
     remat: bool
     peer: PeerConfig
     moe: MoeConfig
+    monet: MonetConfig
     pool_storage: str
     routing_statistics: str = RUNNING  # of routers with batch normalisation
     implementation: str | None = None  # of lookups and mixtures
@@ -75,23 +92,36 @@ class ModelConfig:
         """Initial scale of what a sub-layer adds, so that the stream's variance stays O(1)."""
         return (2 * self.depth) ** -0.5
 
+    def group_of(self, kind: str) -> int:
+        """How many blocks of a kind, one after the other, share a router and are scanned as one."""
+        return self.monet.group if kind in MONETS else 1
+
+    @property
+    def monet_routers(self) -> int:
+        """Number of Monet's routers."""
+        return sum(count // self.monet.group for kind, count in self.layers if kind in MONETS)
+
     def experts_by_run(self) -> dict[str, int]:
         """Number of experts a layer of each run `run_<i>` whose layers route."""
         n1, n2 = self.peer.num_experts
         of_kind = {PEER_KIND: n1 * n2, MOE_KIND: self.moe.num_experts}
+        of_kind |= dict.fromkeys(MONETS, self.monet.num_experts)
         kinds = enumerate(kind for kind, _ in self.layers)
         return {f"run_{index}": of_kind[kind] for index, kind in kinds if kind in of_kind}
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Pre-norm attention and feed-forward, each added to the stream.
+
+    The first block of a group that shares a router has it, and hands its gates on.
+    """
 
     config: ModelConfig
     kind: str
 
     @nn.compact
-    def __call__(self, carry, positions_BL, mask, pool, layer):
-        """Maps `(x, cache)`; `pool` and the cache are stacks and `layer` is their index."""
+    def __call__(self, carry, positions_BL, mask, pool, layer, gates=None):
+        """Maps `(x, cache)`, and gives the gates; `layer` is the index in stacks."""
         x_BLD, cache = carry
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -102,10 +132,16 @@ class Block(nn.Module):
         mixed, cache = attention(normed, positions_BL, mask, cache, layer)
         x_BLD = x_BLD + mixed
         normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
-        return (x_BLD + self.feed_forward(normed, pool, layer), cache), None
+        y_BLD, gates = self.feed_forward(normed, pool, layer, gates)
+        return (x_BLD + y_BLD, cache), gates
 
-    def feed_forward(self, x_BLD, pool, layer):
-        """The feed-forward layer of this block's kind."""
+    def feed_forward(self, x_BLD, pool, layer, gates):
+        """The feed-forward layer of this block's kind, and gates that the next block shares."""
+        if self.kind in MONETS:
+            return self._monet(x_BLD, gates)
+        return self._of_one_block(x_BLD, pool, layer), None
+
+    def _of_one_block(self, x_BLD, pool, layer):
         config = self.config
         if self.kind == PEER_KIND:
             fields = dataclasses.asdict(config.peer)
@@ -130,9 +166,48 @@ class Block(nn.Module):
         mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")
         return mlp(x_BLD)
 
+    def _monet(self, x_BLD, gates):
+        monet = self.config.monet
+        routed = {"num_experts": monet.num_experts, "heads": monet.heads, "top_k": monet.top_k}
+        if gates is None:
+            statistics = self.config.routing_statistics
+            gates = MonetRouter(**routed, statistics=statistics, name="router")(x_BLD)
+            keep_factored_routing(self, *gates)
+            share = 1 / self.config.monet_routers
+            for name, weight, loss in (
+                ("uniformity", monet.uniformity_weight, uniformity),
+                ("ambiguity", monet.ambiguity_weight, ambiguity),
+            ):
+                sow_loss(self, name, share * weight * loss(*gates))
+        experts = MONETS[self.kind](
+            **routed,
+            expert_width=monet.expert_width,
+            residual_scale=self.config.residual_scale,
+            dtype=jnp.dtype(self.config.dtype),
+            name="monet",
+        )
+        return experts(x_BLD, *gates), gates
+
+
+class Group(nn.Module):
+    """Blocks that share a router, one after the other."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, carry, positions_BL, mask, pool, group):
+        """As `Block`; `group` is the number of the group in its run."""
+        gates = None
+        size = self.config.group_of(self.kind)
+        for number in range(size):
+            block = Block(self.config, self.kind, name=f"block_{number}")
+            carry, gates = block(carry, positions_BL, mask, pool, group * size + number, gates)
+        return carry, None
+
 
 class Run(nn.Module):
-    """A run of equal blocks, scanned; owns the stacked pools of its blocks."""
+    """A run of equal blocks, scanned block by block or group by group; owns their pools."""
 
     config: ModelConfig
     kind: str
@@ -144,20 +219,21 @@ class Run(nn.Module):
         pool = None
         if self.kind in KINDS_WITH_POOL:
             pool = self.variable("pools", "pool", self._initialize_pool).value
-        block = Block
+        size = self.config.group_of(self.kind)
+        unit = Group if size > 1 else Block
         if self.config.remat:
             policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
-        blocks = nn.scan(
-            block,
+            unit = nn.remat(unit, policy=policy, prevent_cse=False)
+        units = nn.scan(
+            unit,
             variable_axes=dict.fromkeys(("params", STATS, MOMENTS, "taps", ROUTING, LOSSES), 0),
             split_rngs={"params": True},
             # The pool is closed over: as a scanned input it would be copied layer by layer.
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=self.length,
-        )(self.config, self.kind, name="block")
-        layers = jnp.arange(self.length)
-        (x_BLD, cache), _ = blocks((x_BLD, cache), positions_BL, mask, pool, layers)
+            length=self.length // size,
+        )(self.config, self.kind, name="group" if size > 1 else "block")
+        numbers = jnp.arange(self.length // size)
+        (x_BLD, cache), _ = units((x_BLD, cache), positions_BL, mask, pool, numbers)
         return x_BLD, cache
 
     def _initialize_pool(self) -> ExpertPool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peerjax.layers.attention import rotate
-from peerjax.model import Decoder, ModelConfig, MoeConfig, PeerConfig
+from peerjax.model import Decoder, ModelConfig, MoeConfig, MonetConfig, PeerConfig
 
 VOCAB, LENGTH = 61, 24
 CONFIG = ModelConfig(
@@ -23,6 +23,7 @@ CONFIG = ModelConfig(
     remat=False,
     peer=PeerConfig((8, 16), 2, 4, 8, "gelu", "layernorm"),
     moe=MoeConfig(num_experts=5, experts_per_token=2, hidden=24, balance_weight=1e-2),
+    monet=MonetConfig(64, 4, 2, 3, 2, 1e-3, 1e-3),
     pool_storage="float32",
 )
 VARIANTS = {
@@ -32,6 +33,8 @@ VARIANTS = {
     "batchnorm": dataclasses.replace(
         CONFIG, peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
     ),
+    "monet_hd": dataclasses.replace(CONFIG, layers=(("dense", 1), ("monet_hd", 4))),
+    "monet_vd": dataclasses.replace(CONFIG, layers=(("monet_vd", 2),), remat=True),
     "remat": dataclasses.replace(CONFIG, remat=True),
     "moe": dataclasses.replace(CONFIG, layers=(("moe", 2), ("dense", 1))),
     "moe, bfloat16": dataclasses.replace(CONFIG, layers=(("moe", 2),), dtype="bfloat16"),
@@ -81,8 +84,9 @@ def test_changing_the_last_token_leaves_earlier_logits_bit_equal(name):
         assert np.any(logits[:, -1] != other[:, -1])
 
 
-def test_the_papers_batch_normalisation_leaks_the_future():
-    config = dataclasses.replace(VARIANTS["batchnorm"], routing_statistics="in_batch")
+@pytest.mark.parametrize("name", ["batchnorm", "monet_hd"])
+def test_the_papers_batch_normalisation_leaks_the_future(name):
+    config = dataclasses.replace(VARIANTS[name], routing_statistics="in_batch")
     _, _, inputs = make(config)
     changed = (inputs[0].at[:, -1].add(1) % VOCAB, *inputs[1:])
     evaluate, train = train_and_eval(config)

@@ -5,13 +5,15 @@ retrieval; norms, activations, softmaxes and sorting are not, nor is padding of 
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 
-from peerjax.model import DENSE, MOE_KIND, PEER_KIND, ModelConfig
+from peerjax.model import DENSE, MOE_KIND, MONET_HD, MONET_VD, PEER_KIND, ModelConfig
+from peerjax.routing.monet import keys_per_side
 
 # Parts of a model.
 PROJECTIONS, MIXING, MLP, ROUTER, RETRIEVAL, LOOKUP, EXPERTS, HEAD = (
     "attention projections", "attention scores and mixing", "mlp", "router", "retrieval", "lookup",
-    "experts of mixtures", "head",
+    "experts", "head",
 )  # fmt: skip
 
 
@@ -63,4 +65,20 @@ def _of_moe(config: ModelConfig) -> dict[str, int]:
     }
 
 
-_OF_KIND = {DENSE: _of_mlp, PEER_KIND: _of_peer, MOE_KIND: _of_moe}
+def _of_monet(config: ModelConfig) -> dict[str, float]:
+    monet = config.monet
+    keys = keys_per_side(monet.num_experts)
+    hidden = keys * monet.expert_width
+    return {
+        ROUTER: 2 * config.width * 2 * monet.heads * keys / monet.group,
+        EXPERTS: 4 * config.width * hidden + 4 * monet.heads * hidden + 2 * config.width * keys,
+    }
+
+
+_OF_KIND: dict[str, Callable[[ModelConfig], Mapping[str, float]]] = {
+    DENSE: _of_mlp,
+    PEER_KIND: _of_peer,
+    MOE_KIND: _of_moe,
+    MONET_HD: _of_monet,
+    MONET_VD: _of_monet,
+}

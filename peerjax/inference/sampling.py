@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from peerjax.layers.attention import KVCache
 from peerjax.model import Decoder, empty_cache
+from peerjax.optim import dequantize
 
 
 class Sampling(NamedTuple):
@@ -107,7 +108,7 @@ def _read(
     What is read and written behind the end of a shorter prompt is overwritten before it is seen.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    read: Any = model.apply(variables, tokens, positions, cache=cache, only=ends)
+    read: Any = model.apply(dequantize(variables), tokens, positions, cache=cache, only=ends)
     logits, cache = read
     return draw(logits[:, 0], _keys(sampling.seed, ends), sampling), cache
 
@@ -122,6 +123,7 @@ def _go_on(
     positions: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
     """Reads one token of every row, and draws the next."""
+    variables = dequantize(variables)
     read: Any = model.apply(variables, tokens[:, None], positions[:, None], cache=cache)
     logits, cache = read
     return draw(logits[:, 0], _keys(sampling.seed, positions), sampling), cache

@@ -27,5 +27,13 @@ def keep_routing(layer: nn.Module, ids: Int[Array, "T K"], gates: Float[Array, "
     _sow(layer, ROUTING, "gates", gates)
 
 
+def keep_factored_routing(
+    layer: nn.Module, g1: Float[Array, "B L H n"], g2: Float[Array, "B L H n"]
+) -> None:
+    """Leaves gates of the two sides of a router: expert i n + j has `sum_h g1_hi g2_hj`."""
+    _sow(layer, ROUTING, "g1", g1.reshape(-1, *g1.shape[-2:]))
+    _sow(layer, ROUTING, "g2", g2.reshape(-1, *g2.shape[-2:]))
+
+
 def _sow(layer: nn.Module, collection: str, name: str, value: Array) -> None:
     layer.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)

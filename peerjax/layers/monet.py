@@ -15,6 +15,9 @@ from peerjax.routing.monet import keys_per_side, mean_square_sum
 
 # The mean and the mean square of relu^2 over standard normal inputs.
 MEAN, MEAN_SQUARE = 0.5, 1.5
+# Names of parameters.
+MATRICES = ("u", "v", "u1", "u2", "v11", "v12", "v21", "v22")
+BIASES = ("c", "b", "c1", "c2", "b1", "b2")
 
 
 def horizontal(

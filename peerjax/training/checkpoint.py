@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from peerjax.atomic import write_atomically
 from peerjax.errors import CheckpointError
+from peerjax.optim import is_packed_matrix
 
 CHECKSUMS = "checksums.json"
 READ_SIZE = 1 << 22
@@ -265,5 +266,5 @@ def abstract(state_shapes: Any, shardings: Any) -> Any:
 
 
 def count_parameters(tree: Any) -> int:
-    """Number of elements in all leaves."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    """Number of elements in all leaves; a packed matrix has those of the matrix."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree, is_packed_matrix))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.layers.auxiliary import LOSSES, ROUTING
 from peerjax.model import Decoder
+from peerjax.optim import dequantize
 from peerjax.pool import ExpertPool
 from peerjax.routing.running_norm import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
@@ -46,11 +47,12 @@ def loss_and_gradients(
 
     Args:
         model: the decoder.
-        variables: its collections "params", "pools" and "stats".
+        variables: its collections "params", "pools" and "stats"; the gradient of params is that
+            with respect to `peerjax.optim.dequantize` of them.
         batch: rows of tokens.
         microbatches: in how many parts to compute; they divide the rows.
     """
-    params, fixed = variables["params"], {**variables, "params": None}
+    params, fixed = dequantize(variables["params"]), {**variables, "params": None}
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
         trained = {**fixed, "params": params, "taps": taps}
@@ -138,8 +140,13 @@ def whole_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
 
 
 def layer_by_run(collection: Any) -> dict[str, Any]:
-    """Takes `{run: {"block": {layer name: leaves}}}` apart: one layer of a block has leaves."""
-    return {run: next(iter(tree["block"].values())) for run, tree in collection.items()}
+    """The leaves of each run, by name: one module of what a run scans has some."""
+
+    def leaves_of(tree: Any) -> Any:
+        inner = next(iter(tree.values()))
+        return leaves_of(inner) if isinstance(inner, dict) else tree
+
+    return {run: leaves_of(tree) for run, tree in collection.items()}
 
 
 def inputs_of(batch: Batch) -> tuple[Array, Array, Array]:

@@ -8,14 +8,16 @@ import ml_collections
 import optax
 from jaxtyping import Array, Int, Key
 
+from pallas_kernels.storage import BITS
 from peerjax.config import DENSE_RULES, implementation_of
+from peerjax.layers.monet import BIASES, MATRICES
 from peerjax.model import Decoder
-from peerjax.optim import eco, int4_accumulation
+from peerjax.optim import eco, int4_accumulation, is_packed_matrix, pack
 from peerjax.routing.running_norm import STATS
 
 PARAMS, POOLS = "params", "pools"
 # Leaves that weight decay leaves alone: norms, embeddings.
-UNDECAYED = ("scale", "bias", "embedding")
+UNDECAYED = ("scale", "bias", "embedding", *BIASES)
 
 
 class Skipped(NamedTuple):
@@ -34,7 +36,7 @@ class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
     Attributes:
-        params: float leaves, differentiated.
+        params: float leaves, and matrices that are kept packed; differentiated as floats.
         pools: the expert pools, by run of blocks.
         opt_state: state of the optimizer over `{"params": params, "pools": pools}`.
         stats: running statistics of routers; the norm of each sub-key at step 0.
@@ -70,7 +72,7 @@ def create_state(
     # Parameters do not depend on the batch: the smallest that splits over the devices will do.
     tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
     variables = model.init(init_key, tokens, tokens, tokens)
-    params, pools = variables["params"], variables.get("pools", {})
+    params, pools = _packed(config, variables["params"]), variables.get("pools", {})
     return TrainState(
         params=params,
         pools=pools,
@@ -110,7 +112,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
     of_params = adamw(optimizer.learning_rate, _decayed)
-    labels = {PARAMS: PARAMS, POOLS: POOLS}
+
+    def labels(tree: Any) -> Any:
+        def label(path: Any, _: Any) -> str:
+            return POOLS if _is_to_be_packed(config, path) else PARAMS
+
+        of_params = jax.tree_util.tree_map_with_path(label, tree[PARAMS], is_leaf=is_packed_matrix)
+        return {PARAMS: of_params, POOLS: POOLS}
+
     if config.pool.rule in DENSE_RULES:
         of_pools = adamw(config.pool.learning_rate)
         if config.pool.rule == "eco":
@@ -133,6 +142,21 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         implementation=implementation_of(config),
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)
+
+
+def _packed(config: ml_collections.ConfigDict, params: Any) -> Any:
+    """Params with Monet's matrices in codes, if they are kept so."""
+    bits = BITS.get(config.monet.storage)
+
+    def pack_leaf(path: Any, leaf: Any) -> Any:
+        return pack(leaf, bits) if bits and _is_to_be_packed(config, path) else leaf
+
+    return jax.tree_util.tree_map_with_path(pack_leaf, params)
+
+
+def _is_to_be_packed(config: ml_collections.ConfigDict, path: Any) -> bool:
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return config.monet.storage in BITS and names[-2:-1] == ["monet"] and names[-1] in MATRICES
 
 
 def _decayed(tree: Any) -> Any:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.config import DENSE_RULES
 from peerjax.layers.auxiliary import ROUTING
 from peerjax.model import Decoder
-from peerjax.optim import apply_updates
+from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
 from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
 from peerjax.sharding.batches import split_rows
@@ -109,7 +109,8 @@ def make_first_statistics(
 
     def first_statistics(state: TrainState, batch: Batch) -> TrainState:
         def moments_of(part: Batch) -> Any:
-            return in_batch.apply(state.variables, *inputs_of(part), mutable=[MOMENTS])[1]
+            variables = dequantize(state.variables)
+            return in_batch.apply(variables, *inputs_of(part), mutable=[MOMENTS])[1]
 
         parts = jax.lax.map(moments_of, split_rows(batch, config.optimizer.microbatches))
         moments = pooled(parts).get(MOMENTS, {})
@@ -123,11 +124,11 @@ def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str
     num_experts = model.config.experts_by_run()
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        logits, kept = model.apply(variables, *inputs_of(batch), mutable=[ROUTING])
+        logits, kept = model.apply(dequantize(variables), *inputs_of(batch), mutable=[ROUTING])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
         gates = {
-            run: gate_sums(layer["ids"], layer["gates"], weight_BL.reshape(-1), num_experts[run])
+            run: gate_sums(layer, weight_BL.reshape(-1), num_experts[run])
             for run, layer in layer_by_run(kept.get(ROUTING, {})).items()
         }
         return {"nats": jnp.sum(losses * weight_BL), "gate_sums": gates}
@@ -136,13 +137,22 @@ def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str
 
 
 def gate_sums(
-    ids: Int[Array, "layers T K"],
-    gates: Float[Array, "layers T K"],
-    weight: Float[Array, " T"],
-    num_experts: int,
+    routing: dict[str, Array], weight: Float[Array, " T"], num_experts: int
 ) -> Float[Array, "layers N"]:
-    """Sums each expert's gates over the tokens: z of the PEER paper, before normalisation."""
-    weighted = gates * weight[None, :, None]
+    """Sums each expert's gates over the tokens: z of the PEER paper, before normalisation.
+
+    Args:
+        routing: what `peerjax.layers.auxiliary` keeps, stacked over layers: `ids` and `gates`
+            [layers, T, K], or the factors `g1` and `g2` [layers, T, H, n].
+        weight: of each token.
+        num_experts: N.
+    """
+    if "g1" in routing:
+        weighted = routing["g1"] * weight[None, :, None, None]
+        sums = jnp.einsum("lthi,lthj->lij", weighted, routing["g2"])
+        return sums.reshape(-1, num_experts)
+    ids = routing["ids"]
+    weighted = routing["gates"] * weight[None, :, None]
     zeros = jnp.zeros((ids.shape[0], num_experts), jnp.float32)
     layer = jnp.arange(ids.shape[0])[:, None, None]
     return zeros.at[layer, ids].add(weighted, mode="drop")

@@ -92,6 +92,14 @@ def test_mixture_with_the_padding_of_its_blocks():
     assert_counted(compiled_flops(config), sum(flops.values()) + padding)
 
 
+@pytest.mark.parametrize("kind", ["monet_hd", "monet_vd"])
+def test_monet_in_one_group(kind):
+    assert_counted(
+        compiled_flops(with_layers((kind, 2))),
+        sum(forward_flops(with_layers((kind, 2)), LENGTH, full_attention=True).values()),
+    )
+
+
 def test_a_causal_token_sees_half_of_its_row_on_average():
     whole = forward_flops(TINY, LENGTH, full_attention=True)
     causal = forward_flops(TINY, LENGTH)

@@ -59,12 +59,17 @@ def test_prompts_of_a_batch_go_on_as_each_would_alone():
     readable = readable_of(variables)
     prompts = [[0, 5, 7, 9, 11, 3], [0], [0, 8, 2]]
     together = np.array(list(generate(model, readable, prompts, 12, GREEDY))).T
+
+    @jax.jit
+    def logits_after(tokens, last):
+        return model.apply(readable, tokens, jnp.arange(LENGTH)[None], only=last)[0, 0]
+
     for prompt, continued in zip(prompts, together, strict=True):
-        tokens = list(prompt)
-        for token in continued:
-            logits = model.apply(readable, jnp.array([tokens]), jnp.arange(len(tokens))[None])
-            assert token == np.argmax(logits[0, -1])
-            tokens.append(int(token))
+        tokens = np.zeros((1, LENGTH), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for place, token in enumerate(continued, start=len(prompt)):
+            assert token == np.argmax(logits_after(tokens, np.array([place - 1])))
+            tokens[0, place] = token
 
 
 def test_draws_depend_on_seed_row_and_position_only():
@@ -91,8 +96,8 @@ logits_of_rows = hypothesis.extra.numpy.arrays(
 def test_the_nucleus_is_the_smallest_that_holds_its_share(logits, top_p):
     kept = np.isfinite(nucleus(jnp.asarray(logits), top_p))
     probabilities = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
-    for row, stays in zip(probabilities, kept, strict=True):
-        assert stays[np.argmax(row)]
+    for row, stays, scores in zip(probabilities, kept, logits, strict=True):
+        assert stays[np.argmax(scores)]
         assert row[stays].sum() >= top_p - 1e-5
         assert row[stays].min() >= row[~stays].max(initial=0)
         likelier = row[stays & (row > row[stays].min() * (1 + 1e-5))]

@@ -1,0 +1,39 @@
+"""Recipes: all are valid; those of a paper have its sizes."""
+
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from peerjax.config import model_config, validate
+from peerjax.model import Decoder
+from tests.conftest import REPOSITORY
+
+RECIPES = sorted(path.stem for path in Path(REPOSITORY, "configs").glob("*.py"))
+# Park et al., arXiv:2412.04139, table 6.
+MONETS = {"monet_850m": 853_501_440, "monet_1_4b": 1_465_157_632, "monet_4_1b": 4_173_401_088}
+
+
+def config_of(recipe):
+    return importlib.import_module(f"configs.{recipe}").get_config()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_is_valid(recipe):
+    validate(config_of(recipe))
+
+
+@pytest.mark.parametrize("kind", ["monet_hd", "monet_vd"])
+@pytest.mark.parametrize("recipe", MONETS)
+def test_monet_has_as_many_parameters_as_in_the_paper(recipe, kind):
+    config = config_of(recipe)
+    config.model.layers = ((kind, config.model.layers[0][1]),)
+    validate(config)
+    model = Decoder(model_config(config, vocab_size=32_000))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == MONETS[recipe]
+    assert f"{MONETS[recipe]:,}" in importlib.import_module(f"configs.{recipe}").__doc__
