@@ -1,21 +1,19 @@
-import os
 import subprocess
 import sys
 
 import numpy as np
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, on_devices
 
 
 def test_one_and_eight_devices_write_the_same_codes(tmp_path):
     found = {}
     for devices in (1, 8):
         output = tmp_path / f"{devices}.npz"
-        flags = f"--xla_force_host_platform_device_count={devices}"
         subprocess.run(
             [sys.executable, "-m", "tests.optim.on_devices", str(output)],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=on_devices(devices),
             check=True,
         )
         found[devices] = np.load(output)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from peerjax.config import validate
 from peerjax.errors import ConfigError
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, on_devices
 from tests.training.test_resume import assert_same_run, metrics_file
 from tests.training.test_step import LENGTH, ROWS, assert_close, make, make_batch
 from tests.training.tiny import STEPS, tiny_config
@@ -74,11 +73,10 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
     found = {}
     for devices in (1, 8):
         output = tmp_path / f"{devices}.npz"
-        flags = f"--xla_force_host_platform_device_count={devices}"
         subprocess.run(
             [sys.executable, "-m", "tests.training.on_devices", str(output)],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=on_devices(devices),
             check=True,
         )
         found[devices] = dict(np.load(output))

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,17 +14,16 @@ import pytest
 from peerjax.data.prepare import Settings, prepare
 from peerjax.errors import CheckpointError, DataError
 from peerjax.training.loop import train
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, on_devices
 from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
 
 
 def run_elsewhere(workdir, corpus, seed, *kill, devices=1):
     """Runs the tiny configuration in another process; returns its exit status."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
         [sys.executable, "-m", "tests.training.tiny", str(workdir), corpus, str(seed), *kill],
         cwd=REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=on_devices(devices),
         capture_output=True,
         check=False,
     ).returncode
