@@ -316,9 +316,8 @@ def logits_of(config, tree, tokens):
     for index in range(config["num_hidden_layers"]):
         layer = params[f"layer_{index}"]
         mask = jnp.ones((batch, 1, length, length), bool)
-        x += attention.apply(
-            {"params": layer["attention"]}, norm("attention_norm", layer, x), positions, mask
-        )
+        normed = norm("attention_norm", layer, x)
+        x += attention.apply({"params": layer["attention"]}, normed, positions, mask)[0]
         normed = norm("feed_forward_norm", layer, x)
         if "router" in layer:
             stats = tree["stats"][f"layer_{index}"]["router"]

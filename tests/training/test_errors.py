@@ -15,7 +15,7 @@ from peerjax.errors import ConfigError, DataError, DivergenceError
 from peerjax.training.loop import train
 from peerjax.training.metrics import read_metrics
 from tests.conftest import REPOSITORY, config_of_finished
-from tests.training.tiny import tiny_config
+from tests.training.tiny import SAVE_EVERY, tiny_config
 
 
 def run_script(*arguments):
