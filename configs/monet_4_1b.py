@@ -1,30 +1,13 @@
-"""Monet's 4.1B model: 4,173,401,088 parameters with a vocabulary of 32,000, 512^2 experts a layer.
+"""Monet's 4.1B model: 4,173,401,088 parameters with a vocabulary of 32,000; otherwise as `monet_850m.py`."""
 
-Park et al., arXiv:2412.04139, table 6. Horizontal; `--config.model.layers="(('monet_vd', 32),)"`
-makes it vertical, of the same size.
-"""
-
-from peerjax.config import default_config
+from configs import monet_850m
 
 
 def get_config():
-    config = default_config()
-    config.steps = 100_000
-    config.data.sequence_length = 2048
-    config.data.batch_size = 256
+    config = monet_850m.get_config()
     config.model.width = 3072
     config.model.layers = (("monet_hd", 32),)
     config.model.heads = 24
-    config.model.dtype = "bfloat16"
-    config.model.remat = True
-    config.monet.num_experts = 512**2
     config.monet.expert_width = 24
     config.monet.heads = 12
-    config.monet.top_k = 32
-    config.monet.group = 4
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 2000
-    config.eval.every = 5000
-    config.eval.rows = 128
-    config.checkpoint.every = 1000
     return config
