@@ -1,4 +1,7 @@
-"""Monet's 1.4B model: 1,465,157,632 parameters with a vocabulary of 32,000; otherwise as `monet_850m.py`."""
+"""Monet's 1.4B model: 1,465,157,632 parameters with a vocabulary of 32,000.
+
+Otherwise as `monet_850m.py`.
+"""
 
 from configs import monet_850m
 

@@ -1,4 +1,7 @@
-"""Monet's 4.1B model: 4,173,401,088 parameters with a vocabulary of 32,000; otherwise as `monet_850m.py`."""
+"""Monet's 4.1B model: 4,173,401,088 parameters with a vocabulary of 32,000.
+
+Otherwise as `monet_850m.py`.
+"""
 
 from configs import monet_850m
 
