@@ -53,7 +53,7 @@ STORAGES = {
     INT8: Arm({"pool.storage": "int8"}),
     ECO: Arm({"pool.storage": "int4", "pool.rule": "eco"}),
 }
-BUFFERS = (0, 2, 4, 8)
+BUFFERS, LATE_BUFFERS = (0, 2, 4, 8), (0, 4)
 SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
 # Storages at other numbers of experts than the quickstart's 256^2.
 SIZES = (
@@ -182,7 +182,8 @@ def _buffers(
     """Losses by learning rate and buffer: at the best rate, at a tenth, and there for longer."""
     few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
     found = {}
-    for factor in (1, 0.1):
+    small = 0.1  # of the best rate
+    for factor in (1, small):
         ours, eco = (
             {**rates[name], OF_POOLS: rates[name][OF_POOLS] * factor} for name in (INT4, ECO)
         )
@@ -192,9 +193,11 @@ def _buffers(
             found[rate, f"{bits} bits"] = losses(few, ours, steps, **more)
         found[rate, f"ECO at {eco[OF_POOLS]:g}"] = losses(arms[ECO], eco, steps)
     if steps == STEPS:
-        for bits in BUFFERS[::2]:
+        late = {**rates[INT4], OF_POOLS: rates[INT4][OF_POOLS] * small}
+        for bits in LATE_BUFFERS:
             more = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            found[rate, f"{bits} bits, {LATE_STEPS} steps"] = losses(few, ours, LATE_STEPS, **more)
+            name = f"{bits} bits, {LATE_STEPS} steps"
+            found[late[OF_POOLS], name] = losses(few, late, LATE_STEPS, **more)
     return found
 
 

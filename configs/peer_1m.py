@@ -17,7 +17,6 @@ def get_config():
     config.peer.heads = 8
     config.peer.experts_per_head = 16
     config.peer.key_width = 128
-    config.peer.query_norm = "batchnorm"
     config.optimizer.learning_rate = 1e-3
     config.pool.storage = "float32"
     config.pool.rule = "adamw"

@@ -92,10 +92,6 @@ class ModelConfig:
         """Initial scale of what a sub-layer adds, so that the stream's variance stays O(1)."""
         return (2 * self.depth) ** -0.5
 
-    def group_of(self, kind: str) -> int:
-        """How many blocks of a kind, one after the other, share a router and are scanned as one."""
-        return self.monet.group if kind in MONETS else 1
-
     @property
     def monet_routers(self) -> int:
         """Number of Monet's routers."""
@@ -190,7 +186,7 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks that share a router, one after the other."""
+    """Blocks of Monet that share a router, one after the other."""
 
     config: ModelConfig
     kind: str
@@ -199,7 +195,7 @@ class Group(nn.Module):
     def __call__(self, carry, positions_BL, mask, pool, group):
         """As `Block`; `group` is the number of the group in its run."""
         gates = None
-        size = self.config.group_of(self.kind)
+        size = self.config.monet.group
         for number in range(size):
             block = Block(self.config, self.kind, name=f"block_{number}")
             carry, gates = block(carry, positions_BL, mask, pool, group * size + number, gates)
@@ -219,8 +215,9 @@ class Run(nn.Module):
         pool = None
         if self.kind in KINDS_WITH_POOL:
             pool = self.variable("pools", "pool", self._initialize_pool).value
-        size = self.config.group_of(self.kind)
-        unit = Group if size > 1 else Block
+        grouped = self.kind in MONETS
+        unit = Group if grouped else Block
+        length = self.length // self.config.monet.group if grouped else self.length
         if self.config.remat:
             policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
             unit = nn.remat(unit, policy=policy, prevent_cse=False)
@@ -230,10 +227,9 @@ class Run(nn.Module):
             split_rngs={"params": True},
             # The pool is closed over: as a scanned input it would be copied layer by layer.
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
-            length=self.length // size,
-        )(self.config, self.kind, name="group" if size > 1 else "block")
-        numbers = jnp.arange(self.length // size)
-        (x_BLD, cache), _ = units((x_BLD, cache), positions_BL, mask, pool, numbers)
+            length=length,
+        )(self.config, self.kind, name="group" if grouped else "block")
+        (x_BLD, cache), _ = units((x_BLD, cache), positions_BL, mask, pool, jnp.arange(length))
         return x_BLD, cache
 
     def _initialize_pool(self) -> ExpertPool:

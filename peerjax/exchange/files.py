@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
 
+from peerjax.atomic import replace_whole
 from peerjax.errors import UserError
 
 
@@ -34,14 +34,3 @@ def write_tensors(
     """Writes a safetensors file; one that was there stays whole if this fails."""
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     replace_whole(path, lambda to: safetensors.numpy.save_file(arrays, to, metadata))
-
-
-def replace_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file under another name, and renames it when it is whole."""
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    try:
-        write(unfinished)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -23,8 +23,9 @@ import numpy as np
 import safetensors
 from flax.traverse_util import unflatten_dict
 
+from peerjax.atomic import write_atomically
 from peerjax.errors import UserError
-from peerjax.exchange.files import named_leaves, replace_whole, write_tensors
+from peerjax.exchange.files import named_leaves, write_tensors
 from peerjax.routing.running_norm import STATS, Moments
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -176,7 +177,7 @@ def write_hf(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE, tensors, {"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True) + "\n"
-    replace_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG, text)
 
 
 def layout(config: dict[str, Any]) -> dict[str, Place]:

@@ -83,56 +83,40 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     cache = empty_cache(model.config, len(prompts), int(max(lengths)) + count)
-    ends = jnp.asarray(lengths - 1, jnp.int32)
-    drawn, cache = _read(model, sampling, variables, cache, jnp.asarray(tokens), ends)
-    for _ in range(1, count):
+    read = partial(
+        _read, model, sampling._replace(seed=0), jax.random.key(sampling.seed), variables
+    )
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    drawn, cache = read(cache, tokens, positions, np.asarray(lengths - 1, np.int32))
+    first = np.zeros(len(prompts), np.int32)
+    for step in range(count - 1):
         # The next step is on its way before this one's tokens are waited for.
-        ends = ends + 1
-        following, cache = _go_on(model, sampling, variables, cache, drawn, ends)
+        places = np.asarray(lengths + step, np.int32)[:, None]
+        following, cache = read(cache, drawn[:, None], places, first)
         yield np.asarray(drawn)
         drawn = following
     yield np.asarray(drawn)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _read(
     model: Decoder,
     sampling: Sampling,
+    key: Key[Array, ""],
     variables: dict[str, Any],
     cache: dict[str, KVCache],
     tokens: Int[Array, "B L"],
-    ends: Int[Array, " B"],
+    positions: Int[Array, "B L"],
+    last: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
-    """Reads prompts, and draws what follows position `ends` of each.
+    """Reads some tokens of every row, and draws what follows number `last` of them.
 
     What is read and written behind the end of a shorter prompt is overwritten before it is seen.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    read: Any = model.apply(dequantize(variables), tokens, positions, cache=cache, only=ends)
+    read: Any = model.apply(dequantize(variables), tokens, positions, cache=cache, only=last)
     logits, cache = read
-    return draw(logits[:, 0], _keys(sampling.seed, ends), sampling), cache
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _go_on(
-    model: Decoder,
-    sampling: Sampling,
-    variables: dict[str, Any],
-    cache: dict[str, KVCache],
-    tokens: Int[Array, " B"],
-    positions: Int[Array, " B"],
-) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
-    """Reads one token of every row, and draws the next."""
-    variables = dequantize(variables)
-    read: Any = model.apply(variables, tokens[:, None], positions[:, None], cache=cache)
-    logits, cache = read
-    return draw(logits[:, 0], _keys(sampling.seed, positions), sampling), cache
-
-
-def _keys(seed: int, positions: Int[Array, " B"]) -> Key[Array, " B"]:
-    rows = jnp.arange(positions.shape[0])
-    return jax.vmap(
-        lambda row, position: jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(seed), row), position
-        )
-    )(rows, positions)
+    rows = jnp.arange(len(last))
+    keys = jax.vmap(
+        lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
+    )(rows, positions[rows, last])
+    return draw(logits[:, 0], keys, sampling), cache
