@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peerjax.layers.attention import Attention, KVCache, same_document, seen
-from peerjax.layers.auxiliary import LOSSES, ROUTING, keep_factored_routing, sow_loss
 from peerjax.layers.mlp import MLP
 from peerjax.layers.moe import MoE
 from peerjax.layers.monet import MonetHD, MonetVD
-from peerjax.layers.peer import EXPERT_IDS, PEER
+from peerjax.layers.peer import PEER
 from peerjax.pool import ExpertPool, initialize_pool
+from peerjax.routing.auxiliary import EXPERT_IDS, LOSSES, ROUTING, keep_factored_routing, sow_loss
 from peerjax.routing.monet import MonetRouter, ambiguity, uniformity
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
 
     Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
     run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
-    `peerjax.layers.peer.PEER`, "routing" and "losses" as `peerjax.layers.auxiliary`, stacked over
+    `peerjax.layers.peer.PEER`, "routing" and "losses" as `peerjax.routing.auxiliary`, stacked over
     the blocks of a run.
     """
 

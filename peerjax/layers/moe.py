@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from peerjax.layers.auxiliary import keep_routing, sow_loss
-from peerjax.layers.peer import EXPERT_IDS
+from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing, sow_loss
 from peerjax.routing.expert_blocks import mixture
 from peerjax.routing.token_choice import balance_loss, gates_of
 

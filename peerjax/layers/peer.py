@@ -7,14 +7,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.factored_gradient import Tap
-from peerjax.layers.auxiliary import keep_routing
 from peerjax.pool import ExpertPool
+from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing
 from peerjax.routing.product_keys import pair_scores, top_k_pairs
 from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
 from peerjax.sharding.pools import sharded_lookup
-
-# Every rematerialisation policy must save arrays of this name.
-EXPERT_IDS = "expert_ids"
 
 
 class PEER(nn.Module):

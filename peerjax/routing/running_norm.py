@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from peerjax.routing.auxiliary import sow_last
+
 # Collections: what a layer reads, and what it found in the batch at hand.
 STATS, MOMENTS = "stats", "moments"
 # Whose statistics a training step normalises by: those of the steps before, or of its own batch.
@@ -53,13 +55,7 @@ class RunningNorm(nn.Module):
             of_batch = Moments(
                 jnp.mean(z, self.axes, keepdims=True), jnp.var(z, self.axes, keepdims=True)
             )
-            self.sow(
-                MOMENTS,
-                "moments",
-                jax.lax.stop_gradient(of_batch),
-                init_fn=lambda: None,
-                reduce_fn=lambda _, new: new,
-            )
+            sow_last(self, MOMENTS, "moments", jax.lax.stop_gradient(of_batch))
             if self.statistics == IN_BATCH:
                 moments = of_batch
         return (z - moments.mean) * jax.lax.rsqrt(moments.variance + self.eps)

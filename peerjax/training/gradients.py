@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
-from peerjax.layers.auxiliary import LOSSES, ROUTING
 from peerjax.model import Decoder
 from peerjax.optim import dequantize
 from peerjax.pool import ExpertPool
+from peerjax.routing.auxiliary import LOSSES, ROUTING
 from peerjax.routing.running_norm import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
 from peerjax.sharding.pools import dense_pool_gradient, gather_tokens

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.config import DENSE_RULES
-from peerjax.layers.auxiliary import ROUTING
 from peerjax.model import Decoder
 from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
+from peerjax.routing.auxiliary import ROUTING
 from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
 from peerjax.sharding.batches import split_rows
 from peerjax.training.gradients import (
@@ -142,7 +142,7 @@ def gate_sums(
     """Sums each expert's gates over the tokens: z of the PEER paper, before normalisation.
 
     Args:
-        routing: what `peerjax.layers.auxiliary` keeps, stacked over layers: `ids` and `gates`
+        routing: what `peerjax.routing.auxiliary` keeps, stacked over layers: `ids` and `gates`
             [layers, T, K], or the factors `g1` and `g2` [layers, T, H, n].
         weight: of each token.
         num_experts: N.

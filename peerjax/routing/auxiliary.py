@@ -1,10 +1,14 @@
 """What layers leave beside their output: losses of their own, and which experts they chose."""
 
+from typing import Any
+
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 # Collections. Each value is the last one sown, stacked over the blocks of a run.
 LOSSES, ROUTING = "losses", "routing"
+# Every rematerialisation policy must save arrays of this name.
+EXPERT_IDS = "expert_ids"
 
 
 def sow_loss(layer: nn.Module, name: str, loss: Float[Array, ""]) -> None:
@@ -18,22 +22,23 @@ def sow_loss(layer: nn.Module, name: str, loss: Float[Array, ""]) -> None:
         name: of the term; each name once a layer.
         loss: already weighted.
     """
-    _sow(layer, LOSSES, name, loss)
+    sow_last(layer, LOSSES, name, loss)
 
 
 def keep_routing(layer: nn.Module, ids: Int[Array, "T K"], gates: Float[Array, "T K"]) -> None:
     """Leaves a layer's choice for whoever makes "routing" mutable: one layer of a block."""
-    _sow(layer, ROUTING, "ids", ids)
-    _sow(layer, ROUTING, "gates", gates)
+    sow_last(layer, ROUTING, "ids", ids)
+    sow_last(layer, ROUTING, "gates", gates)
 
 
 def keep_factored_routing(
     layer: nn.Module, g1: Float[Array, "B L H n"], g2: Float[Array, "B L H n"]
 ) -> None:
     """Leaves gates of the two sides of a router: expert i n + j has `sum_h g1_hi g2_hj`."""
-    _sow(layer, ROUTING, "g1", g1.reshape(-1, *g1.shape[-2:]))
-    _sow(layer, ROUTING, "g2", g2.reshape(-1, *g2.shape[-2:]))
+    sow_last(layer, ROUTING, "g1", g1.reshape(-1, *g1.shape[-2:]))
+    sow_last(layer, ROUTING, "g2", g2.reshape(-1, *g2.shape[-2:]))
 
 
-def _sow(layer: nn.Module, collection: str, name: str, value: Array) -> None:
+def sow_last(layer: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Leaves a value in a collection, in place of one that is there; once a call."""
     layer.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
