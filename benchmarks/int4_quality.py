@@ -19,7 +19,7 @@ from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
 
 RECIPE, WIDTH = "quickstart", 128
-STEPS, QUICK_STEPS, LATE_STEPS, LONG_STEPS = 500, 12, 2000, 10_000
+STEPS, QUICK_STEPS, LONG_STEPS = 500, 12, 10_000
 # Enough rows that the error of the validation loss itself does not matter.
 EVALUATION: Settings = {
     "eval.rows": 96, "eval.every": 500, "checkpoint.every": 250, "peer.query_norm": "batchnorm",
@@ -27,6 +27,7 @@ EVALUATION: Settings = {
 SHARED, OF_POOLS = "optimizer.learning_rate", "pool.learning_rate"
 START = {SHARED: 1e-2, OF_POOLS: 3e-2}
 FEW, MANY = (0, 1, 2), tuple(range(6))
+TENTH = 0.1  # of the best learning rate: steps small enough to need a buffer, if any are
 
 
 class Arm(NamedTuple):
@@ -53,17 +54,19 @@ STORAGES = {
     INT8: Arm({"pool.storage": "int8"}),
     ECO: Arm({"pool.storage": "int4", "pool.rule": "eco"}),
 }
-BUFFERS, LATE_BUFFERS = (0, 2, 4, 8), (0, 4)
+BUFFERS = (0, 2, 4, 8)
 SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
 # Storages at other numbers of experts than the quickstart's 256^2.
 SIZES = (
     (INT4, LARGE), (INT4, DOUBLE), (ADAMW, SMALL), (INT4, SMALL), (BFLOAT16, SMALL),
     (BFLOAT16, DOUBLE), (INT8, SMALL), (FLOAT32, SMALL),
 )  # fmt: skip
+SMALL_MODEL = "a small model"  # that can be trained for long
 LONG: Settings = {
-    "steps": LONG_STEPS, "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64),
+    "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64),
     "peer.key_width": 32, "peer.query_norm": "batchnorm", "data.sequence_length": 128,
-    "data.batch_size": 4, "eval.every": 250, "eval.rows": 32, "checkpoint.every": 500, "seed": 0,
+    "data.batch_size": 4,
+    "eval.rows": 32, "checkpoint.every": 500,
 }  # fmt: skip
 
 
@@ -122,20 +125,19 @@ def run(quick: bool) -> Result:
         )
         for name, root in (SIZES[:1] if quick else SIZES)
     }
-    buffers = _buffers(arms, rates, steps)
     sizes |= {(name, (256, 256)): found for name, found in storages.items() if name != ECO}
     long_steps = QUICK_STEPS if quick else LONG_STEPS
-    long = train(
-        RECIPE,
-        {**LONG, "steps": long_steps, "eval.every": max(1, long_steps // 40)},
-        keep_series=True,
-    )
+    long_run = {**LONG, **rates[INT4], "eval.every": max(1, long_steps // 40)}
+    long = train(RECIPE, {**long_run, "steps": long_steps, "seed": 0}, keep_series=True)
+    buffers = _buffers(arms, rates, steps, long_steps)
     details = {
         "steps": steps,
         "rates": rates,
         "tuning": {name: tables for name, (_, tables) in tuning.items()},
         "storages": storages,
-        "buffers": {f"{rate:g}, {name}": found for (rate, name), found in buffers.items()},
+        "buffers": {
+            f"{model}, {rate:g}, {name}": found for (model, rate, name), found in buffers.items()
+        },
         "sizes": [
             {
                 "pools": name,
@@ -157,8 +159,8 @@ def run(quick: bool) -> Result:
                 for name, each in storages.items()
             ),
             *(
-                _against(f"int4, {name}", rate, each, buffers[rate, "4 bits"])
-                for (rate, name), each in buffers.items()
+                _against(f"{model}, int4, {name}", rate, each, buffers[model, rate, "4 bits"])
+                for (model, rate, name), each in buffers.items()
             ),
             *(
                 _against(
@@ -177,27 +179,26 @@ def run(quick: bool) -> Result:
 
 
 def _buffers(
-    arms: dict[str, Arm], rates: dict[str, dict[str, float]], steps: int
-) -> dict[tuple[float, str], list[float]]:
-    """Losses by learning rate and buffer: at the best rate, at a tenth, and there for longer."""
-    few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
+    arms: dict[str, Arm], rates: dict[str, dict[str, float]], steps: int, long_steps: int
+) -> dict[tuple[str, float, str], list[float]]:
+    """Losses by model, learning rate and buffer: at the best, at a tenth, and there for long."""
     found = {}
-    small = 0.1  # of the best rate
-    for factor in (1, small):
+    for model, length, factor, more in (
+        (RECIPE, steps, 1, {}),
+        (RECIPE, steps, TENTH, {}),
+        (SMALL_MODEL, long_steps, TENTH, {**LONG, "eval.every": long_steps}),
+    ):
         ours, eco = (
             {**rates[name], OF_POOLS: rates[name][OF_POOLS] * factor} for name in (INT4, ECO)
         )
-        rate = ours[OF_POOLS]
+        few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
         for bits in BUFFERS:
-            more = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            found[rate, f"{bits} bits"] = losses(few, ours, steps, **more)
-        found[rate, f"ECO at {eco[OF_POOLS]:g}"] = losses(arms[ECO], eco, steps)
-    if steps == STEPS:
-        late = {**rates[INT4], OF_POOLS: rates[INT4][OF_POOLS] * small}
-        for bits in LATE_BUFFERS:
-            more = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            name = f"{bits} bits, {LATE_STEPS} steps"
-            found[late[OF_POOLS], name] = losses(few, late, LATE_STEPS, **more)
+            buffer = {} if bits == 4 else {"pool.accumulator_bits": bits}
+            key = model, ours[OF_POOLS], f"{bits} bits"
+            found[key] = losses(few, ours, length, **buffer, **more)
+        found[model, ours[OF_POOLS], f"ECO at {eco[OF_POOLS]:g}"] = losses(
+            arms[ECO], eco, length, **more
+        )
     return found
 
 
