@@ -3,7 +3,7 @@
 from absl import flags
 
 from peerjax import script
-from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_evaluation
+from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
 from peerjax.inference.trained import open_run
 from peerjax.training.workdir import folder_of
 
@@ -12,17 +12,20 @@ STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest by defa
 PATTERN = flags.DEFINE_string(
     "pattern", "", "Text to read, as data.pattern; the run's validation text by default."
 )
+REMOVE = flags.DEFINE_list(
+    "remove_domains", [], "Then also without the experts of these domains; or 'all'."
+)
 ROWS = flags.DEFINE_integer("rows", None, "Of each domain, spread evenly; all by default.", 1)
 OUTPUT = flags.DEFINE_string("output", None, "A folder; by default evaluation/ in the workdir.")
 
 
 def main() -> None:
-    """Prints loss by domain and expert usage, and writes them down."""
+    """Prints loss by domain and expert usage, with all experts or without a domain's."""
     run = open_run(WORKDIR.value, STEP.value)
-    evaluation = evaluate_run(run, PATTERN.value, ROWS.value)
+    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value)
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
-    write_evaluation(folder, evaluation, facts)
+    write_evaluation(folder, evaluation, facts, removals)
     print_evaluation(folder)
 
 

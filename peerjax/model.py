@@ -15,7 +15,15 @@ from peerjax.layers.moe import MoE
 from peerjax.layers.monet import MonetHD, MonetVD
 from peerjax.layers.peer import PEER
 from peerjax.pool import ExpertPool, initialize_pool
-from peerjax.routing.auxiliary import EXPERT_IDS, LOSSES, ROUTING, keep_factored_routing, sow_loss
+from peerjax.routing.auxiliary import (
+    EXPERT_IDS,
+    LOSSES,
+    REMOVED,
+    ROUTING,
+    keep_factored_routing,
+    removed_experts,
+    sow_loss,
+)
 from peerjax.routing.monet import MonetRouter, ambiguity, uniformity
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
@@ -175,6 +183,7 @@ class Block(nn.Module):
                 ("ambiguity", monet.ambiguity_weight, ambiguity),
             ):
                 sow_loss(self, name, share * weight * loss(*gates))
+            gates = (*gates, removed_experts(self))
         experts = MONETS[self.kind](
             **routed,
             expert_width=monet.expert_width,
@@ -223,7 +232,9 @@ class Run(nn.Module):
             unit = nn.remat(unit, policy=policy, prevent_cse=False)
         units = nn.scan(
             unit,
-            variable_axes=dict.fromkeys(("params", STATS, MOMENTS, "taps", ROUTING, LOSSES), 0),
+            variable_axes=dict.fromkeys(
+                ("params", STATS, MOMENTS, "taps", ROUTING, LOSSES, REMOVED), 0
+            ),
             split_rngs={"params": True},
             # The pool is closed over: as a scanned input it would be copied layer by layer.
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
@@ -251,8 +262,8 @@ class Decoder(nn.Module):
 
     Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
     run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
-    `peerjax.layers.peer.PEER`, "routing" and "losses" as `peerjax.routing.auxiliary`, stacked over
-    the blocks of a run.
+    `peerjax.layers.peer.PEER`, "routing", "losses" and "removed" as `peerjax.routing.auxiliary`,
+    stacked over the blocks of a run.
     """
 
     config: ModelConfig

@@ -56,6 +56,28 @@ def plot_losses_by_domain(path: epath.Path, bits_per_byte: Mapping[str, float]) 
     _save(figure, path)
 
 
+def plot_removals(path: epath.Path, changes: Mapping[str, Mapping[str, float]]) -> None:
+    """Draws how the loss on each domain changes without the experts of another.
+
+    Args:
+        path: the PNG to write.
+        changes: by domain whose experts are removed, the change by domain of text.
+    """
+    texts = list(next(iter(changes.values())))
+    values = np.array([[each[text] for text in texts] for each in changes.values()])
+    figure = matplotlib.figure.Figure(figsize=(2.5 + len(texts), 1.5 + 0.6 * len(changes)))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    largest = np.abs(values).max() or 1.0
+    axes.imshow(values, cmap="coolwarm", vmin=-largest, vmax=largest, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:+.3f}", ha="center", va="center")
+    axes.set_xticks(range(len(texts)), texts)
+    axes.set_yticks(range(len(changes)), list(changes))
+    axes.set(xlabel="text", ylabel="experts removed", title="Change of the loss (nats/token)")
+    _save(figure, path)
+
+
 def plot_expert_usage(path: epath.Path, gate_sums: Mapping[str, Float[np.ndarray, " N"]]) -> None:
     """Draws, for each layer, every expert's share of the gates, most used first.
 

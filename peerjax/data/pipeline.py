@@ -207,7 +207,7 @@ def train_batches(
     return iter(batches)
 
 
-def validation_rows(rows: PackedRows, count: int) -> list[int]:
-    """Chooses at most `count` rows, spread evenly over all; always the same ones."""
-    count = min(count, len(rows))
+def validation_rows(rows: PackedRows, count: int | None) -> list[int]:
+    """Chooses at most `count` rows, spread evenly over all; always the same ones; or all."""
+    count = len(rows) if count is None else min(count, len(rows))
     return [index * len(rows) // count for index in range(count)]

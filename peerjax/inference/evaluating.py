@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import rich.console
 from etils import epath
 
-from peerjax.analysis.plots import plot_expert_usage, plot_losses_by_domain
+from peerjax.analysis.plots import plot_expert_usage, plot_losses_by_domain, plot_removals
 from peerjax.atomic import write_atomically
 from peerjax.data.packing import PackedRows
-from peerjax.data.pipeline import load_corpus, load_text
+from peerjax.data.pipeline import load_corpus, load_text, validation_rows
+from peerjax.inference.removal import Removal, checked_domains, remove_domains
 from peerjax.inference.trained import Run, restore
 from peerjax.sharding import make_mesh
 from peerjax.training.evaluation import Evaluation, evaluate
@@ -21,7 +24,7 @@ from peerjax.training.report import USAGE_PLOT, print_table
 from peerjax.training.step import make_eval_step
 from peerjax.training.workdir import check_data
 
-FILE, LOSS_PLOT = "evaluation.json", "losses.png"
+FILE, LOSS_PLOT, REMOVAL_PLOT = "evaluation.json", "losses.png", "removals.png"
 
 
 def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evaluation:
@@ -35,18 +38,41 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
     Raises:
         DataError: if text is missing, unreadable or too short, or the run's text has changed.
     """
+    return evaluate_without(run, (), pattern, rows)[0]
+
+
+def evaluate_without(
+    run: Run, domains: Sequence[str], pattern: str = "", rows: int | None = None
+) -> tuple[Evaluation, list[Removal]]:
+    """Evaluates a checkpoint, and then without the experts of one domain after the other.
+
+    Args:
+        run: whose checkpoint.
+        domains: whose experts to remove; `["all"]` for those of every domain.
+        pattern: as in `evaluate_run`.
+        rows: as in `evaluate_run`.
+
+    Raises:
+        DataError: as `evaluate_run`, and if a domain is not known or there is only one.
+        ConfigError: if there are domains to remove, but no experts.
+    """
     texts = _texts(run, pattern)
+    choose = partial(validation_rows, count=rows)
+    domains = checked_domains(run.model, texts, domains, choose)
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        return evaluate(
+        evaluate_on = partial(
+            evaluate,
             jax.jit(make_eval_step(run.model)),
-            restore(run, mesh),
-            texts,
-            run.tokenizer,
-            mesh,
-            rows=rows,
+            tokenizer=run.tokenizer,
+            mesh=mesh,
             batch_size=run.config.data.batch_size,
         )
+        variables = restore(run, mesh)
+        whole = evaluate_on(variables, texts, rows=choose)
+        if not domains:
+            return whole, []
+        return whole, remove_domains(evaluate_on, run.model, variables, texts, domains, choose)
 
 
 def _texts(run: Run, pattern: str) -> Mapping[str, PackedRows]:
@@ -58,13 +84,19 @@ def _texts(run: Run, pattern: str) -> Mapping[str, PackedRows]:
     return corpus.validation
 
 
-def write_evaluation(folder: epath.Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> None:
+def write_evaluation(
+    folder: epath.Path,
+    evaluation: Evaluation,
+    facts: Mapping[str, Any],
+    removals: Sequence[Removal] = (),
+) -> None:
     """Writes `evaluation.json` and plots of what it says.
 
     Args:
         folder: where to; made if it is not there.
         evaluation: what was found.
         facts: further fields of the file.
+        removals: what was found without the experts of some domains.
     """
     folder.mkdir(parents=True, exist_ok=True)
     losses = {"all": evaluation.overall, **evaluation.losses}
@@ -80,12 +112,17 @@ def write_evaluation(folder: epath.Path, evaluation: Evaluation, facts: Mapping[
             for domain, loss in losses.items()
         },
         "experts": {layer: usage._asdict() for layer, usage in evaluation.usage.items()},
+        "removals": [dataclasses.asdict(removal) for removal in removals],
     }
     plot_losses_by_domain(
         folder / LOSS_PLOT, {domain: loss.bits_per_byte for domain, loss in losses.items()}
     )
     if evaluation.gate_sums:
         plot_expert_usage(folder / USAGE_PLOT, evaluation.gate_sums)
+    if removals:
+        plot_removals(
+            folder / REMOVAL_PLOT, {removal.domain: removal.changes for removal in removals}
+        )
     write_atomically(folder / FILE, json.dumps(record, indent=1))
 
 
@@ -110,4 +147,17 @@ def print_evaluation(folder: epath.Path) -> None:
     ]
     if rows:
         print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
+    if record["removals"]:
+        _print_removals(console, record["removals"])
     console.print(f"figures and plots: {folder}")
+
+
+def _print_removals(console: rich.console.Console, removals: Sequence[Mapping[str, Any]]) -> None:
+    texts = list(removals[0]["changes"])
+    rows = []
+    for removal in removals:
+        count = f"{sum(removal['experts'].values()):,}"
+        for which, key in ((removal["domain"], "changes"), ("as many at random", "control")):
+            rows.append([which, count, *(f"{removal[key][text]:+.4f}" for text in texts)])
+    columns = ("removed", "experts", *texts)
+    print_table(console, "Change of the loss (nats/token)", columns, rows)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing, sow_loss
+from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing, sow_loss, without_removed
 from peerjax.routing.expert_blocks import mixture
 from peerjax.routing.token_choice import balance_loss, gates_of
 
@@ -61,7 +61,7 @@ class MoE(nn.Module):
         y_TD = mixture(
             x_TD.astype(self.dtype),
             ids_Tk,
-            gates_Tk,
+            without_removed(self, ids_Tk, gates_Tk),
             experts("down", width, self.hidden, 1.0),
             experts("up", self.hidden, width, self.residual_scale**2),
             activation=self.activation,

@@ -6,9 +6,11 @@ nothing of the size of all N = n * n experts exists. Every matrix is kept as its
 [out, in], as in the published checkpoints; neuron l of half i is number i * m + l.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.activations import ACTIVATIONS
 from peerjax.routing.monet import keys_per_side, mean_square_sum
@@ -28,6 +30,7 @@ def horizontal(
     v: Float[Array, "D nm"],
     c: Float[Array, "nm"],
     b: Float[Array, "n D"],
+    removed: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "*S D"]:
     """Horizontal decomposition: expert (i, j) is `V_j relu2(U_i x + c_i) + b_j`.
 
@@ -42,10 +45,11 @@ def horizontal(
         v: V_1 .. V_n, side by side.
         c: hidden biases.
         b: output biases.
+        removed: experts that add nothing, number i * n + j. With them, n^2 numbers a token exist.
     """
-    hidden = _hidden(x, u, c, num_keys=g1.shape[-1])
-    moved = _moved(hidden, g1, g2)
-    return _linear(_flat(moved), v) + _biases(g2, b)
+    gates = _Gates(g1, g2, removed)
+    moved = gates.to_second(_hidden(x, u, c, num_keys=g1.shape[-1]))
+    return _linear(_flat(moved), v) + _biases(gates.of_second(), b)
 
 
 def vertical(
@@ -62,6 +66,7 @@ def vertical(
     c2: Float[Array, "half_nm"],
     b1: Float[Array, "n half_D"],
     b2: Float[Array, "n half_D"],
+    removed: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "*S D"]:
     """Vertical decomposition: each half gives m / 2 hidden neurons and D / 2 outputs.
 
@@ -84,13 +89,68 @@ def vertical(
         c2: hidden biases of second halves.
         b1: biases of the left outputs.
         b2: biases of the right outputs.
+        removed: as in `horizontal`.
     """
+    gates = _Gates(g1, g2, removed)
     x1 = _hidden(x, u1, c1, num_keys=g1.shape[-1])
     x2 = _hidden(x, u2, c2, num_keys=g2.shape[-1])
-    kept1, kept2 = (_summed(g, x.dtype)[..., None] * each for g, each in ((g1, x1), (g2, x2)))
-    left = _linear(_flat(kept1), v11) + _linear(_flat(_moved(x2, g2, g1)), v12)
-    right = _linear(_flat(_moved(x1, g1, g2)), v21) + _linear(_flat(kept2), v22)
-    return jnp.concatenate([left + _biases(g1, b1), right + _biases(g2, b2)], axis=-1)
+    first, second = gates.of_first(), gates.of_second()
+    kept1 = first.astype(x.dtype)[..., None] * x1
+    kept2 = second.astype(x.dtype)[..., None] * x2
+    left = _linear(_flat(kept1), v11) + _linear(_flat(gates.to_first(x2)), v12)
+    right = _linear(_flat(gates.to_second(x1)), v21) + _linear(_flat(kept2), v22)
+    return jnp.concatenate([left + _biases(first, b1), right + _biases(second, b2)], axis=-1)
+
+
+class _Gates(NamedTuple):
+    """The gates of all experts by their factors, and how hidden neurons are mixed by them.
+
+    Without removed experts no sum is taken that is known to be 1, and pairs are never written
+    down. With them, each sum is that of the pairs that are left.
+
+    Attributes:
+        g1: of the first halves.
+        g2: of the second halves.
+        removed: experts, if any, that add nothing.
+    """
+
+    g1: Float[Array, "*S H n"]
+    g2: Float[Array, "*S H n"]
+    removed: Bool[Array, " N"] | None
+
+    def of_first(self) -> Float[Array, "*S n"]:
+        """`sum_j gate_ij`."""
+        if self.removed is None:
+            return jnp.sum(self.g1, axis=-2)
+        return jnp.sum(self._left(self.removed), axis=-1)
+
+    def of_second(self) -> Float[Array, "*S n"]:
+        """`sum_i gate_ij`."""
+        return self._turned().of_first()
+
+    def to_second(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
+        """`sum_i gate_ij hidden_i`; by way of [*S, H, m] if no expert is removed."""
+        if self.removed is not None:
+            left = self._left(self.removed).astype(hidden.dtype)
+            return jnp.einsum("...ij,...im->...jm", left, hidden)
+        g1, g2 = self.g1.astype(hidden.dtype), self.g2.astype(hidden.dtype)
+        per_head = jnp.einsum("...im,...hi->...hm", hidden, g1)
+        return jnp.einsum("...hm,...hj->...jm", per_head, g2)
+
+    def to_first(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
+        """`sum_j gate_ij hidden_j`."""
+        return self._turned().to_second(hidden)
+
+    def _turned(self) -> "_Gates":
+        """The same with sides exchanged."""
+        n = self.g1.shape[-1]
+        removed = None if self.removed is None else self.removed.reshape(n, n).T.reshape(-1)
+        return _Gates(self.g2, self.g1, removed)
+
+    def _left(self, removed: Bool[Array, " N"]) -> Float[Array, "*S n n"]:
+        """The gate of every expert that is left."""
+        gates = jnp.einsum("...hi,...hj->...ij", self.g1, self.g2)
+        return jnp.where(removed.reshape(gates.shape[-2:]), 0, gates)
 
 
 def _hidden(x: Array, u: Array, c: Array, num_keys: int) -> Array:
@@ -98,20 +158,8 @@ def _hidden(x: Array, u: Array, c: Array, num_keys: int) -> Array:
     return ACTIVATIONS["relu2"](_linear(x, u) + c).reshape(*x.shape[:-1], num_keys, -1)
 
 
-def _moved(hidden: Array, from_gates: Array, to_gates: Array) -> Array:
-    """`sum_h to_hj sum_i from_hi hidden_i`, [*S, n, m]; by way of [*S, H, m], never [n, n]."""
-    from_gates, to_gates = from_gates.astype(hidden.dtype), to_gates.astype(hidden.dtype)
-    per_head = jnp.einsum("...im,...hi->...hm", hidden, from_gates)
-    return jnp.einsum("...hm,...hj->...jm", per_head, to_gates)
-
-
 def _biases(gates: Array, b: Array) -> Array:
-    return _summed(gates, b.dtype) @ b
-
-
-def _summed(gates: Array, dtype: jnp.dtype) -> Array:
-    """Gates summed over heads, before they are rounded."""
-    return jnp.sum(gates, axis=-2).astype(dtype)
+    return gates.astype(b.dtype) @ b
 
 
 def _linear(x: Array, weights: Array) -> Array:
@@ -181,7 +229,11 @@ class MonetHD(MonetLayer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*S D"], g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]
+        self,
+        x: Float[Array, "*S D"],
+        g1: Float[Array, "*S H n"],
+        g2: Float[Array, "*S H n"],
+        removed: Bool[Array, " N"] | None = None,
     ) -> Float[Array, "*S D"]:
         """Applies the layer to every token, with the gates of a `MonetRouter`.
 
@@ -199,6 +251,7 @@ class MonetHD(MonetLayer):
             v=self._parameter("v", (width, hidden), self.residual_scale**2 * MEAN_SQUARE / fan_in),
             c=self._parameter("c", (hidden,)),
             b=self._parameter("b", (n, width)),
+            removed=removed,
         )
 
 
@@ -211,7 +264,11 @@ class MonetVD(MonetLayer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*S D"], g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]
+        self,
+        x: Float[Array, "*S D"],
+        g1: Float[Array, "*S H n"],
+        g2: Float[Array, "*S H n"],
+        removed: Bool[Array, " N"] | None = None,
     ) -> Float[Array, "*S D"]:
         """Applies the layer to every token, with the gates of a `MonetRouter`.
 
@@ -241,4 +298,5 @@ class MonetVD(MonetLayer):
             },
             **{name: parameter(name, (hidden,)) for name in ("c1", "c2")},
             **{name: parameter(name, (n, out)) for name in ("b1", "b2")},
+            removed=removed,
         )

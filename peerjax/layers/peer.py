@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.factored_gradient import Tap
 from peerjax.pool import ExpertPool
-from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing
+from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing, without_removed
 from peerjax.routing.product_keys import pair_scores, top_k_pairs
 from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
 from peerjax.sharding.pools import sharded_lookup
@@ -64,7 +64,7 @@ class PEER(nn.Module):
         y_TD = sharded_lookup(
             pool,
             ids_TK,
-            gates_TK,
+            without_removed(self, ids_TK, gates_TK),
             x_TD,
             activation=self.activation,
             tap=tap,

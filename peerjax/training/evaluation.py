@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from jaxtyping import Float
 from peerjax.analysis.codes import code_statistics
 from peerjax.analysis.usage import Usage, expert_usage
 from peerjax.data.packing import PackedRows
-from peerjax.data.pipeline import validation_rows
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.sharding import BATCH, sharding_of
 
@@ -94,7 +93,7 @@ def evaluate(
     tokenizer: Tokenizer,
     mesh: Mesh,
     *,
-    rows: int | None,
+    rows: Callable[[PackedRows], Sequence[int]],
     batch_size: int,
 ) -> Evaluation:
     """Evaluates on some text, by domain.
@@ -105,7 +104,7 @@ def evaluate(
         texts: packed rows by domain.
         tokenizer: to count bytes.
         mesh: over which a batch is split.
-        rows: how many of each domain to read, spread evenly, always the same ones; or all.
+        rows: which of a domain's to read.
         batch_size: rows at once, and as many more as let every device have the same number.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -114,7 +113,7 @@ def evaluate(
     token_bytes = tokenizer.bytes_per_token()
     for domain, text in texts.items():
         total = TextLoss(0.0, 0, 0)
-        chosen = validation_rows(text, len(text) if rows is None else rows)
+        chosen = rows(text)
         for first in range(0, len(chosen), batch_size):
             batch = _padded_batch(text, chosen[first : first + batch_size], batch_size)
             targets = batch["targets"][batch["weight"] > 0]
@@ -153,9 +152,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     }
 
 
-def _padded_batch(rows: PackedRows, chosen: list[int], size: int) -> dict[str, np.ndarray]:
+def _padded_batch(rows: PackedRows, chosen: Sequence[int], size: int) -> dict[str, np.ndarray]:
     """Batches rows, with copies of weight 0 in the places that are left over."""
-    padded = chosen + chosen[:1] * (size - len(chosen))
+    padded = [*chosen, *[chosen[0]] * (size - len(chosen))]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(dict(rows[row]) for row in padded))
     weight = np.arange(size) < len(chosen)
     return {**batch, "weight": weight.astype(np.float32)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import ml_collections
 
 from peerjax.analysis.flops import forward_flops
 from peerjax.config import model_config, validate
-from peerjax.data.pipeline import load_corpus, train_batches
+from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.model import Decoder
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.sharding import make_mesh, state_shardings
@@ -96,7 +97,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
                 corpus.validation,
                 corpus.tokenizer,
                 mesh,
-                rows=config.eval.rows,
+                rows=partial(validation_rows, count=config.eval.rows),
                 batch_size=config.data.batch_size,
             )
             loss = evaluation.overall

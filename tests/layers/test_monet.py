@@ -73,13 +73,15 @@ def expert_of(params, i, j, m):
     )
 
 
-def naive(params, x, g1, g2, m=WIDTH):
-    """The sum over heads and all N experts, each applied by itself."""
+def naive(params, x, g1, g2, m=WIDTH, removed=None):
+    """The sum over heads and all N experts that are left, each applied by itself."""
     experts = [expert_of(params, i, j, m) for i in range(KEYS) for j in range(KEYS)]
     down, up, c, b = map(jnp.stack, zip(*experts, strict=True))
     hidden = jnp.square(jnp.maximum(jnp.einsum("...d,nmd->...nm", x, down) + c, 0))
     y = jnp.einsum("...nm,ndm->...nd", hidden, up) + b
     gate = (g1[..., :, None] * g2[..., None, :]).reshape(*g1.shape[:-1], KEYS**2)
+    if removed is not None:
+        gate = gate * ~removed
     return jnp.einsum("...hn,...nd->...d", gate, y)
 
 
@@ -111,6 +113,18 @@ def test_the_plain_function_is_what_the_module_computes(decomposition):
     function = DECOMPOSITIONS[decomposition][1]
     found = function(x[0], g1[0], g2[0], **params)
     np.testing.assert_allclose(layer.apply({"params": params}, x, g1, g2)[0], found, atol=1e-5)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_removed_experts_add_neither_their_neurons_nor_their_biases(decomposition):
+    layer, params, x, z1, z2 = make(decomposition)
+    g1, g2 = jax.nn.softmax(z1), jax.nn.softmax(z2)
+    some = jax.random.bernoulli(jax.random.key(7), 0.4, (KEYS**2,))
+    assert np.any(some.reshape(KEYS, KEYS) != some.reshape(KEYS, KEYS).T)
+    for removed in (some, jnp.zeros_like(some)):
+        found = layer.apply({"params": params}, x, g1, g2, removed)
+        expected = naive(params, x, g1, g2, removed=removed)
+        assert np.max(np.abs(found - expected)) <= 1e-5 * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)

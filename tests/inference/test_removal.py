@@ -1,0 +1,102 @@
+"""A model without the experts of a domain."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from peerjax.data.pipeline import load_text, validation_rows
+from peerjax.errors import ConfigError, DataError
+from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
+from peerjax.inference.removal import checked_domains, removed_collection
+from peerjax.inference.trained import open_run
+from peerjax.training.loop import train
+from peerjax.training.step import make_eval_step
+from tests.training.test_step import make, make_batch
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two domains of other words; a pattern that finds them."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for domain, words in (("one", "router expert token pool"), ("two", "in is of the a and")):
+        (folder / domain).mkdir()
+        for number in range(24):
+            text = " ".join(rng.choice(words.split(), 120))
+            (folder / domain / f"{number}.txt").write_text(text)
+    return ";".join(f"{domain}={folder / domain}/*.txt" for domain in ("one", "two"))
+
+
+def trained(kind, texts, folder):
+    config = tiny_config(texts)
+    config.model.layers = ((kind, 4),)
+    config.pool.storage = "float32"
+    config.monet.num_experts, config.monet.top_k = 64, 2
+    config.moe.num_experts, config.moe.hidden = 8, 8
+    train(config, str(folder))
+    return open_run(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["peer", "moe", "monet_vd"])
+def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
+    kind, texts, tmp_path, capsys
+):
+    run = trained(kind, texts, tmp_path)
+    evaluation, removals = evaluate_without(run, ["all"])
+    assert evaluation.overall.tokens > 0
+    assert [removal.domain for removal in removals] == ["one", "two"]
+    for removal in removals:
+        assert removal.experts.keys() == evaluation.usage.keys()
+        for figures in (removal.changes, removal.control, removal.gates):
+            assert figures.keys() == {"one", "two"}
+        other = "two" if removal.domain == "one" else "one"
+        assert removal.gates[removal.domain] >= removal.gates[other]
+    if kind == "peer":
+        assert sum(sum(removal.experts.values()) for removal in removals)
+        assert any(removal.changes != removal.control for removal in removals)
+    write_evaluation(epath.Path(tmp_path / "out"), evaluation, {"step": run.step}, removals)
+    print_evaluation(epath.Path(tmp_path / "out"))
+    assert "as many at random" in capsys.readouterr().out
+    assert (tmp_path / "out" / "removals.png").exists()
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["removals"][0]["changes"] == removals[0].changes
+
+
+def test_a_removed_expert_of_a_pool_is_one_whose_weights_are_0():
+    config, model, _, state = make(**{"pool.storage": "float32"})
+    removed = np.random.default_rng(0).random((1, 64)) < 0.5
+    eval_step = jax.jit(make_eval_step(model))
+    batch = make_batch() | {"weight": np.ones(config.data.batch_size, np.float32)}
+
+    def loss(variables):
+        return eval_step(variables, batch)["nats"]
+
+    by_layer = {"run_1.0": removed[0]}
+    found = loss(state.variables | removed_collection(model, by_layer))
+    pool = state.pools["run_1"]["pool"]
+    kept = ~removed[:, :, None]
+    zeroed = jax.tree.map(
+        lambda leaf: leaf * kept.reshape(kept.shape + (1,) * (leaf.ndim - 3)), pool.weights
+    )
+    pools = state.pools | {"run_1": {"pool": type(pool).of_floats(zeroed)}}
+    assert found == pytest.approx(float(loss(state.variables | {"pools": pools})), rel=1e-6)
+    assert found != loss(state.variables)
+
+
+def test_what_cannot_be_removed_is_said_before_anything_is_read(texts, tmp_path, finished):
+    run = open_run(str(finished))
+    with pytest.raises(DataError, match="of one domain, files: .* give several"):
+        evaluate_without(run, ["files"])
+    with pytest.raises(DataError, match="no text of domain 'three'; there is some of one, two"):
+        evaluate_without(run, ["one", "three"], texts)
+    with pytest.raises(DataError, match="domain 'one' has one row of text, and needs two"):
+        evaluate_without(run, ["one"], texts, rows=1)
+    dense = make(**{"model.layers": (("dense", 1),)})[1]
+    two = load_text(texts, "text", run.tokenizer, 32)
+    with pytest.raises(ConfigError, match="no layer of this model has experts"):
+        checked_domains(dense, two, ["one"], partial(validation_rows, count=None))
