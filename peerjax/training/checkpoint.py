@@ -103,11 +103,21 @@ class Checkpoints:
 
         Returns:
             `(state, next_batch)`.
+
+        Raises:
+            CheckpointError: if the state in it has another structure.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint {self.path(step)} holds another state than this version of "
+                f"peerjax keeps ({_first_line(error)}); go on with the version that wrote it, or "
+                "choose another --workdir"
+            ) from error
         return restored["state"], restored["data"]["next_batch"]
 
     def __enter__(self) -> Checkpoints:
@@ -229,6 +239,10 @@ def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
         f"no checkpoint in {folder} was intact; all were moved to {aside}; "
         "run the same command again to start from the first step, or restore a copy"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(":.")
 
 
 def _move(step: epath.Path, aside: epath.Path, why: str) -> None:

@@ -10,11 +10,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from peerjax.data.prepare import Settings, prepare
 from peerjax.errors import CheckpointError, DataError
+from peerjax.training import loop
+from peerjax.training.checkpoint import checksums
 from peerjax.training.loop import train
-from tests.conftest import REPOSITORY, on_devices
+from peerjax.training.state import create_state
+from tests.conftest import REPOSITORY, config_of_finished, on_devices
 from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
 
 
@@ -181,6 +185,20 @@ def test_no_intact_checkpoint_is_an_error_that_loses_nothing(corpus, undisturbed
     assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == sorted(
         steps
     )
+
+
+def test_a_state_of_another_version_is_an_error_that_loses_nothing(finished, corpus, monkeypatch):
+    def create_more(*args):
+        state = create_state(*args)
+        return state._replace(params={**state.params, "more": state.step})
+
+    before = checksums(epath.Path(finished))
+    config = config_of_finished(corpus)
+    config.steps += 1
+    monkeypatch.setattr(loop, "create_state", create_more)
+    with pytest.raises(CheckpointError, match="checkpoints/6 holds another state than this vers"):
+        train(config, str(finished))
+    assert checksums(epath.Path(finished)) == before
 
 
 def test_metrics_hold_each_step_once(undisturbed):
