@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer."""
+"""The BPE tokenizer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import json as json_module
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from peerjax.data.vocabularies import END_OF_TEXT, vocabulary_of
 from peerjax.errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
 # Characters that are encoded as one string; a batch of them is shared out among threads.
 PIECE, LONGEST_PIECE = 1 << 16, 1 << 20
 BATCH, MOST_PIECES = 1 << 20, 4096
-# Where no token of a byte-level tokenizer reaches across: before a single space between words,
-# after a single newline between lines.
+# Where no token reaches across: before a single space between words, after a single newline between
+# lines.
 CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
@@ -30,23 +29,30 @@ class Tokenizer:
     """Encodes documents; every document begins with the end-of-text token.
 
     That token stands nowhere else: where a text spells it out, it is encoded as any other text.
+    `peerjax.data.vocabularies` says what kinds of tokenizers there are.
 
     Attributes:
         json: what it was made from.
         vocab_size: number of entries.
         end_of_text: number of the token that stands between documents; -1 if there is none.
+        ends: numbers of the tokens after which a model's text has ended.
         digest: SHA-256 of the tokenizer's JSON.
     """
 
     def __init__(self, json: str):
-        self._tokenizer = tokenizers.Tokenizer.from_str(json)
+        tokenizers.Tokenizer.from_str(json)  # fails here with what is wrong, not below
+        parts = json_module.loads(json)
+        self._vocabulary = vocabulary_of(parts)
+        self._tokenizer = tokenizers.Tokenizer.from_str(self._vocabulary.adapted(parts))
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.json = json
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
-        number = self._tokenizer.token_to_id(END_OF_TEXT)
+        number = self._tokenizer.token_to_id(self._vocabulary.begin)
         self.end_of_text = -1 if number is None else number
+        ends = map(self._tokenizer.token_to_id, self._vocabulary.ends)
+        self.ends = frozenset(number for number in ends if number is not None)
         self.digest = hashlib.sha256(json.encode()).hexdigest()
 
     @staticmethod
@@ -55,7 +61,7 @@ class Tokenizer:
 
         Raises:
             DataError: if the file is missing, is no tokenizer, has no end-of-text token or is not
-                a byte-level BPE tokenizer that keeps every byte.
+                a BPE tokenizer that keeps every byte.
         """
         if path and not Path(path).is_file():
             raise DataError(f"the tokenizer {path!r} does not exist")
@@ -67,14 +73,15 @@ class Tokenizer:
             raise DataError(f"{path} is not a tokenizer JSON: {error}") from None
         if tokenizer.end_of_text < 0:
             raise DataError(
-                f"{path} has no token {END_OF_TEXT!r} to put between documents; add it as a "
-                "special token, or make a tokenizer with python -m peerjax.data.train_tokenizer"
+                f"{path} has no token {tokenizer._vocabulary.begin!r} to put between documents; "
+                "add it as a special token, or make a tokenizer with "
+                "python -m peerjax.data.train_tokenizer"
             )
-        fault = tokenizer._fault()
+        fault = tokenizer._vocabulary.fault(tokenizers.Tokenizer.from_str(json))
         if fault:
             raise DataError(
-                f"{path} cannot be used: {fault}; peerjax needs a byte-level BPE tokenizer that "
-                "keeps every byte, as python -m peerjax.data.train_tokenizer makes"
+                f"{path} cannot be used: {fault}; peerjax needs a BPE tokenizer that keeps every "
+                "byte, as python -m peerjax.data.train_tokenizer makes, or as that of Llama 2 is"
             )
         return tokenizer
 
@@ -92,7 +99,7 @@ class Tokenizer:
         size = 0
         for blocks in documents:
             for number, piece in enumerate(pieces(blocks)):
-                batch.append(piece)
+                batch.append(piece if number or not piece else self._vocabulary.prefix + piece)
                 begins.append(number == 0)
                 size += len(piece)
                 if size >= BATCH or len(batch) == MOST_PIECES:
@@ -122,54 +129,14 @@ class Tokenizer:
         return lambda token: decoding.step(self._tokenizer, token) or ""
 
     def bytes_per_token(self) -> Int[np.ndarray, " vocab_size"]:
-        """How many bytes of text each token stands for; 0 for end-of-text."""
+        """How many bytes of text each token stands for; 0 for those that end it."""
         lengths = np.zeros(self.vocab_size, np.int32)
-        # The byte-level alphabet writes every byte as one character; added tokens are plain text.
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[number] = len(token)
+            lengths[number] = self._vocabulary.length(token)
         for number, added in self._tokenizer.get_added_tokens_decoder().items():
-            lengths[number] = len(added.content.encode())
-        lengths[self.end_of_text] = 0
+            lengths[number] = len(added.content.encode())  # plain text
+        lengths[sorted(self.ends)] = 0
         return lengths
-
-    def _fault(self) -> str | None:
-        """Why tokens would not stand for the bytes of the text, one for one; `None` if they do."""
-        parts = json_module.loads(self._tokenizer.to_str())
-        model, first = parts["model"], parts["pre_tokenizer"] or {}
-        steps: list[dict[str, Any]] = first.get("pretokenizers", [first])
-        kinds = [step.get("type") for step in steps]
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        added = self._tokenizer.get_added_tokens_decoder()
-        if model["type"] != "BPE":
-            return f"its model is {model['type']}, not BPE"
-        if model["dropout"]:
-            return "it drops merges by chance"
-        if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
-            return "it marks parts of words"
-        if parts["normalizer"]:
-            return (
-                f"it changes text before it encodes it (normalizer {parts['normalizer']['type']})"
-            )
-        if "ByteLevel" not in kinds:
-            return "its pre_tokenizer is not byte-level"
-        for step in steps:
-            if step["type"] not in ("ByteLevel", "Split", "Digits"):
-                return f"its pre_tokenizer has the step {step['type']}"
-            if step.get("behavior") == "Removed" or step.get("add_prefix_space"):
-                return "its pre_tokenizer adds or removes characters"
-        lacking = len(alphabet - vocabulary.keys())
-        if lacking:
-            return f"its vocabulary lacks {lacking} of the 256 bytes"
-        for number, extra in added.items():
-            if number != self.end_of_text and (extra.lstrip or extra.rstrip):
-                return f"its token {extra.content!r} swallows spaces"
-        if self.end_of_text not in added or not added[self.end_of_text].special:
-            return f"its token {END_OF_TEXT!r} is not special, so that texts could contain it"
-        for token, number in vocabulary.items():
-            if number not in added and not alphabet.issuperset(token):
-                return f"its token {token!r} is not written in the byte-level alphabet"
-        return None
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:

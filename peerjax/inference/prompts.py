@@ -111,7 +111,7 @@ def continue_prompts(
     """
     encoded = encode(run, prompts)
     count = min(count, run.config.model.max_length - max(map(len, encoded)))
-    end_of_text = run.tokenizer.end_of_text
+    ends = run.tokenizer.ends
     drawn: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     stream = run.tokenizer.stream()
@@ -123,7 +123,7 @@ def continue_prompts(
         for row, token in enumerate(tokens.tolist()):
             if not ended[row]:
                 drawn[row].append(token)
-                ended[row] = token == end_of_text
+                ended[row] = token in ends
         if show is not None and not ended[0]:
             piece = stream(drawn[0][-1])
             shown += piece

@@ -15,6 +15,7 @@ from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, w
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
 from peerjax.errors import ConfigError, DataError
+from tests.data.llama import llama_tokenizer
 
 BUILTIN = importlib.resources.files("peerjax.data") / "bpe_4096.json"
 texts = st.lists(st.text() | st.just(END_OF_TEXT)).map("".join)
@@ -140,3 +141,54 @@ def test_what_else_a_tokenizer_json_asks_for_is_left_out(tokenizer, text):
     )
     own = Tokenizer(published.to_str())
     np.testing.assert_array_equal(encode(own, [text]), encode(tokenizer, [text]))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    documents = [document.text[:5000] for document in read_packages(["drama"])[:20]]
+    return Tokenizer(llama_tokenizer(documents, 1000))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
+def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(llama, blocks, piece):
+    text = "".join(blocks).replace("▁", "")
+    with unittest.mock.patch.object(tokenizer_module, "PIECE", piece):
+        ids = encode(llama, [text])
+    published = tokenizers.Tokenizer.from_str(llama.json)
+    published.encode_special_tokens = True
+    assert ids.tolist() == published.encode(text).ids
+    assert llama.decode(ids.tolist()) == (" " + text if text else "")
+    assert llama.bytes_per_token()[ids].sum() == len(text.encode()) + bool(text)
+
+
+def test_byte_fallback_streams_what_it_decodes_and_knows_where_texts_end(llama, tmp_path):
+    text = " of the people, 漢字 and é"
+    ids = encode(llama, [text[1:]]).tolist()
+    stream = llama.stream()
+    assert "".join(map(stream, ids)) == llama.decode(ids) == text
+    assert llama.end_of_text == 1
+    assert llama.ends == {1, 2}
+    (tmp_path / "tok.json").write_text(llama.json)
+    assert Tokenizer.load(str(tmp_path / "tok.json")).digest == llama.digest
+
+
+def of_llama(llama, **changes):
+    return json.dumps(json.loads(llama.json) | changes)
+
+
+def test_what_is_not_quite_llamas_is_refused(llama, tmp_path):
+    parts = json.loads(llama.json)
+    wide = parts["model"] | {"vocab": parts["model"]["vocab"] | {"e▁t": 1000}}
+    few = {token: n for token, n in parts["model"]["vocab"].items() if token != "<0x0A>"}
+    special = [{**token, "special": False} for token in parts["added_tokens"]]
+    for changes, message in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "it has a pre_tokenizer (Whitespace)"),
+        ({"normalizer": {"type": "NFC"}}, "its normalizer does not just write spaces"),
+        ({"model": wide}, "its token 'e▁t' reaches over the end of a word"),
+        ({"model": parts["model"] | {"vocab": few}}, "lacks 1 of the 256 bytes"),
+        ({"added_tokens": special}, "it has no special token '<s>'"),
+    ):
+        (tmp_path / "tok.json").write_text(of_llama(llama, **changes))
+        with pytest.raises(DataError, match=rf"tok.json .*{re.escape(message)}"):
+            Tokenizer.load(str(tmp_path / "tok.json"))
