@@ -61,6 +61,11 @@ def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         return
     old = json.loads(path.read_text())
+    if not old["corpus"]:
+        raise DataError(
+            f"the model in {workdir} was not trained here, and has no text of its own; name some "
+            "with --pattern"
+        )
     for name in ("vocabulary", "tokenizer", "corpus"):
         if old[name] != identity[name]:
             raise DataError(
@@ -81,6 +86,11 @@ def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
             f"{workdir} was trained with another tokenizer ({expected}) than the one there is now "
             f"({tokenizer.digest}); put the old one back where data.tokenizer says"
         )
+
+
+def identity_of_imported(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run is made of that was trained elsewhere; the rest is in `Corpus.identity`."""
+    return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": tokenizer.vocab_size}
 
 
 def record(

@@ -1,0 +1,215 @@
+"""A published Monet as a run that can be sampled from and evaluated, and back.
+
+python -m peerjax.exchange.monet_run --read=FOLDER --workdir=runs/monet
+python -m peerjax.exchange.monet_run --workdir=runs/monet --write=FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from peerjax.atomic import write_atomically
+from peerjax.config import default_config, validate
+from peerjax.data.tokenizer import Tokenizer
+from peerjax.errors import ConfigError
+from peerjax.exchange.monet import HORIZONTAL, VERTICAL, read_hf, write_hf
+from peerjax.inference.trained import Run, open_run, restore
+from peerjax.model import MONET_HD, MONET_VD, MONETS
+from peerjax.optim import dequantize
+from peerjax.routing.running_norm import STATS
+from peerjax.sharding import make_mesh
+from peerjax.training.checkpoint import Checkpoints
+from peerjax.training.state import PARAMS
+from peerjax.training.workdir import folder_of, identity_of_imported, record
+
+KINDS = {HORIZONTAL: MONET_HD, VERTICAL: MONET_VD}
+# The published tokenizer, and the fields of the published `config.json`.
+TOKENIZER, PUBLISHED = "tokenizer.json", "monet.json"
+RUN = "run_0"
+DTYPES = ("float32", "bfloat16")
+
+
+def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
+    """Makes a run of a published checkpoint; the folder is there when it is complete.
+
+    Takes as much memory as the parameters have in float32, and a quarter more.
+
+    Args:
+        source: the folder of the checkpoint, as `peerjax.exchange.monet.read_hf` reads it.
+        workdir: of the run; must not be there yet.
+        tokenizer: path of its JSON; by default `tokenizer.json` in `source`.
+
+    Raises:
+        UserError: if the workdir is there, or checkpoint or tokenizer cannot be used.
+    """
+    folder = folder_of(workdir)
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; choose another --workdir")
+    words = Tokenizer.load(tokenizer or str(Path(source) / TOKENIZER))
+    published, tree = read_hf(source)
+    if words.vocab_size != published["vocab_size"]:
+        raise ConfigError(
+            f"the tokenizer has {words.vocab_size} entries, the model {published['vocab_size']}; "
+            "name the model's own with --tokenizer"
+        )
+    config = config_of(published)
+    config.data.tokenizer = str(folder / TOKENIZER)
+    validate(config)
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if unfinished.exists():
+        unfinished.rmtree()
+    unfinished.mkdir(parents=True)
+    (unfinished / TOKENIZER).write_text(words.json)
+    (unfinished / PUBLISHED).write_text(json.dumps(published, indent=1))
+    record(unfinished, config, identity_of_imported(words))
+    with Checkpoints(unfinished, config.checkpoint.keep) as checkpoints:
+        checkpoints.save(0, stacked(tree, published["moe_groups"]), next_batch=0)
+    unfinished.rename(folder)
+
+
+def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
+    """Writes a run's model as Monets are published, with its tokenizer.
+
+    Args:
+        run: whose checkpoint; any run whose layers are all of one decomposition.
+        target: a folder; files of the same names in it are replaced.
+        dtype: of the tensors, "float32" or "bfloat16".
+
+    Raises:
+        ConfigError: if the model is no Monet throughout.
+    """
+    kinds = {kind: name for name, kind in KINDS.items()}
+    layers = run.config.model.layers
+    if len(layers) != 1 or layers[0][0] not in MONETS:
+        raise ConfigError(
+            f"model.layers={layers}, where a published Monet has layers of one decomposition only"
+        )
+    (kind, depth), model, monet = layers[0], run.config.model, run.config.monet
+    published = {
+        "vocab_size": run.tokenizer.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": model.max_length,
+        "rope_theta": model.rope_base,
+        "moe_dim": monet.expert_width,
+        "moe_heads": monet.heads,
+        "moe_experts": int(monet.num_experts**0.5),
+        "moe_topk": monet.top_k,
+        "moe_groups": monet.group,
+        "moe_decompose": kinds[kind],
+    }
+    if (run.folder / PUBLISHED).exists():
+        published = json.loads((run.folder / PUBLISHED).read_text()) | published
+    variables = dequantize(restore(run, make_mesh(jax.local_devices()[:1])))
+    write_hf(target, published, unstacked(variables, monet.group), dtype)
+    write_atomically(epath.Path(target) / TOKENIZER, run.tokenizer.json)
+
+
+def config_of(published: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration of a published model."""
+    config = default_config()
+    model, monet = config.model, config.monet
+    model.width = published["hidden_size"]
+    model.layers = ((KINDS[published["moe_decompose"]], published["num_hidden_layers"]),)
+    model.heads = published["num_attention_heads"]
+    model.max_length = published["max_position_embeddings"]
+    model.rope_base = float(published["rope_theta"])
+    model.dtype = "float32" if published.get("torch_dtype") in (None, "float32") else "bfloat16"
+    monet.num_experts = published["moe_experts"] ** 2
+    monet.expert_width = published["moe_dim"]
+    monet.heads = published["moe_heads"]
+    monet.top_k = published["moe_topk"]
+    monet.group = published["moe_groups"]
+    config.pool.storage = "float32"  # there is no pool
+    config.data.sequence_length = min(config.data.sequence_length, model.max_length)
+    return config
+
+
+def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
+    """A model layer by layer as the decoder's variables; the tree is emptied.
+
+    Args:
+        tree: as `peerjax.exchange.monet` describes it.
+        group: layers that share a router.
+    """
+    count = sum(name.startswith("layer_") for name in tree[PARAMS])
+
+    def blocks(collection: str, numbers: range) -> dict[str, Any]:
+        parts = {
+            number: [
+                tree[collection].pop(f"layer_{first + number}") for first in range(0, count, group)
+            ]
+            for number in numbers
+        }
+        return {
+            f"block_{number}": jax.tree.map(lambda *leaves: np.stack(leaves), *parts.pop(number))
+            for number in numbers
+        }
+
+    stats = blocks(STATS, range(1))
+    groups = blocks(PARAMS, range(group))
+    for side in ("1", "2"):
+        keys = groups["block_0"]["router"][f"w{side}"]
+        heads = stats["block_0"]["router"][f"norm{side}"]["moments"].mean.shape[2]
+        per_head = keys.reshape(len(keys), heads, -1, keys.shape[-1])
+        stats["block_0"]["router"][f"initial_norm_w{side}"] = np.linalg.norm(per_head, axis=-1)
+    return {
+        PARAMS: {**tree[PARAMS], RUN: {"group": groups}},
+        STATS: {RUN: {"group": stats}},
+    }
+
+
+def unstacked(variables: dict[str, Any], group: int) -> dict[str, Any]:
+    """The inverse of `stacked`."""
+
+    def layers(blocks: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, block in blocks.items():
+            number = int(name.removeprefix("block_"))
+            for index in range(len(jax.tree.leaves(block)[0])):
+                layer = jax.tree.map(itemgetter(index), block)
+                found[f"layer_{index * group + number}"] = layer
+        return found
+
+    params = dict(variables[PARAMS])
+    return {
+        PARAMS: layers(params.pop(RUN)["group"]) | params,
+        STATS: layers(variables[STATS][RUN]["group"]),
+    }
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from peerjax import script
+
+    workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    read_flag = flags.DEFINE_string("read", None, "Folder of a published checkpoint to make it of.")
+    write_flag = flags.DEFINE_string("write", None, "Folder to write the run's model to.")
+    tokenizer_flag = flags.DEFINE_string("tokenizer", "", "A JSON; by default that in the folder.")
+    step_flag = flags.DEFINE_integer("step", None, "To write; that of the newest checkpoint.")
+    dtype_flag = flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "Of the tensors to write.")
+
+    def convert() -> None:
+        """Reads or writes, as the flags say."""
+        workdir = str(workdir_flag.value)
+        if (read_flag.value is None) == (write_flag.value is None):
+            raise ConfigError("give --read, a folder to make a run of, or --write, one to write to")
+        if read_flag.value is not None:
+            read_run(read_flag.value, workdir, str(tokenizer_flag.value))
+            print(f"continue a text: python sample.py --workdir={workdir} --prompt=...")
+        else:
+            run, target = open_run(workdir, step_flag.value), str(write_flag.value)
+            write_run(run, target, str(dtype_flag.value))
+
+    script.run(convert)

@@ -1,0 +1,142 @@
+"""Published Monets as runs: made, sampled from, evaluated, and written back."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from peerjax.errors import ConfigError, DataError, UserError
+from peerjax.exchange.monet import read_hf, write_hf
+from peerjax.exchange.monet_run import read_run, write_run
+from peerjax.inference.evaluating import evaluate_run
+from peerjax.inference.prompts import continue_prompts
+from peerjax.inference.sampling import Sampling
+from peerjax.inference.trained import open_run, restore
+from peerjax.optim import dequantize
+from peerjax.sharding import make_mesh
+from peerjax.training.loop import train
+from tests.conftest import REPOSITORY
+from tests.data.llama import llama_tokenizer
+from tests.exchange.test_monet import SIZES, logits_of, make
+from tests.training.tiny import WORDS, tiny_config
+
+VOCABULARY, LAYERS = 300, 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return llama_tokenizer([WORDS] * 5, VOCABULARY)
+
+
+def publish(folder, decomposition, tokenizer, monkeypatch):
+    """Makes a checkpoint as it would be downloaded."""
+    vocabulary = len(json.loads(tokenizer)["model"]["vocab"])
+    monkeypatch.setitem(SIZES, "num_hidden_layers", LAYERS)
+    monkeypatch.setitem(SIZES, "vocab_size", vocabulary)
+    config, tree = make(decomposition)
+    more = {"auto_map": {"AutoModelForCausalLM": "modeling_monet.MonetForCausalLM"}}
+    write_hf(folder, {**config, **more, "max_position_embeddings": 64}, tree)
+    (folder / "tokenizer.json").write_text(tokenizer)
+
+
+def logits(run, tokens):
+    variables = dequantize(restore(run, make_mesh(jax.devices()[:1])))
+    positions = jnp.tile(jnp.arange(tokens.shape[1]), (len(tokens), 1))
+    return np.asarray(run.model.apply(variables, jnp.asarray(tokens), positions))
+
+
+def tensors_of(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("decomposition", ["horizontal", "vertical"])
+def test_a_published_checkpoint_runs_and_comes_back(
+    decomposition, tokenizer, tmp_path, monkeypatch
+):
+    publish(tmp_path / "published", decomposition, tokenizer, monkeypatch)
+    config, tree = read_hf(tmp_path / "published")
+    read_run(str(tmp_path / "published"), str(tmp_path / "run"))
+    (tmp_path / "published").rename(tmp_path / "away")
+
+    run = open_run(str(tmp_path / "run"))
+    tokens = np.random.default_rng(0).integers(config["vocab_size"], size=(2, 9))
+    found = logits(run, tokens)
+    expected = logits_of(config, jax.tree.map(jnp.asarray, tree), tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+    variables = restore(run, make_mesh(jax.devices()[:1]))
+    answers = continue_prompts(run, variables, ["the expert", ""], 5, Sampling(temperature=0))
+    assert all(map(str.strip, answers.texts))
+    (tmp_path / "text.txt").write_text(f"{WORDS} " * 20)
+    assert evaluate_run(run, str(tmp_path / "text.txt")).usage.keys() == {"run_0.0", "run_0.1"}
+    with pytest.raises(DataError, match="was not trained here, .* name some with --pattern"):
+        evaluate_run(run)
+
+    write_run(run, str(tmp_path / "back"))
+    back, away = tensors_of(tmp_path / "back"), tensors_of(tmp_path / "away")
+    assert back.keys() == away.keys()
+    for name, tensor in away.items():
+        np.testing.assert_array_equal(back[name], tensor)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_text() == (tmp_path / "away" / name).read_text()
+
+
+def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.model.layers = (("monet_vd", 4),)
+    config.monet.num_experts, config.monet.top_k, config.monet.storage = 64, 2, "int4"
+    train(config, str(tmp_path / "own"))
+    own = open_run(str(tmp_path / "own"))
+    write_run(own, str(tmp_path / "written"))
+    read_run(str(tmp_path / "written"), str(tmp_path / "again"))
+    again = open_run(str(tmp_path / "again"))
+    tokens = np.random.default_rng(0).integers(own.tokenizer.vocab_size, size=(2, 9))
+    found, expected = (logits(run, tokens) for run in (again, own))
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_what_cannot_be_converted_is_said_and_leaves_nothing(
+    tokenizer, finished, tmp_path, monkeypatch
+):
+    publish(tmp_path / "published", "horizontal", tokenizer, monkeypatch)
+    source, run = str(tmp_path / "published"), str(tmp_path / "run")
+    with pytest.raises(ConfigError, match="is there already"):
+        read_run(source, str(finished))
+    (tmp_path / "other.json").write_text(llama_tokenizer([WORDS], 280))
+    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, the model \d+; name"):
+        read_run(source, run, str(tmp_path / "other.json"))
+    settings = json.loads((tmp_path / "published" / "config.json").read_text())
+    (tmp_path / "published" / "config.json").write_text(json.dumps(settings | {"moe_dim": 6}))
+    with pytest.raises(UserError, match=r"layers.0.moe.u.weight is \[24, 16\], not \[36, 16\]"):
+        read_run(source, run)
+    shutil.rmtree(tmp_path / "published")
+    with pytest.raises(DataError, match="tokenizer.json' does not exist"):
+        read_run(source, run)
+    with pytest.raises(
+        ConfigError, match="where a published Monet has layers of one decomposition"
+    ):
+        write_run(open_run(str(finished)), str(tmp_path / "out"))
+    assert {each.name for each in tmp_path.iterdir()} == {"other.json"}
+
+
+def test_one_command_reads_and_another_writes(tokenizer, tmp_path, monkeypatch):
+    publish(tmp_path / "published", "vertical", tokenizer, monkeypatch)
+
+    def convert(*flags):
+        command = [sys.executable, "-m", "peerjax.exchange.monet_run", *flags]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "sample.py --workdir=" in convert(workdir, f"--read={tmp_path / 'published'}").stdout
+    half = convert(workdir, f"--write={tmp_path / 'half'}", "--dtype=bfloat16")
+    assert half.returncode == 0, half.stderr
+    for name, tensor in tensors_of(tmp_path / "published").items():
+        rounded = tensors_of(tmp_path / "half")[name].astype(np.float32)
+        np.testing.assert_allclose(rounded, tensor, rtol=2**-8)
+    assert "give --read, a folder" in convert(workdir).stderr
