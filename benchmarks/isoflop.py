@@ -7,26 +7,25 @@ with the dense model seed by seed.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.figure
-import ml_collections
 import numpy as np
 
-from benchmarks.int4_quality import EVALUATION, OF_POOLS, RECIPE, SHARED, START
+from benchmarks.equal_flops import (
+    LARGEST_MISMATCH,
+    Arm,
+    Trained,
+    arm_of,
+    flops_of,
+    mismatch,
+    tune_and_train,
+    with_flops,
+)
+from benchmarks.int4_quality import EVALUATION, OF_POOLS, SHARED, START
 from benchmarks.result import REPOSITORY, Figure, Result
-from benchmarks.sweep import ROOT, Settings, at_once, paired, tune_rates, validation_loss
-from configs import quickstart
-from peerjax.analysis.flops import forward_flops
-from peerjax.config import model_config
-from peerjax.data.tokenizer import Tokenizer
-from peerjax.model import Decoder
-from peerjax.pool import count_expert_parameters
-from peerjax.training.checkpoint import count_parameters
+from benchmarks.sweep import ROOT, Settings, paired
 
 STEPS, QUICK_STEPS = 500, 12
 SEEDS = (0, 1, 2)
@@ -47,55 +46,6 @@ MODELS: dict[str, Settings] = {
 QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
 # The field that makes FLOPs equal.
 ADJUSTED = {DENSE: "model.mlp_width", MOE: "moe.hidden"}
-LARGEST_MISMATCH = 0.01
-
-
-class Arm(NamedTuple):
-    """One model of one size.
-
-    Attributes:
-        settings: fields that make it.
-        flops: forward FLOPs a token.
-        parameters: of all layers.
-        expert_parameters: how many of them are in pools.
-    """
-
-    settings: Settings
-    flops: float
-    parameters: int
-    expert_parameters: int
-
-
-def config_of(settings: Settings) -> ml_collections.ConfigDict:
-    """The recipe with other settings."""
-    config = quickstart.get_config()
-    config.update_from_flattened_dict(settings)
-    return config
-
-
-def flops_of(settings: Settings) -> float:
-    """Forward FLOPs a token of the recipe with other settings."""
-    config = config_of(settings)
-    model = model_config(config, Tokenizer.load().vocab_size)
-    return sum(forward_flops(model, config.data.sequence_length).values())
-
-
-def with_flops(settings: Settings, field: str, wanted: float) -> Settings:
-    """Settings whose FLOPs a token are as near those wanted as a whole number allows.
-
-    Args:
-        settings: fields that differ from the recipe.
-        field: the one to choose; FLOPs grow linearly with it.
-        wanted: FLOPs a token.
-
-    Raises:
-        ValueError: if no positive number comes within 1%.
-    """
-    one, two = (flops_of({**settings, field: value}) for value in (1, 2))
-    found = {**settings, field: max(1, round(1 + (wanted - one) / (two - one)))}
-    if abs(flops_of(found) / wanted - 1) > LARGEST_MISMATCH:
-        raise ValueError(f"no {field} makes {wanted:g} FLOPs a token")
-    return found
 
 
 def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:
@@ -108,16 +58,8 @@ def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:
             settings = {**fields, **MODELS[name]}
             if name in ADJUSTED:
                 settings = with_flops(settings, ADJUSTED[name], wanted)
-            found[size, name] = Arm(settings, flops_of(settings), *_parameters(settings))
+            found[size, name] = arm_of(settings)
     return found
-
-
-def _parameters(settings: Settings) -> tuple[int, int]:
-    model = Decoder(model_config(config_of(settings), Tokenizer.load().vocab_size))
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
-    in_pools = count_expert_parameters(variables.get("pools", {}))
-    return count_parameters(variables["params"]) + in_pools, in_pools
 
 
 def _rates_of(name: str) -> dict[str, float]:
@@ -129,35 +71,18 @@ def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     every = arms(quick)
-    tuning = at_once(
-        [
-            partial(tune_rates, RECIPE, arm.settings, _rates_of(name), steps)
-            for (_, name), arm in every.items()
-        ]
-    )
-    rates = dict(zip(every, (best for best, _ in tuning), strict=True))
-    found = at_once(
-        [
-            partial(
-                validation_loss,
-                RECIPE,
-                {**arm.settings, "steps": steps, **rates[key], "seed": seed},
-            )
-            for key, arm in every.items()
-            for seed in seeds
-        ]
-    )
-    losses = dict(zip(every, np.reshape(found, (-1, len(seeds))).tolist(), strict=True))
+    starts = {(size, name): _rates_of(name) for size, name in every}
+    trained = tune_and_train(every, starts, steps, seeds)
     models = [
         {
             "size": size,
             "model": name,
-            **every[size, name]._asdict(),
-            "rates": rates[size, name],
-            "tuning": tables,
-            "losses": losses[size, name],
+            **arm._asdict(),
+            "rates": trained[size, name].rates,
+            "tuning": trained[size, name].tuning,
+            "losses": trained[size, name].losses,
         }
-        for (size, name), (_, tables) in zip(every, tuning, strict=True)
+        for (size, name), arm in every.items()
     ]
     plot(models, ROOT / "isoflop" if quick else REPOSITORY / "docs" / "isoflop")
     return Result(
@@ -166,46 +91,38 @@ def run(quick: bool) -> Result:
             "nats/token", "beyond dense",
         ),
         rows=[
-            _row(size, name, arm, rates[size, name], losses[size, name], losses[size, DENSE])
+            _row(size, name, arm, trained[size, name], trained[size, DENSE].losses)
             for (size, name), arm in every.items()
         ],
-        figures=_figures(every, losses),
+        figures=_figures(every, trained),
         details={"steps": steps, "models": models},
     )  # fmt: skip
 
 
-def _row(
-    size: str,
-    name: str,
-    arm: Arm,
-    rates: Mapping[str, float],
-    losses: Sequence[float],
-    of_dense: Sequence[float],
-) -> list[str]:
-    difference = paired(losses, of_dense)
+def _row(size: str, name: str, arm: Arm, trained: Trained, of_dense: Sequence[float]) -> list[str]:
+    difference = paired(trained.losses, of_dense)
     return [
         size,
         name,
         f"{arm.flops / 1e6:.3f}",
         f"{arm.parameters:,}",
         f"{arm.expert_parameters:,}",
-        f"{rates[SHARED]:g}",
-        f"{rates[OF_POOLS]:g}" if OF_POOLS in rates else "-",
-        f"{np.mean(losses):.4f}",
+        f"{trained.rates[SHARED]:g}",
+        f"{trained.rates[OF_POOLS]:g}" if OF_POOLS in trained.rates else "-",
+        f"{np.mean(trained.losses):.4f}",
         f"{difference.mean:+.4f} +- {difference.half_width:.4f}",
     ]
 
 
 def _figures(
-    every: Mapping[tuple[str, str], Arm], losses: Mapping[tuple[str, str], list[float]]
+    every: Mapping[tuple[str, str], Arm], trained: Mapping[tuple[str, str], Trained]
 ) -> list[Figure]:
-    mismatch = max(
-        abs(arm.flops / every[size, PEER_INT4].flops - 1) for (size, _), arm in every.items()
-    )
-    figures = [Figure.at_most("largest mismatch of FLOPs a token", mismatch, LARGEST_MISMATCH)]
-    for size in dict.fromkeys(size for size, _ in every):
+    sizes = list(dict.fromkeys(size for size, _ in every))
+    largest = max(mismatch([arm for (of, _), arm in every.items() if of == size]) for size in sizes)
+    figures = [Figure.at_most("largest mismatch of FLOPs a token", largest, LARGEST_MISMATCH)]
+    for size in sizes:
         for other in (DENSE, MOE):
-            difference = paired(losses[size, PEER_INT4], losses[size, other])
+            difference = paired(trained[size, PEER_INT4].losses, trained[size, other].losses)
             what = f"{size}: int4 PEER - {other} (nats/token)"
             figures.append(Figure(what, difference.mean))
             figures.append(Figure("half width of its 95% interval", difference.half_width))

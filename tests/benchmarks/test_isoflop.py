@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from benchmarks import isoflop, sweep
-from benchmarks.isoflop import DENSE, MOE, PEER, PEER_INT4, SIZES, arms, flops_of, with_flops
+from benchmarks import equal_flops, isoflop, sweep
+from benchmarks.equal_flops import flops_of, with_flops
+from benchmarks.isoflop import DENSE, MOE, PEER, PEER_INT4, SIZES, arms
 
 
 def test_all_models_of_a_size_take_the_same_flops():
@@ -47,7 +48,9 @@ def test_every_rate_of_every_arm_is_tuned_and_losses_are_paired_by_seed(tmp_path
         return loss
 
     monkeypatch.setattr(sweep, "validation_loss", pretend)
-    monkeypatch.setattr(isoflop, "validation_loss", pretend)
+    monkeypatch.setattr(
+        equal_flops, "train", lambda recipe, settings: sweep.Run(pretend(recipe, settings), {}, 0.0)
+    )
     monkeypatch.setattr(isoflop, "ROOT", tmp_path)
     result = isoflop.run(quick=True)
     rows = {row[1]: row[-4:] for row in result.rows}

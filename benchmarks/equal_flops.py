@@ -1,0 +1,132 @@
+"""What comparisons of models at equal forward FLOPs a token share."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from benchmarks.sweep import Run, Settings, at_once, train, tune_rates
+from configs import quickstart
+from peerjax.analysis.flops import forward_flops
+from peerjax.config import model_config
+from peerjax.data.tokenizer import Tokenizer
+from peerjax.model import Decoder
+from peerjax.pool import count_expert_parameters
+from peerjax.training.checkpoint import count_parameters
+
+RECIPE = "quickstart"
+LARGEST_MISMATCH = 0.01
+
+
+class Arm(NamedTuple):
+    """One model of one size.
+
+    Attributes:
+        settings: fields that make it.
+        flops: forward FLOPs a token.
+        parameters: of all layers.
+        expert_parameters: how many of them are in pools.
+    """
+
+    settings: Settings
+    flops: float
+    parameters: int
+    expert_parameters: int
+
+
+class Trained(NamedTuple):
+    """What training an arm found.
+
+    Attributes:
+        rates: the best learning rates.
+        tuning: by rate, every (value, loss) that was tried.
+        runs: at full length, by seed.
+    """
+
+    rates: dict[str, float]
+    tuning: dict[str, list[tuple[float, float]]]
+    runs: list[Run]
+
+    @property
+    def losses(self) -> list[float]:
+        """Validation losses by seed."""
+        return [run.nats_per_token for run in self.runs]
+
+
+def arm_of(settings: Settings) -> Arm:
+    """The recipe with other settings, and its sizes."""
+    model = Decoder(model_config(config_of(settings), Tokenizer.load().vocab_size))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
+    in_pools = count_expert_parameters(variables.get("pools", {}))
+    parameters = count_parameters(variables["params"]) + in_pools
+    return Arm(settings, flops_of(settings), parameters, in_pools)
+
+
+def config_of(settings: Settings) -> ml_collections.ConfigDict:
+    """The recipe with other settings."""
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def flops_of(settings: Settings) -> float:
+    """Forward FLOPs a token of the recipe with other settings."""
+    config = config_of(settings)
+    model = model_config(config, Tokenizer.load().vocab_size)
+    return sum(forward_flops(model, config.data.sequence_length).values())
+
+
+def mismatch(arms: Sequence[Arm]) -> float:
+    """By how much FLOPs differ from those of the first arm, at most; a share."""
+    return max(abs(arm.flops / arms[0].flops - 1) for arm in arms)
+
+
+def with_flops(settings: Settings, field: str, wanted: float) -> Settings:
+    """Settings whose FLOPs a token are as near those wanted as a whole number allows.
+
+    Args:
+        settings: fields that differ from the recipe.
+        field: the one to choose; FLOPs grow linearly with it.
+        wanted: FLOPs a token.
+
+    Raises:
+        ValueError: if no positive number comes within 1%.
+    """
+    one, two = (flops_of({**settings, field: value}) for value in (1, 2))
+    found = {**settings, field: max(1, round(1 + (wanted - one) / (two - one)))}
+    if abs(flops_of(found) / wanted - 1) > LARGEST_MISMATCH:
+        raise ValueError(f"no {field} makes {wanted:g} FLOPs a token")
+    return found
+
+
+def tune_and_train(
+    arms: Mapping[Any, Arm],
+    starts: Mapping[Any, dict[str, float]],
+    steps: int,
+    seeds: Sequence[int],
+) -> dict[Any, Trained]:
+    """Tunes every learning rate of every arm, and trains the best at full length.
+
+    Args:
+        arms: by any key.
+        starts: by the same keys, the fields of the learning rates and where to begin.
+        steps: the full length.
+        seeds: what to train from.
+    """
+    tuning = at_once(
+        [partial(tune_rates, RECIPE, arm.settings, starts[key], steps) for key, arm in arms.items()]
+    )
+    every = [
+        partial(train, RECIPE, {**arm.settings, "steps": steps, **best, "seed": seed})
+        for arm, (best, _) in zip(arms.values(), tuning, strict=True)
+        for seed in seeds
+    ]
+    runs = iter(at_once(every))
+    return {
+        key: Trained(best, tables, [next(runs) for _ in seeds])
+        for key, (best, tables) in zip(arms, tuning, strict=True)
+    }
