@@ -16,6 +16,7 @@ BENCHMARKS = {
     "prepare": "a gigabyte of text through prepare.py: peak memory and speed",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
     "isoflop": "dense layers, mixtures and pools at equal FLOPs a token, tuned (a night)",
+    "monet": "Monet, horizontal and vertical, beside PEER at equal FLOPs a token, tuned (hours)",
 }
 
 

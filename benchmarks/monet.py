@@ -1,0 +1,159 @@
+"""Monet, horizontal and vertical, beside PEER, at equal forward FLOPs a token and equal tokens.
+
+The recipe is the quickstart, whose two PEER layers are replaced. Every learning rate of every arm
+is tuned at a third of the length. Then each trains from the same seeds for the same steps, and once
+more for as many steps as take the time that PEER's take.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import short_run
+from benchmarks.equal_flops import (
+    LARGEST_MISMATCH,
+    RECIPE,
+    Arm,
+    Trained,
+    arm_of,
+    mismatch,
+    tune_and_train,
+)
+from benchmarks.int4_quality import EVALUATION, SHARED, START
+from benchmarks.result import Figure, Result
+from benchmarks.sweep import Settings, at_once, paired, train
+from peerjax.data.pipeline import load_corpus, train_batches
+from peerjax.inference.trained import open_run, restore
+from peerjax.model import MONET_HD, MONET_VD
+from peerjax.sharding import make_mesh
+from peerjax.training.evaluation import put_batch
+from peerjax.training.gradients import loss_and_gradients
+
+STEPS, QUICK_STEPS, TIMED_STEPS = 500, 12, 40
+SEEDS = (0, 1, 2)
+PEER, HD, VD = "PEER, int4", "Monet HD", "Monet VD"
+HD_INT4, VD_INT4 = f"{HD}, int4", f"{VD}, int4"
+
+
+def _monet(kind: str, storage: str) -> Settings:
+    """As many keys a side as make the FLOPs of PEER; k is a sixteenth of them, as in the paper."""
+    return {
+        "model.layers": (("dense", 1), (kind, 2), ("dense", 1)),
+        "monet.num_experts": 120**2,
+        "monet.expert_width": 4,
+        "monet.heads": 4,
+        "monet.top_k": 8,
+        "monet.group": 2,
+        "monet.storage": storage,
+    }
+
+
+MODELS = {
+    PEER: {"pool.storage": "int4"},
+    HD: _monet(MONET_HD, "float32"),
+    VD: _monet(MONET_VD, "float32"),
+    HD_INT4: _monet(MONET_HD, "int4"),
+    VD_INT4: _monet(MONET_VD, "int4"),
+}
+
+
+def run(quick: bool) -> Result:
+    """Trains what no earlier call trained, and times every arm by itself."""
+    steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
+    names = (PEER, HD) if quick else MODELS
+    arms = {name: arm_of({**EVALUATION, **MODELS[name]}) for name in names}
+    starts = {name: {SHARED: START[SHARED]} if name in (HD, VD) else START for name in arms}
+    timed = {name: measure(arm, 4 if quick else TIMED_STEPS) for name, arm in arms.items()}
+    trained = tune_and_train(arms, starts, steps, seeds)
+    lengths = {
+        name: round(steps * timed[PEER]["seconds_per_step"] / each["seconds_per_step"])
+        for name, each in timed.items()
+    }
+    same_time = {
+        name: _losses(arm, trained[name], lengths[name], seeds) for name, arm in arms.items()
+    }
+    models = [
+        {
+            "model": name,
+            **arm._asdict(),
+            **timed[name],
+            "rates": trained[name].rates,
+            "tuning": trained[name].tuning,
+            "losses": trained[name].losses,
+            "experts": [each.experts for each in trained[name].runs],
+            "steps_in_the_same_time": lengths[name],
+            "losses_in_the_same_time": same_time[name],
+        }
+        for name, arm in arms.items()
+    ]
+    figures = [
+        Figure.at_most(
+            "largest mismatch of FLOPs a token", mismatch(list(arms.values())), LARGEST_MISMATCH
+        )
+    ]
+    for name in list(arms)[1:]:
+        for what, of in (
+            ("the same tokens", {key: each.losses for key, each in trained.items()}),
+            ("the same time", same_time),
+        ):
+            difference = paired(of[name], of[PEER])
+            figures.append(Figure(f"{name} - PEER, {what} (nats/token)", difference.mean))
+            figures.append(Figure("half width of its 95% interval", difference.half_width))
+    return Result(
+        columns=(
+            "model", "parameters", "nats/token", "beyond PEER", "in the same time", "experts used",
+            "unevenness", "with gradient", "ms a step", "peak GB",
+        ),
+        rows=[_row(model, models[0]) for model in models],
+        figures=figures,
+        details={"steps": steps, "models": models},
+    )  # fmt: skip
+
+
+def _losses(arm: Arm, trained: Trained, steps: int, seeds: Sequence[int]) -> list[float]:
+    fields = {**arm.settings, **trained.rates, "steps": steps}
+    runs = at_once([partial(train, RECIPE, {**fields, "seed": seed}) for seed in seeds])
+    return [each.nats_per_token for each in runs]
+
+
+def measure(arm: Arm, steps: int) -> dict[str, Any]:
+    """Step time and memory of training by itself, and how sparse the gradient is after it."""
+    found = short_run.train(RECIPE, steps, {**arm.settings, "eval.rows": 8}, gradient_share)
+    return {"gradient_share": found.pop("found"), **found}
+
+
+def gradient_share(workdir: str) -> float:
+    """The share of expert parameters whose gradient on one batch is not 0."""
+    run, mesh = open_run(workdir), make_mesh()
+    batch = next(train_batches(run.config, load_corpus(run.config).train, run.step))
+    with jax.set_mesh(mesh):
+        variables = restore(run, mesh)
+        differentiate = jax.jit(partial(loss_and_gradients, run.model))
+        _, gradients = differentiate(variables, put_batch(mesh, batch))
+    leaves = jax.tree_util.tree_leaves_with_path(gradients.params)
+    experts = [leaf for path, leaf in leaves if "'monet'" in jax.tree_util.keystr(path)]
+    for name, factored in gradients.pools.items():
+        experts.append(factored.dense(variables["pools"][name]["pool"].num_experts))
+    return sum(int(np.count_nonzero(each)) for each in experts) / sum(each.size for each in experts)
+
+
+def _row(model: Mapping[str, Any], peer: Mapping[str, Any]) -> list[str]:
+    tokens, time = (
+        paired(model[which], peer[which]) for which in ("losses", "losses_in_the_same_time")
+    )
+    of_layers = [layer for run in model["experts"] for layer in run.values()]
+    return [
+        model["model"],
+        f"{model['parameters']:,}",
+        f"{np.mean(model['losses']):.4f}",
+        f"{tokens.mean:+.4f} +- {tokens.half_width:.4f}",
+        f"{time.mean:+.4f} +- {time.half_width:.4f}",
+        f"{np.mean([layer['usage'] for layer in of_layers]):.1%}",
+        f"{np.mean([layer['unevenness'] for layer in of_layers]):.3f}",
+        f"{model['gradient_share']:.1%}",
+        f"{1e3 * model['seconds_per_step']:.0f}",
+        f"{model['peak_bytes'] / 1e9:.2f}",
+    ]

@@ -1,0 +1,56 @@
+"""A few steps of train.py in a process of its own: how long they take, and how much memory."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import REPOSITORY
+
+
+def train(
+    recipe: str,
+    steps: int,
+    settings: Mapping[str, Any] | None = None,
+    inspect: Callable[[str], Any] = lambda workdir: None,
+) -> dict[str, Any]:
+    """Trains, and tells what it took.
+
+    Args:
+        recipe: the name of a file in `configs/`.
+        steps: how many; checkpoints and evaluation are not counted in their time.
+        settings: fields that differ from the recipe.
+        inspect: is called with the workdir, which is deleted after.
+
+    Returns:
+        "peak_bytes" of the process, "seconds_per_step", and what `inspect` "found".
+    """
+    fields = {**(settings or {}), "steps": steps, "checkpoint.every": steps, "eval.every": steps}
+    with tempfile.TemporaryDirectory() as workdir:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "train.py",
+                f"--config=configs/{recipe}.py",
+                f"--workdir={workdir}",
+                *(f"--config.{field}={value}" for field, value in fields.items()),
+            ],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"train.py with {recipe} ended with status {process.returncode}")
+        report = json.loads((Path(workdir) / "report.json").read_text())
+        found = inspect(workdir)
+    seconds = report["tokens_per_step"] / report["tokens_per_second"]
+    return {
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "seconds_per_step": seconds,
+        "found": found,
+    }
