@@ -23,7 +23,7 @@ from configs import peer_1m_cpu
 from peerjax.config import model_config, validate
 from peerjax.model import Decoder
 from peerjax.pool import memory_report
-from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.state import TrainState, create_state, make_optimizer
 from peerjax.training.step import make_train_step
 
 VOCABULARY = 4096
@@ -76,27 +76,18 @@ def million(num_experts: int) -> ml_collections.ConfigDict:
 
 def compile_step(config: ml_collections.ConfigDict, device: Any = None) -> Program:
     """Compiles the step of a configuration for a device, or for the CPU at hand."""
-    validate(config)
-    model = Decoder(model_config(config, VOCABULARY))
-    optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda: create_state(config, model, optimizer))
-    rows, length = config.data.batch_size, config.data.sequence_length
-    names = ("inputs", "targets", "positions", "segments")
-    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    step, state, batch = step_of(config)
     state, batch = on(device, (state, batch))
-    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     of_pools = memory_report(state.pools, state.opt_state)
     words = jax.tree.leaves(state.pools)[0].size
+    rows, length = config.data.batch_size, config.data.sequence_length
     text = compiled.as_text()
     largest = _largest_arrays(text, words)
     return Program(
         temp=memory.temp_size_in_bytes,
-        total=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        total=total_bytes(memory),
         aliased=memory.alias_size_in_bytes,
         pools=of_pools.kept,
         expert_parameters=of_pools.parameters,
@@ -109,6 +100,30 @@ def compile_step(config: ml_collections.ConfigDict, device: Any = None) -> Progr
         chosen=config.peer.heads * config.peer.experts_per_head,
         heads=config.peer.heads,
         width=config.model.width,
+    )
+
+
+def step_of(
+    config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY
+) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The step of a configuration, and shapes of what it takes."""
+    validate(config)
+    model = Decoder(model_config(config, vocabulary))
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    rows, length = config.data.batch_size, config.data.sequence_length
+    names = ("inputs", "targets", "positions", "segments")
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    return jax.jit(make_train_step(config, model, optimizer), donate_argnums=0), state, batch
+
+
+def total_bytes(memory: Any) -> int:
+    """Bytes of a compiled program's arguments, results and temporary memory together."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from benchmarks.sweep import Run, Settings, at_once, train, tune_rates
 from configs import quickstart
@@ -54,6 +55,10 @@ class Trained(NamedTuple):
     def losses(self) -> list[float]:
         """Validation losses by seed."""
         return [run.nats_per_token for run in self.runs]
+
+    def over_layers(self, what: str) -> float:
+        """The mean of a figure of experts over layers and seeds."""
+        return float(np.mean([layer[what] for run in self.runs for layer in run.experts.values()]))
 
 
 def arm_of(settings: Settings) -> Arm:

@@ -83,7 +83,8 @@ def run(quick: bool) -> Result:
             "rates": trained[name].rates,
             "tuning": trained[name].tuning,
             "losses": trained[name].losses,
-            "experts": [each.experts for each in trained[name].runs],
+            "usage": trained[name].over_layers("usage"),
+            "unevenness": trained[name].over_layers("unevenness"),
             "steps_in_the_same_time": lengths[name],
             "losses_in_the_same_time": same_time[name],
         }
@@ -144,15 +145,14 @@ def _row(model: Mapping[str, Any], peer: Mapping[str, Any]) -> list[str]:
     tokens, time = (
         paired(model[which], peer[which]) for which in ("losses", "losses_in_the_same_time")
     )
-    of_layers = [layer for run in model["experts"] for layer in run.values()]
     return [
         model["model"],
         f"{model['parameters']:,}",
         f"{np.mean(model['losses']):.4f}",
         f"{tokens.mean:+.4f} +- {tokens.half_width:.4f}",
         f"{time.mean:+.4f} +- {time.half_width:.4f}",
-        f"{np.mean([layer['usage'] for layer in of_layers]):.1%}",
-        f"{np.mean([layer['unevenness'] for layer in of_layers]):.3f}",
+        f"{model['usage']:.1%}",
+        f"{model['unevenness']:.3f}",
         f"{model['gradient_share']:.1%}",
         f"{1e3 * model['seconds_per_step']:.0f}",
         f"{model['peak_bytes'] / 1e9:.2f}",

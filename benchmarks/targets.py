@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from peerjax.sharding import make_mesh
+
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 GPUS = ("h100",)
 TARGETS = (*TPUS, *GPUS)
@@ -64,6 +66,12 @@ def device_of(target: str) -> Any:
             platform="cuda", target_config=H100, topology="1x1x1", topology_name=""
         )
     return topology.devices[0]
+
+
+def mesh_of(topology: str) -> jax.sharding.Mesh:
+    """A mesh of all chips of a TPU topology, such as "v5p:4x4x4"; none need exist."""
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return make_mesh(found.devices)
 
 
 def on(device: Any, tree: Any) -> Any:

@@ -86,3 +86,19 @@ def test_twelve_layers_compile_with_their_kernels(target):
     assert program.kernels >= 3  # lookup, its backward pass, update
     assert program.aliased >= program.pools
     assert program.pool_copies == 0
+
+
+@pytest.mark.parametrize("kind", ["monet_hd", "monet_vd"])
+def test_a_group_of_layers_of_the_papers_monet_compiles_for_a_pod(kind):
+    require("v5p")
+    layers = f"model.layers=(({kind!r}, 4),)"
+    group, whole = (
+        run_for("v5p", "benchmarks.compiled_pod", chips, "monet_850m", "32000", layers, rows)
+        for chips, rows in (("2x2x1", "data.batch_size=8"), ("4x4x4", "data.batch_size=128"))
+    )
+    assert (group["chips"], whole["chips"]) == (4, 64)
+    # Rows are split and the state is not: as many rows a chip take as much memory of it.
+    assert group["rows"] == whole["rows"] == 2
+    assert whole["total"] == pytest.approx(group["total"], rel=0.05)
+    parameters = 24 * 1536**2 + 2 * 32_000 * 1536
+    assert 3 * 4 * parameters < whole["state"] < whole["total"] <= 20 * GIB
