@@ -16,6 +16,7 @@ BENCHMARKS = {
     "prepare": "a gigabyte of text through prepare.py: peak memory and speed",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
     "isoflop": "dense layers, mixtures and pools at equal FLOPs a token, tuned (a night)",
+    "domains": "losses of PEER and Monet without the experts of a domain",
     "query_norm": "experts that PEER uses with and without normalised queries, tuned (hours)",
     "monet_sizes": "the Monet paper's models compiled for a TPU pod: memory of a chip",
     "monet": "Monet, horizontal and vertical, beside PEER at equal FLOPs a token, tuned (hours)",

@@ -1,0 +1,55 @@
+"""What PEER and Monet lose on every domain without the experts of one.
+
+Trains the quickstart with each, and evaluates it as `evaluate.py --remove_domains=all` does.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from benchmarks import short_run
+from benchmarks.equal_flops import RECIPE
+from benchmarks.monet import HD, MODELS, PEER, VD
+from benchmarks.result import Figure, Result
+from peerjax.inference.evaluating import evaluate_without
+from peerjax.inference.removal import ALL
+from peerjax.inference.trained import open_run
+
+STEPS, QUICK_STEPS = 500, 12
+
+
+def run(quick: bool) -> Result:
+    """Trains every model, and removes the experts of one domain after the other."""
+    rows, figures, details = [], [], {}
+    for name in (PEER,) if quick else (PEER, HD, VD):
+        steps, settings = QUICK_STEPS if quick else STEPS, {**MODELS[name], "eval.rows": 32}
+        found = short_run.train(
+            RECIPE, steps, settings, partial(evaluate, rows=4 if quick else None)
+        )
+        removals = details[name] = found["found"]
+        for removal in removals:
+            rows += _rows(name, removal)
+            domain, changes, control = (removal[key] for key in ("domain", "changes", "control"))
+            others = [change for other, change in changes.items() if other != domain]
+            figures += [
+                Figure(f"{name}, {domain}: loss gained there without its experts", changes[domain]),
+                Figure("mean over other domains", sum(others) / len(others)),
+                Figure("there, without as many at random", control[domain]),
+            ]
+    texts = details[PEER][0]["changes"]
+    columns = ("model", "removed", "experts", *(f"on {text}" for text in texts))
+    return Result(columns, rows, figures, details)
+
+
+def evaluate(workdir: str, rows: int | None = None) -> list[dict[str, Any]]:
+    """The removals of a run, as JSON."""
+    _, removals = evaluate_without(open_run(workdir), [ALL], rows=rows)
+    return [dataclasses.asdict(removal) for removal in removals]
+
+
+def _rows(model: str, removal: dict[str, Any]) -> list[list[str]]:
+    count = f"{sum(removal['experts'].values()):,}"
+    return [
+        [model, which, count, *(f"{change:+.4f}" for change in removal[key].values())]
+        for which, key in ((removal["domain"], "changes"), ("as many at random", "control"))
+    ]
