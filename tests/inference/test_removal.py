@@ -34,7 +34,7 @@ def texts(tmp_path_factory):
 
 def trained(kind, texts, folder):
     config = tiny_config(texts)
-    config.model.layers = ((kind, 4),)
+    config.model.layers = ((kind, 2),)
     config.pool.storage = "float32"
     config.monet.num_experts, config.monet.top_k = 64, 2
     config.moe.num_experts, config.moe.hidden = 8, 8
