@@ -5,14 +5,12 @@
 prints JSON: bytes of a chip's memory. Fields are those of the configuration.
 """
 
-import ast
-import importlib
 import json
 import sys
 
 import jax
 
-from benchmarks.compiled_step import step_of, total_bytes
+from benchmarks.compiled_step import config_of, step_of, total_bytes
 from benchmarks.targets import mesh_of
 from peerjax.sharding import BATCH, sharding_of, state_shardings
 from peerjax.training.checkpoint import abstract
@@ -21,10 +19,7 @@ from peerjax.training.checkpoint import abstract
 def main() -> None:
     """Compiles what the command line names."""
     kind, chips, recipe, vocabulary, *changes = sys.argv[1:]
-    config = importlib.import_module(f"configs.{recipe}").get_config()
-    for change in changes:
-        field, value = change.split("=", 1)
-        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    config = config_of(recipe, changes)
     mesh = mesh_of(f"{kind}:{chips}")
     step, state, batch = step_of(config, int(vocabulary))
     state = abstract(state, state_shardings(mesh, state))

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,15 @@ class Program(NamedTuple):
     chosen: int
     heads: int
     width: int
+
+
+def config_of(recipe: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
+    """A recipe with fields changed as a command line says, FIELD=VALUE."""
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    for change in changes:
+        field, value = change.split("=", 1)
+        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    return config
 
 
 def million(num_experts: int) -> ml_collections.ConfigDict:
@@ -145,8 +155,4 @@ def _largest_arrays(program: str, words: int) -> dict[bool, int]:
 
 if __name__ == "__main__":
     target, recipe, *changes = sys.argv[1:]
-    chosen_config = importlib.import_module(f"configs.{recipe}").get_config()
-    for change in changes:
-        field, value = change.split("=", 1)
-        chosen_config.update_from_flattened_dict({field: ast.literal_eval(value)})
-    print(json.dumps(compile_step(chosen_config, device_of(target))._asdict()))
+    print(json.dumps(compile_step(config_of(recipe, changes), device_of(target))._asdict()))

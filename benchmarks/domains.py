@@ -8,14 +8,12 @@ from functools import partial
 from typing import Any
 
 from benchmarks import short_run
-from benchmarks.equal_flops import RECIPE
 from benchmarks.monet import HD, MODELS, PEER, VD
+from benchmarks.protocol import QUICK_STEPS, RECIPE, STEPS
 from benchmarks.result import Figure, Result
 from peerjax.inference.evaluating import evaluate_without
 from peerjax.inference.removal import ALL
 from peerjax.inference.trained import open_run
-
-STEPS, QUICK_STEPS = 500, 12
 
 
 def run(quick: bool) -> Result:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from benchmarks.protocol import RECIPE
 from benchmarks.sweep import Run, Settings, at_once, train, tune_rates
 from configs import quickstart
 from peerjax.analysis.flops import forward_flops
@@ -18,7 +19,6 @@ from peerjax.model import Decoder
 from peerjax.pool import count_expert_parameters
 from peerjax.training.checkpoint import count_parameters
 
-RECIPE = "quickstart"
 LARGEST_MISMATCH = 0.01
 
 

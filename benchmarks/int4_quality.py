@@ -13,20 +13,23 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.int4_quality_plots import plot
+from benchmarks.protocol import (
+    EVALUATION,
+    OF_POOLS,
+    QUICK_STEPS,
+    RECIPE,
+    SEEDS,
+    SHARED,
+    START,
+    STEPS,
+)
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import Settings, at_once, paired, train, tune_rates, validation_loss
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
 
-RECIPE, WIDTH = "quickstart", 128
-STEPS, QUICK_STEPS, LONG_STEPS = 500, 12, 10_000
-# Enough rows that the error of the validation loss itself does not matter.
-EVALUATION: Settings = {
-    "eval.rows": 96, "eval.every": 500, "checkpoint.every": 250, "peer.query_norm": "batchnorm",
-}  # fmt: skip
-SHARED, OF_POOLS = "optimizer.learning_rate", "pool.learning_rate"
-START = {SHARED: 1e-2, OF_POOLS: 3e-2}
-FEW, MANY = (0, 1, 2), tuple(range(6))
+WIDTH, LONG_STEPS = 128, 10_000
+FEW, MANY = SEEDS, tuple(range(6))
 TENTH = 0.1  # of the best learning rate: steps small enough to need a buffer, if any are
 
 

@@ -23,12 +23,18 @@ from benchmarks.equal_flops import (
     tune_and_train,
     with_flops,
 )
-from benchmarks.int4_quality import EVALUATION, OF_POOLS, SHARED, START
+from benchmarks.protocol import (
+    EVALUATION,
+    OF_POOLS,
+    QUICK_STEPS,
+    SEEDS,
+    SHARED,
+    START,
+    STEPS,
+)
 from benchmarks.result import REPOSITORY, Figure, Result
 from benchmarks.sweep import ROOT, Settings, paired
 
-STEPS, QUICK_STEPS = 500, 12
-SEEDS = (0, 1, 2)
 SIZES: dict[str, Settings] = {
     "D=64": {
         "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (128, 128),

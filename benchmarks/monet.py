@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks import short_run
 from benchmarks.equal_flops import (
     LARGEST_MISMATCH,
-    RECIPE,
     Arm,
     Trained,
     arm_of,
@@ -32,8 +31,7 @@ from peerjax.sharding import make_mesh
 from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
-STEPS, QUICK_STEPS, TIMED_STEPS = 500, 12, 40
-SEEDS = (0, 1, 2)
+TIMED_STEPS = 40
 PEER, HD, VD = "PEER, int4", "Monet HD", "Monet VD"
 HD_INT4, VD_INT4 = f"{HD}, int4", f"{VD}, int4"
 

@@ -8,12 +8,18 @@ tuned at a third of the length.
 import numpy as np
 
 from benchmarks.equal_flops import arm_of, tune_and_train
-from benchmarks.int4_quality import EVALUATION, OF_POOLS, SHARED, START
+from benchmarks.protocol import (
+    EVALUATION,
+    OF_POOLS,
+    QUICK_STEPS,
+    SEEDS,
+    SHARED,
+    START,
+    STEPS,
+)
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import paired
 
-STEPS, QUICK_STEPS = 500, 12
-SEEDS = (0, 1, 2)
 BATCH, LAYER, NONE = "batchnorm", "layernorm", "none"
 
 

@@ -11,7 +11,7 @@ def get_config():
     # start and batch normalisation keep the experts in use.
     config.peer.query_norm = "batchnorm"
     config.optimizer.warmup_steps = 150
-    # The best of `python -m benchmarks int4_quality`.
+    # `python -m benchmarks int4_quality` tunes them.
     config.optimizer.learning_rate = 1e-2
     config.pool.learning_rate = 3e-2
     config.eval.every = 125

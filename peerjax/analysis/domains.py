@@ -14,7 +14,8 @@ def domain_experts(
     """The experts of each domain: used there `factor` times as often as anywhere else, or more.
 
     Args:
-        routing: by domain, the mean gate of every expert of a layer over the domain's tokens.
+        routing: by domain, of two or more, the mean gate of every expert of a layer over the
+            domain's tokens.
         factor: by how much an expert must prefer a domain to belong to it.
 
     References:
@@ -24,7 +25,7 @@ def domain_experts(
     found = {}
     for domain, probability in routing.items():
         others = [each for name, each in routing.items() if name != domain]
-        second = np.max(others, axis=0) if others else np.zeros_like(probability)
+        second = np.max(others, axis=0)
         found[domain] = (probability > 0) & (probability >= factor * second)
     return found
 

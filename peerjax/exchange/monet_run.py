@@ -7,7 +7,7 @@ python -m peerjax.exchange.monet_run --workdir=runs/monet --write=FOLDER
 from __future__ import annotations
 
 import json
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from peerjax.exchange.monet import HORIZONTAL, VERTICAL, read_hf, write_hf
 from peerjax.inference.trained import Run, open_run, restore
 from peerjax.model import MONET_HD, MONET_VD, MONETS
 from peerjax.optim import dequantize
+from peerjax.routing.monet import keys_per_side
 from peerjax.routing.running_norm import STATS
 from peerjax.sharding import make_mesh
 from peerjax.training.checkpoint import Checkpoints
@@ -33,6 +34,17 @@ from peerjax.training.workdir import folder_of, identity_of_imported, record
 KINDS = {HORIZONTAL: MONET_HD, VERTICAL: MONET_VD}
 # The published tokenizer, and the fields of the published `config.json`.
 TOKENIZER, PUBLISHED = "tokenizer.json", "monet.json"
+# Fields that both configurations have, by the published name.
+FIELDS = {
+    "hidden_size": "model.width",
+    "num_attention_heads": "model.heads",
+    "max_position_embeddings": "model.max_length",
+    "rope_theta": "model.rope_base",
+    "moe_dim": "monet.expert_width",
+    "moe_heads": "monet.heads",
+    "moe_topk": "monet.top_k",
+    "moe_groups": "monet.group",
+}
 RUN = "run_0"
 DTYPES = ("float32", "bfloat16")
 
@@ -93,19 +105,12 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
         raise ConfigError(
             f"model.layers={layers}, where a published Monet has layers of one decomposition only"
         )
-    (kind, depth), model, monet = layers[0], run.config.model, run.config.monet
+    (kind, depth), monet = layers[0], run.config.monet
     published = {
+        **{name: attrgetter(field)(run.config) for name, field in FIELDS.items()},
         "vocab_size": run.tokenizer.vocab_size,
-        "hidden_size": model.width,
         "num_hidden_layers": depth,
-        "num_attention_heads": model.heads,
-        "max_position_embeddings": model.max_length,
-        "rope_theta": model.rope_base,
-        "moe_dim": monet.expert_width,
-        "moe_heads": monet.heads,
-        "moe_experts": int(monet.num_experts**0.5),
-        "moe_topk": monet.top_k,
-        "moe_groups": monet.group,
+        "moe_experts": keys_per_side(monet.num_experts),
         "moe_decompose": kinds[kind],
     }
     if (run.folder / PUBLISHED).exists():
@@ -118,18 +123,11 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
 def config_of(published: dict[str, Any]) -> ml_collections.ConfigDict:
     """The configuration of a published model."""
     config = default_config()
-    model, monet = config.model, config.monet
-    model.width = published["hidden_size"]
+    model = config.model
+    config.update_from_flattened_dict({field: published[name] for name, field in FIELDS.items()})
     model.layers = ((KINDS[published["moe_decompose"]], published["num_hidden_layers"]),)
-    model.heads = published["num_attention_heads"]
-    model.max_length = published["max_position_embeddings"]
-    model.rope_base = float(published["rope_theta"])
     model.dtype = "float32" if published.get("torch_dtype") in (None, "float32") else "bfloat16"
-    monet.num_experts = published["moe_experts"] ** 2
-    monet.expert_width = published["moe_dim"]
-    monet.heads = published["moe_heads"]
-    monet.top_k = published["moe_topk"]
-    monet.group = published["moe_groups"]
+    config.monet.num_experts = published["moe_experts"] ** 2
     config.pool.storage = "float32"  # there is no pool
     config.data.sequence_length = min(config.data.sequence_length, model.max_length)
     return config
@@ -145,16 +143,11 @@ def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
     count = sum(name.startswith("layer_") for name in tree[PARAMS])
 
     def blocks(collection: str, numbers: range) -> dict[str, Any]:
-        parts = {
-            number: [
-                tree[collection].pop(f"layer_{first + number}") for first in range(0, count, group)
-            ]
-            for number in numbers
-        }
-        return {
-            f"block_{number}": jax.tree.map(lambda *leaves: np.stack(leaves), *parts.pop(number))
-            for number in numbers
-        }
+        layers, found = tree[collection], {}
+        for number in numbers:
+            own = [layers.pop(f"layer_{first + number}") for first in range(0, count, group)]
+            found[f"block_{number}"] = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
+        return found
 
     stats = blocks(STATS, range(1))
     groups = blocks(PARAMS, range(group))
