@@ -149,7 +149,7 @@ def llama():
     return Tokenizer(llama_tokenizer(documents, 1000))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
 def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(llama, blocks, piece):
     text = "".join(blocks).replace("▁", "")

@@ -24,7 +24,7 @@ from peerjax.training.loop import train
 from tests.conftest import REPOSITORY
 from tests.data.llama import llama_tokenizer
 from tests.exchange.test_monet import SIZES, logits_of, make
-from tests.training.tiny import WORDS, tiny_config
+from tests.training.tiny import SAVE_EVERY, WORDS, tiny_config
 
 VOCABULARY, LAYERS = 300, 4
 
@@ -89,6 +89,7 @@ def test_a_published_checkpoint_runs_and_comes_back(
 
 def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
     config = tiny_config(corpus)
+    config.steps = SAVE_EVERY
     config.model.layers = (("monet_vd", 4),)
     config.monet.num_experts, config.monet.top_k, config.monet.storage = 64, 2, "int4"
     train(config, str(tmp_path / "own"))
