@@ -140,13 +140,13 @@ def programs(
     pool = stack.at_layer(array(jnp.int32))
     ids, gates = array(jnp.int32, tokens, chosen), array(jnp.float32, tokens, chosen)
     x = array(jnp.bfloat16, tokens, width)
-    state = UpdateState(words, by_row, by_row)
+    state = UpdateState(words, by_row)
     gradient = FactoredGradient(
         *[array(leaf.dtype, LAYERS, *leaf.shape) for leaf in (ids, gates, gates, x, x)]
     )
 
     def one_update(pool: Any, state: Any, gradient: Any, step: Any) -> Any:
-        rule = Hyperparameters(1e-2, 1e-3)
+        rule = Hyperparameters(1e-2)
         return update(pool, state, gradient, rule, seed=0, step=step)
 
     forward = functools.partial(kernels.forward, activation="gelu")
@@ -167,8 +167,8 @@ def least_bytes(kernel: str, shape: Shape) -> int:
         return codes + pairs * (8 + 8) + 2 * vectors
     if kernel == "lookup backward":  # and dy, dx, gradients of gates, c_down, c_up
         return codes + pairs * (8 + 8 + 12) + 3 * vectors
-    # Codes, accumulators, scales and two moments of both vectors, read and written; coefficients.
-    return 2 * (2 * codes + pairs * 24) + pairs * 12 + 2 * vectors
+    # Codes, accumulators, scales and moments of both vectors, read and written; coefficients.
+    return 2 * (2 * codes + pairs * 16) + pairs * 12 + 2 * vectors
 
 
 def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:

@@ -67,9 +67,7 @@ def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
         trained = {"params": init(pool), "pool": pool}
         return trained, optimizer.init(trained)
 
-    of_pool = (
-        int4_accumulation(POOL_RATE, scale_learning_rate=1e-3) if packed else optax.adamw(POOL_RATE)
-    )
+    of_pool = int4_accumulation(POOL_RATE) if packed else optax.adamw(POOL_RATE)
     rules = {"params": optax.adamw(ROUTER_RATE), "pool": of_pool}
     optimizer = optax.partition(rules, {"params": "params", "pool": "pool"})
 

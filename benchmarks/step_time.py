@@ -88,7 +88,7 @@ def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
     spread = ids * (LARGE // SMALL) + (ids * 37) % (LARGE // SMALL)
     gates = jnp.full((T, K), 1 / K)
     x = jax.random.normal(jax.random.key(1), (T, D))
-    rule = Hyperparameters(1e-2, 1e-3)
+    rule = Hyperparameters(1e-2)
 
     def step(pool, state, ids, number):
         def loss(x, gates, tap):

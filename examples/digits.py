@@ -61,9 +61,7 @@ def int4_transform(params: Any, seed: int) -> optax.GradientTransformation:
     """
     of_matrices = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optim.int4_accumulation(
-            optax.cosine_decay_schedule(3e-3, STEPS), scale_learning_rate=1e-3, seed=seed
-        ),
+        optim.int4_accumulation(optax.cosine_decay_schedule(3e-3, STEPS), seed=seed),
     )
     labels = jax.tree.map(
         lambda leaf: "packed" if optim.is_packed_matrix(leaf) else "float",

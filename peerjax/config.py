@@ -113,7 +113,6 @@ def default_config() -> ml_collections.ConfigDict:
     # momentum, for packed storage: to compare with, both keep dense gradients and moments.
     pool.rule = "rowwise"
     pool.learning_rate = 1e-2  # peak; follows the schedule below
-    pool.scale_learning_rate = 1e-3  # peak; of the logarithm of a packed row's scale
     pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
     # Of the accumulators of packed pools: 0, 2, 4 or 8; `None` means as many as a code has.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.expert_update.integer_step import HEADROOM, largest_code
+from pallas_kernels.expert_update.integer_step import largest_code, spread
 from pallas_kernels.storage import (
     BITS,
     DOWN,
@@ -64,9 +64,8 @@ def initialize_pool(
         experts_per_head: k.
         residual_scale: scale of the output relative to a dense MLP's.
         storage: "float32", "bfloat16", "int8" or "int4". Packed pools are drawn packed, and are the
-            float pool of the same key rounded to nearest, the absolute maximum of each row of
-            `down` and `up` at 5/7 of the largest code (headroom: at 7/7 every row would saturate
-            at once).
+            float pool of the same key rounded to nearest, each row of `down` and `up` with the
+            scale that training aims at.
 
     Returns:
         A stack of pools.
@@ -94,9 +93,10 @@ def initialize_pool(
 
     def draw_packed(key: Array) -> tuple[Array, Array]:
         floats = draw_floats(key)
-        peak = largest_code(BITS[storage]) * HEADROOM
-        scales = jnp.max(jnp.abs(floats), axis=-1) / peak
-        codes = jnp.round(floats / scales[..., None]).astype(jnp.int32)
+        bits = BITS[storage]
+        scales = jnp.sqrt(jnp.mean(floats**2, axis=-1)) / spread(bits)
+        top = largest_code(bits)
+        codes = jnp.clip(jnp.round(floats / scales[..., None]), -top, top).astype(jnp.int32)
         return pack_experts(codes, storage), scales
 
     words, scales = jax.lax.map(draw_packed, keys)
@@ -176,7 +176,7 @@ def memory_report(pools: Any, states: Any = None, gradients: Any = None) -> Memo
     for state in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, kinds)):
         if isinstance(state, UpdateState):
             parts["accumulators"] += _bytes_of(state.accumulators)
-            parts["row statistics"] += _bytes_of((state.moments, state.scale_moments))
+            parts["row statistics"] += _bytes_of(state.moments)
         elif isinstance(state, ExpertPool):
             parts["moments"] += _bytes_of(state)
     parts["factored gradient"] = _bytes_of(gradients)

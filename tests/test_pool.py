@@ -24,14 +24,14 @@ def shapes(storage, width, num_experts=1 << 14):
     return pool, jax.eval_shape(UpdateState.zeros_for, pool)
 
 
-@pytest.mark.parametrize(("width", "most"), [(256, 1.05), (1024, 1.02), (1536, 1.01)])
+@pytest.mark.parametrize(("width", "most"), [(256, 1.04), (1024, 1.01), (1536, 1.006)])
 def test_int4_keeps_about_a_byte_a_parameter(width, most):
     report = memory_report(*shapes("int4", width))
     assert report.parameters == 2 * (1 << 14) * 2 * width
     assert report.experts == 2 * (1 << 14)
     assert report.parts["codes"] == report.parts["accumulators"] == report.parameters / 2
-    # Two scales, two row moments and two scale moments an expert.
-    assert report.parts["scales"] + report.parts["row statistics"] == report.experts * 24
+    # Two scales and two row moments an expert.
+    assert report.parts["scales"] + report.parts["row statistics"] == report.experts * 16
     assert 1 < report.bytes_per_parameter <= most
     assert report.adamw_bytes == 16 * report.parameters
     assert report.experts_per_gb == pytest.approx(1e9 / (2 * width * report.bytes_per_parameter))

@@ -28,12 +28,10 @@ class UpdateState(NamedTuple):
         accumulators: int32 words, laid out like those of a pool of their width; `None` for float
             pools, and for accumulators of no bits.
         moments: second moment of each row of `down` and of `up`; 0 means never hit.
-        scale_moments: second moment of each scale's gradient; `None` for float pools.
     """
 
     accumulators: Any
     moments: Float[Array, "*layers 2 N"]
-    scale_moments: Any
 
     @staticmethod
     def zeros_for(pool: ExpertPool, accumulator_bits: int | None = None) -> UpdateState:
@@ -41,13 +39,13 @@ class UpdateState(NamedTuple):
         layers = pool.weights.shape[:1] if pool.is_stack else ()
         moments = jnp.zeros((*layers, 2, pool.num_experts), jnp.float32)
         if not pool.is_packed:
-            return UpdateState(None, moments, None)
+            return UpdateState(None, moments)
         bits = accumulator_bits_of(pool.storage, accumulator_bits)
         accumulators = None
         if bits:
             shape = packed_shape(pool.num_experts, pool.width, storage_of(bits))
             accumulators = jnp.zeros((*layers, *shape), jnp.int32)
-        return UpdateState(accumulators, moments, jnp.zeros_like(moments))
+        return UpdateState(accumulators, moments)
 
 
 def accumulator_bits_of(storage: str, bits: int | None) -> int:
@@ -81,8 +79,8 @@ def update(
     For each expert that was hit, its gradient rows are summed in float32 and it is rewritten once.
     Row-wise: `delta = g / sqrt(nu)`, nu the lazy second moment of the row, the RMS of delta at most
     1. Packed pools then move `(code + accumulator / 2^b) * scale` by `-learning_rate * delta`,
-    rounded stochastically to units of the accumulator; scales follow in log space, and double where
-    more than `grow_above` of a row's codes would clip. Float pools move by the same delta.
+    rounded stochastically to units of the accumulator; scales follow the RMS of their row's codes,
+    a quarter of an octave at a time. Float pools move by the same delta.
 
     Donate `pool` and `state` to have them rewritten in place: the cost is that of the pairs,
     whatever N is. Experts that are not hit stay bit-identical.
@@ -149,5 +147,5 @@ def update(
     operands = (carry, gradient, hyperparameters, seed, step)
     carry = dispatch("update experts", implementation, in_chunks, kernels, *operands)
     new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
-    new_state = UpdateState(carry.accumulators, carry.moments, carry.scale_moments)
+    new_state = UpdateState(carry.accumulators, carry.moments)
     return new_pool, new_state, carry.statistics

@@ -9,12 +9,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Beyond this many units a step clips whatever the state; it keeps float32 to int32 exact.
 LARGEST_STEP = float(1 << 20)
-HEADROOM = 5 / 7  # of the range of codes, taken by the largest weight of a fresh row
+# The RMS of a row's codes that its scale aims at, as a share of the largest code. Rounding and
+# clipping of normal weights to int4 codes together cost least near it.
+SPREAD = 0.37
 
 
 def largest_code(code_bits: int) -> int:
     """Codes lie in [-largest, largest]; the most negative code is not used."""
     return (1 << (code_bits - 1)) - 1
+
+
+def spread(code_bits: int, bits: int = 0) -> float:
+    """The RMS that a scale aims at: of codes, or of values with accumulators of some bits."""
+    return SPREAD * largest_code(code_bits) * 2.0**bits
 
 
 def join(codes: Int[Array, "*S"], accumulators: Int[Array, "*S"], bits: int) -> Int[Array, "*S"]:

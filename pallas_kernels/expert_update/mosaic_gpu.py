@@ -20,9 +20,10 @@ from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
-    halve,
     move,
+    on_rung,
     precondition,
+    rung,
     step_rate,
 )
 from pallas_kernels.expert_update.xla import ROUNDING, Carry
@@ -189,19 +190,13 @@ def _kernel(
             )
         ]
 
-        def clipping(values):
-            clips = [jnp.where(integer_step.clips(each, bits, bits), 1.0, 0.0) for each in values]
-            return [sum_of(clips, each) for each in segments]
-
-        doubles = [
-            jnp.where(count / width > rule.grow_above, 1.0, 0.0) for count in clipping(moved)
-        ]
-        doubling = on_lanes(doubles) > 0
-        moved = [
-            jnp.where(doubling, halve(each, word), each)
-            for each, word in zip(moved, random, strict=True)
-        ]
-        stopped = clipping(moved)
+        squares = [jnp.square(each.astype(jnp.float32)) for each in moved]
+        factors = [rung(sum_of(squares, each), width, bits, bits) for each in segments]
+        # Lanes of no segment must not divide by 0.
+        by_lane = jnp.maximum(on_lanes(factors), 0.5)
+        moved = [on_rung(each, by_lane, word) for each, word in zip(moved, random, strict=True)]
+        clips = [jnp.where(integer_step.clips(each, bits, bits), 1.0, 0.0) for each in moved]
+        stopped = [sum_of(clips, each) for each in segments]
         hit = on_lanes([jnp.where(square > 0, 1.0, 0.0) for square in mean_square]) > 0
         low, high = integer_step.limits(bits, bits)
         new = [integer_step.split(jnp.clip(each, low, high), bits) for each in moved]
@@ -214,15 +209,11 @@ def _kernel(
             ref[at] = functools.reduce(jnp.bitwise_or, words).reshape(layout.units, UNIT)
 
         magnitude = [jnp.abs(each) for each in gradient]
-        along = [
-            sums * code.astype(jnp.float32) for sums, code in zip(gradient, codes, strict=True)
-        ]
         for each in segments:
             fields = RowSums(
                 mean_square[each],
                 sum_of(magnitude, each),
-                sum_of(along, each),
-                doubles[each],
+                factors[each],
                 stopped[each],
             )
             for field, value in enumerate(fields):

@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
-    halve,
     move,
+    on_rung,
     precondition,
-    rescale,
+    rung,
     step_rate,
 )
 
@@ -25,7 +25,6 @@ class RowNumbers(NamedTuple):
 
     scales: Float[Array, "*R"]
     moments: Float[Array, "*R"]
-    scale_moments: Float[Array, "*R"]
 
 
 class RowCounts(NamedTuple):
@@ -33,7 +32,7 @@ class RowCounts(NamedTuple):
 
     hit: Bool[Array, "*R"]
     clipped: Int[Array, "*R"]
-    doubled: Bool[Array, "*R"]
+    grown: Bool[Array, "*R"]
     step_size: Float[Array, "*R"]
 
 
@@ -69,30 +68,24 @@ def step_rows(
     hit = mean_square > 0
 
     # The integer step, with the old scale.
-    moments, factor = precondition(mean_square, numbers.moments, rule.beta2)
-    rate = step_rate(factor, numbers.scales, rule, bits)
+    moments, by_root = precondition(mean_square, numbers.moments, rule.beta2)
+    rate = step_rate(by_root, numbers.scales, rule, bits)
     values = integer_step.join(codes, accumulators, bits)
     moved = move(values, gradient, jnp.expand_dims(rate, ROW), draw(), rule)
 
-    # A row that would clip too much doubles its scale. This is rare, and chunks without such a row
-    # pass it by.
-    clips = integer_step.clips(moved, code_bits, bits)
-    doubles = jnp.sum(clips, axis=ROW, dtype=jnp.float32) / width > rule.grow_above
+    # Few scales move, and chunks in which none does pass this by.
+    square_sum = jnp.sum(jnp.square(moved.astype(jnp.float32)), axis=ROW)
+    factor = jnp.where(hit, rung(square_sum, width, code_bits, bits), 1.0)
 
-    def halve_doubling(moved: Array) -> Array:
-        return jnp.where(jnp.expand_dims(doubles, ROW), halve(moved, draw()), moved)
+    def to_new_scales(moved: Array) -> Array:
+        return on_rung(moved, jnp.expand_dims(factor, ROW), draw())
 
-    moved = jax.lax.cond(jnp.any(doubles), halve_doubling, lambda moved: moved, moved)
+    moved = jax.lax.cond(jnp.any(factor != 1), to_new_scales, lambda moved: moved, moved)
     clipped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=ROW)
     moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
-
-    along_codes = jnp.sum(gradient * codes, axis=ROW)
-    scales, scale_moments = rescale(
-        numbers.scales, doubles, along_codes, numbers.scale_moments, rule
-    )
     keep = jnp.expand_dims(hit, ROW)
-    new = RowNumbers(scales, moments, scale_moments)
+    new = RowNumbers(numbers.scales * factor, moments)
     return (
         jnp.where(keep, new_codes, codes),
         jnp.where(keep, new_accumulators, accumulators),
@@ -100,7 +93,7 @@ def step_rows(
         RowCounts(
             hit=hit,
             clipped=clipped * hit,
-            doubled=doubles & hit,
+            grown=factor > 1,
             step_size=rate * jnp.sum(jnp.abs(gradient), axis=ROW) * hit,
         ),
     )

@@ -12,9 +12,10 @@ from pallas_kernels.counter_hash import absorb
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
-    halve,
     move,
+    on_rung,
     precondition,
+    rung,
     step_rate,
 )
 from pallas_kernels.row_layout import RowLayout
@@ -86,15 +87,10 @@ def rewrite_rows(
         integer_step.join(codes, accumulators, bits), gradient, on_lanes(rates)[None], random, rule
     )
 
-    def share_of_clipping(moved: Array) -> list[Float[Array, "rows 1"]]:
-        return sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
-
-    doubles = [
-        (clipping / width > rule.grow_above).astype(jnp.float32)
-        for clipping in share_of_clipping(moved)
-    ]
-    moved = jnp.where(on_lanes(doubles)[None] > 0, halve(moved, random), moved)
-    stopped = share_of_clipping(moved)
+    squares = sums_of(jnp.square(moved.astype(jnp.float32)))
+    factors = [rung(each, width, bits, bits) for each in squares]
+    moved = on_rung(moved, jnp.maximum(on_lanes(factors), 0.5)[None], random)
+    stopped = sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
     moved = jnp.clip(moved, *integer_step.limits(bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
     hit = on_lanes([(square > 0).astype(jnp.float32) for square in mean_square])[None] > 0
@@ -103,9 +99,8 @@ def rewrite_rows(
         for new, old in ((new_codes, codes), (new_accumulators, accumulators))
     ]
     magnitude = sums_of(jnp.abs(gradient))
-    along_codes = sums_of(gradient * codes.astype(jnp.float32))
     # In the order of `RowSums`.
-    sums = [*mean_square, *magnitude, *along_codes, *doubles, *stopped]
+    sums = [*mean_square, *magnitude, *factors, *stopped]
     return words[0], words[1], _as_columns(sums)
 
 

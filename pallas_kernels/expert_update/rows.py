@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.expert_update.rule import Hyperparameters, precondition, rescale, step_rate
+from pallas_kernels.expert_update.rule import Hyperparameters, precondition, step_rate
 from pallas_kernels.expert_update.xla import Carry
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import SortedPairs
@@ -57,15 +57,13 @@ class RowSums(NamedTuple):
     Attributes:
         mean_square: of the gradient.
         magnitude: sum of the gradient's absolute values.
-        along_codes: the product of gradient and codes, before the step.
-        doubles: 1 where the scale doubles, else 0.
+        factor: what the scale is multiplied by.
         stopped: codes that stopped at their limit.
     """
 
     mean_square: Float[Array, "experts 2 P"]
     magnitude: Float[Array, "experts 2 P"]
-    along_codes: Float[Array, "experts 2 P"]
-    doubles: Float[Array, "experts 2 P"]
+    factor: Float[Array, "experts 2 P"]
     stopped: Float[Array, "experts 2 P"]
 
 
@@ -87,16 +85,10 @@ def finish(
 ) -> Carry:
     """Scales, second moments and statistics of a layer whose codes have been rewritten."""
     experts = rows.experts(layout)
-    scales, moments, scale_moments = (
-        gather(array, layer, experts)
-        for array in (carry.scales, carry.moments, carry.scale_moments)
-    )
+    scales, moments = (gather(array, layer, experts) for array in (carry.scales, carry.moments))
     hit = rows.is_last & (sums.mean_square > 0)
-    new_moments, factor = precondition(sums.mean_square, moments, rule.beta2)
-    step_size = step_rate(factor, scales, rule, layout.bits) * sums.magnitude
-    new_scales, new_scale_moments = rescale(
-        scales, sums.doubles > 0, sums.along_codes, scale_moments, rule
-    )
+    new_moments, by_root = precondition(sums.mean_square, moments, rule.beta2)
+    step_size = step_rate(by_root, scales, rule, layout.bits) * sums.magnitude
     place = jnp.where(hit, experts[:, None], carry.moments.shape[-1])
 
     def put(array: Array, new: Array) -> Array:
@@ -109,14 +101,13 @@ def finish(
 
     statistics = carry.statistics
     return carry._replace(
-        scales=put(carry.scales, new_scales),
+        scales=put(carry.scales, scales * sums.factor),
         moments=put(carry.moments, new_moments),
-        scale_moments=put(carry.scale_moments, new_scale_moments),
         statistics=statistics._replace(
             experts=statistics.experts.at[layer].add(rows.pairs.num_hit.astype(jnp.float32)),
-            rows=add(statistics.rows, jnp.ones_like(sums.doubles)),
+            rows=add(statistics.rows, jnp.ones_like(sums.factor)),
             clipped=add(statistics.clipped, sums.stopped),
-            doubled=add(statistics.doubled, sums.doubles),
+            grown=add(statistics.grown, (sums.factor > 1).astype(jnp.float32)),
             step_size=add(statistics.step_size, step_size),
         ),
     )

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels.counter_hash import round_stochastically
 from pallas_kernels.expert_update import integer_step
 
 EPSILON = 1e-12
+RUNG = 2.0**0.25  # scales move along a ladder of these
 
 
 class Hyperparameters(NamedTuple):
@@ -17,17 +18,13 @@ class Hyperparameters(NamedTuple):
 
     Attributes:
         learning_rate: RMS of a row's step, in units of the weights.
-        scale_learning_rate: size of a step of a scale's logarithm.
         weight_decay: of hit rows, times the learning rate.
         beta2: decay of second moments, each time a row is hit.
-        grow_above: share of clipping codes above which a row doubles its scale.
     """
 
     learning_rate: Any
-    scale_learning_rate: Any
     weight_decay: Any = 0.0
     beta2: Any = 0.99
-    grow_above: Any = 0.02
 
 
 class Statistics(NamedTuple):
@@ -37,7 +34,7 @@ class Statistics(NamedTuple):
         experts: experts hit.
         rows: vectors (`down` or `up`) with a gradient.
         clipped: codes that stopped at their limit.
-        doubled: rows whose scale doubled to make room.
+        grown: rows whose scale went up a rung to make room.
         step_size: sum over the weights of hit rows of |step|, without the part of weight decay, in
             units of the accumulator (packed pools) or of the weight (float pools).
     """
@@ -45,7 +42,7 @@ class Statistics(NamedTuple):
     experts: Float[Array, " layers"]
     rows: Float[Array, " layers"]
     clipped: Float[Array, " layers"]
-    doubled: Float[Array, " layers"]
+    grown: Float[Array, " layers"]
     step_size: Float[Array, " layers"]
 
 
@@ -93,31 +90,32 @@ def step_rate(
     return rule.learning_rate * factor / scales * 2.0**bits
 
 
-def halve(moved: Int[Array, "*S"], words: UInt[Array, "*S"]) -> Int[Array, "*S"]:
-    """The values of a row whose scale doubles: v / 2, rounded stochastically.
+def rung(
+    square_sum: Float[Array, "*C"], width: int, code_bits: int, bits: int
+) -> Float[Array, "*C"]:
+    """What a row's scale is multiplied by: `RUNG`, 1 or `1 / RUNG`.
 
-    The random bit is the lowest of the word; `move` uses the upper 24.
-    """
-    return (moved + (words & 1).astype(jnp.int32)) >> 1
-
-
-def rescale(
-    scales: Float[Array, "*C"],
-    doubles: Bool[Array, "*C"],
-    along_codes: Float[Array, "*C"],
-    moments: Float[Array, "*C"],
-    rule: Hyperparameters,
-) -> tuple[Float[Array, "*C"], Float[Array, "*C"]]:
-    """The scales after a step in log space, and the second moments of their gradient.
+    A scale follows the RMS of its row, so that codes make the most of their range while weights
+    grow and shrink. It moves once the RMS of the codes is more than a rung from where it should be:
+    a row stays a rung away from moving back.
 
     Args:
-        scales: before the step.
-        doubles: which rows double theirs.
-        along_codes: the product of each row's gradient with its codes.
-        moments: of the scales' gradient.
-        rule: hyperparameters.
+        square_sum: of the row's values, in units of the accumulator.
+        width: of the row.
+        code_bits: of a code.
+        bits: of an accumulator.
     """
-    gradient = scales * along_codes
-    new_moments, factor = precondition(gradient * gradient, moments, rule.beta2)
-    grown = jnp.where(doubles, 2.0, 1.0) * scales
-    return grown * jnp.exp(-rule.scale_learning_rate * factor * gradient), new_moments
+    wanted = width * integer_step.spread(code_bits, bits) ** 2
+    shrinks = jnp.where(square_sum < wanted / RUNG**2, 1 / RUNG, 1.0)
+    return jnp.where(square_sum > wanted * RUNG**2, RUNG, shrinks)
+
+
+def on_rung(
+    moved: Int[Array, "*S"], factor: Float[Array, "..."], words: UInt[Array, "*S"]
+) -> Int[Array, "*S"]:
+    """The values of a row whose scale is multiplied by a factor, rounded stochastically.
+
+    The random bits are the lowest eight of the words, centred; `move` uses the upper 24.
+    """
+    lowest = (words << 24) + jnp.uint32(1 << 23)
+    return round_stochastically(moved.astype(jnp.float32) / factor, lowest).astype(jnp.int32)

@@ -29,7 +29,6 @@ class Carry(NamedTuple):
     scales: Any
     accumulators: Any
     moments: Float[Array, "layers 2 N"]
-    scale_moments: Any
     statistics: Statistics
 
 
@@ -96,7 +95,7 @@ def rewrite_packed(
         codes,
         accumulators,
         sums.reshape(codes.shape),
-        RowNumbers(carry.scales[at], carry.moments[at], carry.scale_moments[at]),
+        RowNumbers(carry.scales[at], carry.moments[at]),
         lambda: hash_words(seed, ROUNDING, step, *counters),
         rule,
         width=width,
@@ -120,7 +119,6 @@ def rewrite_packed(
         put(carry.scales, numbers.scales),
         new_accumulators,
         put(carry.moments, numbers.moments),
-        put(carry.scale_moments, numbers.scale_moments),
         add_counts(carry.statistics, layer, valid, counts),
     )
 
@@ -171,7 +169,7 @@ def add_counts(
     statistics: Statistics, layer: Array, valid: Bool[Array, " C"], counts: RowCounts
 ) -> Statistics:
     """The statistics of a layer, with those of a chunk of experts."""
-    more = Statistics(valid, counts.hit, counts.clipped, counts.doubled, counts.step_size)
+    more = Statistics(valid, counts.hit, counts.clipped, counts.grown, counts.step_size)
     return jax.tree.map(lambda total, each: total.at[layer].add(jnp.sum(each)), statistics, more)
 
 

@@ -40,11 +40,9 @@ class AccumulationState(NamedTuple):
 def int4_accumulation(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    scale_learning_rate: optax.ScalarOrSchedule = 0.0,
     weight_decay: float | Array = 0.0,
     beta2: float | Array = 0.99,
     clip_norm: float | Array | None = None,
-    grow_above: float | Array = 0.02,
     seed: int | Array = 0,
     accumulator_bits: int | None = None,
     implementation: str | None = None,
@@ -60,9 +58,9 @@ def int4_accumulation(
         u = -\eta \, \delta \, \frac{2^b}{s}, \quad
         2^b w + a \leftarrow \mathrm{clip}(2^b w + a + \mathrm{SR}(u)),
 
-    with SR stochastic rounding and the RMS of delta at most 1. Scales take steps of their
-    logarithm, and double where more than `grow_above` of the codes of a row would clip. Float
-    pools take the same steps without accumulators (bfloat16 rounds stochastically).
+    with SR stochastic rounding and the RMS of delta at most 1. The scale of a row follows the
+    RMS of its codes, a quarter of an octave at a time. Float pools take the same steps without
+    accumulators (bfloat16 rounds stochastically).
 
     Params are a tree of packed parameters, of two kinds:
 
@@ -80,13 +78,11 @@ def int4_accumulation(
 
     Args:
         learning_rate: RMS of a row's step in units of the weights; a number or a schedule.
-        scale_learning_rate: size of a step of a scale's logarithm; a number or a schedule.
         weight_decay: of rows that were hit, times the learning rate.
         beta2: decay of the second moments, each time a row is hit.
         clip_norm: bound on the norm of the gradient of each pool, or stack of pools. Finding the
             norm takes a second pass over the pairs; every row's step has an RMS of at most 1
             without it. Gradients of matrices can be clipped by any optax transform before this one.
-        grow_above: share of clipping codes above which a row doubles its scale.
         seed: with the number of the update, determines every random bit.
         accumulator_bits: of accumulators: 0, 2, 4 or 8; `None` means as many as a code has. With 0,
             steps are rounded straight to codes. Under `optax.inject_hyperparams` name it in
@@ -174,10 +170,8 @@ def int4_accumulation(
             )
         hyperparameters = Hyperparameters(
             learning_rate=_at(learning_rate, state.count),
-            scale_learning_rate=_at(scale_learning_rate, state.count),
             weight_decay=weight_decay,
             beta2=beta2,
-            grow_above=grow_above,
         )
         leaves, structure = _packed_leaves(params)
         gradients = structure.flatten_up_to(updates)

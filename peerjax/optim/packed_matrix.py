@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
-from pallas_kernels.expert_update.integer_step import HEADROOM, largest_code
+from pallas_kernels.expert_update.integer_step import largest_code, spread
 from pallas_kernels.expert_update.packed_rows import RowNumbers, step_rows
 from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
@@ -62,9 +62,9 @@ def is_packed_matrix(node: Any) -> bool:
 
 
 def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
-    """Packs a matrix, rounded to nearest; the largest weight of each row takes 5/7 of the range.
+    """Packs a matrix, rounded to nearest, each row with the scale that training would give it.
 
-    The headroom is for training: a row at the end of its range would clip at the first step.
+    The few weights beyond the range of codes are clipped.
 
     Args:
         weights: floats; the vectors along the last axis share a scale and a second moment.
@@ -79,10 +79,11 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
         raise ValueError(
             f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
         )
-    peak = jnp.max(jnp.abs(weights), axis=-1)
+    size = jnp.sqrt(jnp.mean(jnp.square(weights.astype(jnp.float32)), axis=-1))
     # A row of zeros needs a scale too, to leave zero by.
-    scales = jnp.where(peak > 0, peak, 1.0).astype(jnp.float32) / (largest_code(bits) * HEADROOM)
-    codes = jnp.round(weights / scales[..., None]).astype(jnp.int32)
+    scales = jnp.where(size > 0, size, 1.0) / spread(bits)
+    top = largest_code(bits)
+    codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top).astype(jnp.int32)
     words = pack_planes(_by_plane(codes, bits), bits)
     return PackedMatrix(words, scales, weights.shape[-1], bits)
 
@@ -104,7 +105,7 @@ def zero_state(matrix: PackedMatrix, accumulator_bits: int) -> UpdateState:
         padded = matrix.words.shape[-1] * codes_per_word(matrix.bits)
         words = -(-padded // codes_per_word(accumulator_bits))
         accumulators = jnp.zeros((*matrix.scales.shape, words), jnp.int32)
-    return UpdateState(accumulators, moments, jnp.zeros_like(moments))
+    return UpdateState(accumulators, moments)
 
 
 def update_matrix(
@@ -136,7 +137,7 @@ def update_matrix(
         codes,
         accumulators,
         _by_plane(gradient.astype(jnp.float32), bits),
-        RowNumbers(matrix.scales, state.moments, state.scale_moments),
+        RowNumbers(matrix.scales, state.moments),
         lambda: hash_words(seed, ROUNDING, step, rows, column),
         hyperparameters,
         width=matrix.width,
@@ -150,7 +151,7 @@ def update_matrix(
     change = dataclasses.replace(
         matrix, words=pack_planes(codes, bits) - matrix.words, scales=numbers.scales - matrix.scales
     )
-    new_state = UpdateState(new_accumulators, numbers.moments, numbers.scale_moments)
+    new_state = UpdateState(new_accumulators, numbers.moments)
     sums = [jnp.sum(each, dtype=jnp.float32) for each in counts]
     return change, new_state, Statistics(jnp.zeros(()), *sums)
 

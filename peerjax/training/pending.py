@@ -10,8 +10,8 @@ from jaxtyping import Integer
 
 from peerjax.errors import DivergenceError
 
-# Share of the rows hit that double their scale in one step: a row should hardly ever need to.
-TOO_MANY_DOUBLED = 0.05
+# Share of the codes of rows hit that stop at their limit in one step: normal weights have 0.3%.
+TOO_MANY_CLIPPED = 0.05
 
 
 class Pending:
@@ -68,12 +68,10 @@ class Warnings:
                 )
             yield f"warning: {skipped}; the step is skipped, {in_a_row} in a row so far"
         for name, share in figures.items():
-            if name.startswith("pool_doubled/") and share > TOO_MANY_DOUBLED and not self._warned:
+            if name.startswith("pool_clipped/") and share > TOO_MANY_CLIPPED and not self._warned:
                 self._warned = True
-                clipped = figures[name.replace("pool_doubled/", "pool_clipped/")]
                 yield (
-                    f"warning: {share:.1%} of the rows that step {pending.step} hit in "
-                    f"{name.split('/')[1]} were full and doubled their scale, and {clipped:.2%} of "
-                    f"their codes clip; pool.learning_rate={self._config.pool.learning_rate} may "
-                    "be too large"
+                    f"warning: {share:.1%} of the codes that step {pending.step} moved in "
+                    f"{name.split('/')[1]} stopped at the end of their range; "
+                    f"pool.learning_rate={self._config.pool.learning_rate} may be too large"
                 )

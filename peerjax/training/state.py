@@ -133,7 +133,6 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         return optax.chain(clip, optax.partition({PARAMS: of_params, POOLS: of_pools}, labels))
     of_pools = int4_accumulation(
         learning_rate_schedule(config, config.pool.learning_rate),
-        scale_learning_rate=learning_rate_schedule(config, config.pool.scale_learning_rate),
         weight_decay=optimizer.weight_decay,
         beta2=config.pool.beta2,
         clip_norm=config.pool.clip_norm or None,

@@ -168,7 +168,7 @@ def update_metrics(pools: Any, opt_state: Any) -> Metrics:
         metrics[f"pool_step/{run}"] = counts.step_size / weights
         if pool.is_packed:
             metrics[f"pool_clipped/{run}"] = counts.clipped / weights
-            metrics[f"pool_doubled/{run}"] = counts.doubled / jnp.maximum(counts.rows, 1)
+            metrics[f"pool_grown/{run}"] = counts.grown / jnp.maximum(counts.rows, 1)
     return metrics
 
 

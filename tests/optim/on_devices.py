@@ -22,7 +22,7 @@ def main(output: str) -> None:
     mesh = make_mesh()
     by_token = sharding_of(mesh, jax.sharding.PartitionSpec(None, *BATCH))
     pool = make_pool("int4")
-    transform = optim.int4_accumulation(0.02, scale_learning_rate=0.003, seed=4)
+    transform = optim.int4_accumulation(0.02, seed=4)
     state = transform.init(pool)
 
     @jax.jit

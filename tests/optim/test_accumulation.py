@@ -37,13 +37,13 @@ def test_beside_other_parameters_in_a_partition_it_is_the_same_step(storage):
     transform = optax.partition(
         {
             "dense": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
-            "pools": optim.int4_accumulation(0.02, scale_learning_rate=0.003),
+            "pools": optim.int4_accumulation(0.02),
         },
         {"dense": "dense", "pools": "pools"},
     )
     state = transform.init(params)
     new, new_state = jax.jit(lambda g, s, p: one_step(transform, g, s, p))(gradients, state, params)
-    alone = optim.int4_accumulation(0.02, scale_learning_rate=0.003)
+    alone = optim.int4_accumulation(0.02)
     pool = params["pools"]["a"]
     expected, _ = jax.jit(lambda g, s, p: one_step(alone, g, s, p))(
         gradient, alone.init(pool), pool
@@ -132,9 +132,7 @@ def test_learns_a_function(storage):
     target = jax.random.normal(keys[1], (tokens, width))
     ids = jax.random.randint(keys[2], (tokens, chosen), 0, 64)
     gates = jnp.full((tokens, chosen), 1 / chosen)
-    transform = optim.int4_accumulation(
-        optax.cosine_decay_schedule(0.05, 200), scale_learning_rate=0.005
-    )
+    transform = optim.int4_accumulation(optax.cosine_decay_schedule(0.05, 200))
 
     def loss(tap, pool):
         y = lookup(pool.at_layer(jnp.int32(0)), ids, gates, x, activation="gelu", tap=tap)

@@ -12,12 +12,12 @@ from pallas_kernels.chunking import ChunkSize
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, api, update
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import BITS, read_codes
+from pallas_kernels.storage import BITS, pack_experts, read_codes
 from peerjax.pool import initialize_pool
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
-RULE = Hyperparameters(learning_rate=0.02, scale_learning_rate=0.003)
+RULE = Hyperparameters(learning_rate=0.02)
 
 
 def make_pool(storage, num_experts=N, width=D, layers=LAYERS, seed=0):
@@ -69,7 +69,7 @@ def reference(pool, state, gradient, rule, seed, step, bits):
     codes = all_codes(pool.weights, pool)
     accumulators = all_codes(state.accumulators, pool, f"int{bits}")
     scales = np.array(pool.scales, np.float64)
-    nu, nu_scale = np.array(state.moments, np.float64), np.array(state.scale_moments, np.float64)
+    nu = np.array(state.moments, np.float64)
     for layer, expert, matrix in np.ndindex(*rows.shape[:3]):
         g = rows[layer, expert, matrix]
         mean_square = np.mean(g**2)
@@ -87,20 +87,15 @@ def reference(pool, state, gradient, rule, seed, step, bits):
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = v + (np.floor(u) + up).astype(np.int64)
         low, high = -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0)
-        doubles = np.mean((moved < low) | (moved > high)) > rule.grow_above
-        if doubles:
-            moved = (moved + words % 2) // 2
-        moved = np.clip(moved, low, high)
-        g_scale = scales[at] * np.sum(g * codes[row])
-        new = g_scale**2 if nu_scale[at] == 0 else (
-            rule.beta2 * nu_scale[at] + (1 - rule.beta2) * g_scale**2
-        )  # fmt: skip
-        nu_scale[at] = new
-        move = g_scale / max(np.sqrt(new), abs(g_scale)) if g_scale else 0.0
-        scales[at] *= (2.0 if doubles else 1.0) * np.exp(-rule.scale_learning_rate * move)
+        beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2)) / (0.37 * top * unit)
+        factor = 2 ** (0.25 * (int(beyond > 2**0.25) - int(beyond < 2**-0.25)))
+        scaled = moved / factor
+        up = (words % 256 + 0.5) / 256 < scaled - np.floor(scaled)
+        moved = np.clip((np.floor(scaled) + up).astype(np.int64), low, high)
+        scales[at] *= factor
         codes[row] = (moved + unit // 2) // unit
         accumulators[row] = moved - unit * codes[row]
-    return codes, accumulators, scales, nu, nu_scale
+    return codes, accumulators, scales, nu
 
 
 def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
@@ -113,10 +108,10 @@ def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
     # float32 sums may straddle a rounding threshold where float64 ones do not: by one unit.
     moved = unit * (codes - expected[0]) + accumulators - expected[1]
     assert np.abs(moved).max() <= 1
-    assert np.mean(moved != 0) < 1e-3
+    # int8 takes 16 bits with its accumulators: float32 leaves 8 for where a rounding falls.
+    assert np.mean(moved != 0) < {"int4": 1e-3, "int8": 3e-3}[pool.storage]
     np.testing.assert_allclose(new_pool.scales, expected[2], rtol=1e-5)
     np.testing.assert_allclose(new_state.moments, expected[3], rtol=1e-4)
-    np.testing.assert_allclose(new_state.scale_moments, expected[4], rtol=1e-3, atol=1e-9)
     return new_pool, new_state
 
 
@@ -185,7 +180,7 @@ def test_experts_that_are_not_hit_stay_bit_identical(storage):
     assert (moments.transpose(0, 2, 1)[~hit] == 0).all()
     if pool.is_packed:
         scales = np.asarray(new_pool.scales != pool.scales).transpose(0, 2, 1)
-        np.testing.assert_array_equal(scales.any(-1), hit)
+        assert not scales[~hit].any()
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
@@ -244,9 +239,9 @@ def test_expected_movement_equals_the_float_step(fraction):
     pool = make_pool("int4", num_experts=1, width=width, layers=1)
     start = position(pool, UpdateState.zeros_for(pool))
     inside = np.abs(start) <= 4.5
-    # Both scales equal, so that one learning rate is one fraction of a unit; scales frozen.
+    # Both scales equal, so that one learning rate is one fraction of a unit.
     pool = dataclasses.replace(pool, scales=jnp.full_like(pool.scales, 0.1))
-    rule = Hyperparameters(learning_rate=fraction * 0.1 / 16, scale_learning_rate=0.0)
+    rule = Hyperparameters(learning_rate=fraction * 0.1 / 16)
     gradient = constant_gradient(3.0, width)
 
     @jax.jit
@@ -259,36 +254,64 @@ def test_expected_movement_equals_the_float_step(fraction):
 
         return jax.lax.scan(one, (pool, state), jnp.arange(steps))[0]
 
-    moved = np.stack([position(*run(seed)) - start for seed in range(seeds)])[:, inside]
-    # Each of `steps` roundings moves one unit with the probability of its fraction.
+    moved = []
+    for seed in range(seeds):
+        end, kept = run(seed)
+        # The largest fraction moves rows so far that their scales follow.
+        followed = np.asarray(end.scales != pool.scales)
+        assert followed.all() if fraction > 1 else not followed.any()
+        at = position(end, kept) * np.asarray(end.scales[0, :, 0])[:, None] / 0.1
+        moved.append((at - start)[inside])
+    moved = np.stack(moved)
+    # Each of `steps` roundings moves one unit with the probability of its fraction; a scale that
+    # moves rounds once more.
     part = fraction % 1
     expected = -steps * fraction / 16
-    error = np.sqrt(steps * part * (1 - part) / moved.size) / 16
+    error = np.sqrt((steps * part * (1 - part) + (fraction > 1)) / moved.size) / 16
     assert abs(moved.mean() - expected) < 4 * error, (moved.mean(), expected, error)
     to_nearest = -steps * np.round(fraction) / 16
     if fraction < 0.5:
         assert to_nearest == 0  # where rounding to nearest never moves at all
 
 
-def test_a_row_that_would_clip_doubles_its_scale_and_keeps_its_value():
-    width = 256
+@pytest.mark.parametrize("size", [0.05, 0.5, 1.0, 2.0, 20.0])
+def test_scales_follow_their_rows_and_weights_stay_what_they_are_on_average(size):
+    """Of a row whose scale is `size` times what it should be; nothing else moves it."""
+    width, seeds, steps = 256, 200, 30
     pool = make_pool("int4", num_experts=1, width=width, layers=1)
-    pool = dataclasses.replace(pool, scales=jnp.full_like(pool.scales, 0.1))
     state = UpdateState.zeros_for(pool)
-    before = position(pool, state) * 0.1
-    rule = Hyperparameters(learning_rate=0.5, scale_learning_rate=0.0)
-    arguments = (constant_gradient(-1.0, width), rule)
-    new_pool, new_state, counts = update(pool, state, *arguments, seed=0, step=0)
-    np.testing.assert_allclose(new_pool.scales, 0.2)
-    assert counts.doubled[0] == 2
-    after = position(new_pool, new_state) * 0.2
-    # Five codes up; half a unit of the old step, and half of one of the new, are rounded.
-    np.testing.assert_allclose(after - before, 0.5, atol=0.1 / 16 + 0.2 / 16)
-    unchanged, _, counts = update(
-        pool, state, arguments[0], rule._replace(grow_above=1.0), seed=0, step=0
-    )
-    np.testing.assert_array_equal(unchanged.scales, pool.scales)
-    assert counts.clipped[0] > 0
+    codes = jnp.clip(jnp.round(all_codes(pool.weights, pool) / size), -7, 7)
+    start = jnp.asarray(codes[0, 0] * (pool.scales[0, :, 0] * size)[:, None])
+    words = pack_experts(codes[0].astype(jnp.int32), "int4")[None]
+    pool = dataclasses.replace(pool, weights=words, scales=pool.scales * size)
+    gradient, rule = constant_gradient(1.0, width), Hyperparameters(learning_rate=0.0)
+
+    @jax.jit
+    def run(seed):
+        def one(carry, step):
+            new_pool, new_state, counts = update(*carry, gradient, rule, seed=seed, step=step)
+            return (new_pool, new_state), counts.grown
+
+        (end, kept), grown = jax.lax.scan(one, (pool, state), jnp.arange(steps))
+        return end.scales, end.weights, kept.accumulators, grown
+
+    after = []
+    for seed in range(seeds):
+        scales, weights, accumulators, grown = run(seed)
+        moved = dataclasses.replace(pool, weights=weights)
+        at = position(moved, state._replace(accumulators=accumulators))
+        after.append(at * np.asarray(scales[0, :, 0])[:, None])
+    rms = np.sqrt(np.mean(np.square(at), axis=-1))
+    wanted = 0.37 * 7
+    if size < 0.1 or size > 10:  # codes that were all clipped, or all 0
+        assert np.all((np.asarray(scales) != np.asarray(pool.scales)) | (rms == 0)[None, :, None])
+    else:
+        assert np.all((rms > wanted / 1.25) & (rms < wanted * 1.25))
+    assert bool(np.sum(grown)) == (size < 0.7)
+    if size > 0.1:
+        # Each move of a scale rounds by less than a unit, which is 1/16 of a code.
+        error = np.asarray(scales).max() / 16 * np.sqrt(steps / seeds)
+        np.testing.assert_allclose(np.mean(after, axis=0), start, atol=5 * error)
 
 
 @pytest.mark.parametrize("storage", PACKED)

@@ -108,10 +108,12 @@ def test_a_packed_pool_is_the_rounded_float_pool(storage):
     codes = np.asarray(codes_of(pool))
     scales = np.moveaxis(np.asarray(pool.scales), 1, 2)[..., None]
     # Drawn from the same keys where no place of the last row is left over, as here.
-    assert np.abs(codes * scales - floats).max() <= 0.5001 * scales.max()
-    assert (np.abs(codes * scales - floats) <= 0.5001 * scales).all()
     top = (1 << (BITS[storage] - 1)) - 1
-    assert np.abs(codes).max() == round(5 / 7 * top)
+    size = np.sqrt(np.mean(np.square(floats), axis=-1, keepdims=True))
+    np.testing.assert_allclose(scales, size / (0.37 * top), rtol=1e-5)
+    nearest = np.clip(floats, -top * scales, top * scales)
+    assert (np.abs(codes * scales - nearest) <= 0.5001 * scales).all()
+    assert np.abs(codes).max() == top
 
 
 def test_an_int4_pool_takes_half_a_byte_a_parameter():

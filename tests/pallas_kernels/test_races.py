@@ -50,7 +50,7 @@ def check_update(kernel, interpreter, tokens):
     num_experts, width = 30, 256
     pool = make_pool("int4", width, num_experts)
     gradient = make_gradient(num_experts, tokens, 4, width)
-    rule = Hyperparameters(0.02, 0.003)
+    rule = Hyperparameters(0.02)
     state = UpdateState.zeros_for(pool)
     zeros = jnp.zeros(2)
     carry = Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))

@@ -134,13 +134,13 @@ def test_skipped_steps_are_told_and_too_many_in_a_row_stop_the_run():
     assert not list(warnings.about(pending, {"loss": 1.0, "skipped/in_a_row": 0.0}))
 
 
-def test_a_learning_rate_that_fills_rows_at_once_is_warned_of_once(corpus, tmp_path, capsys):
+def test_a_learning_rate_at_which_codes_clip_is_warned_of_once(corpus, tmp_path, capsys):
     config = tiny_config(corpus)
     config.steps, config.optimizer.warmup_steps = 4, 1
     config.pool.learning_rate = 1.0
     train(config, str(tmp_path / "large"))
     told = capsys.readouterr().out
-    assert told.count("were full and doubled their scale") == 1
+    assert told.count("stopped at the end of their range") == 1
     assert "pool.learning_rate=1.0 may be too large" in told
     config.pool.learning_rate = 1e-2
     train(config, str(tmp_path / "usual"))
