@@ -102,8 +102,9 @@ def losses(arm: Arm, rates: dict[str, float], steps: int, **more: Any) -> list[f
 def bytes_of(arm: Arm, num_experts: tuple[int, int]) -> tuple[int, int]:
     """Bytes of a layer's experts: in inference, and in training with dense gradients, if any."""
     storage, count = arm.settings["pool.storage"], num_experts[0] * num_experts[1]
-    sizes = {"heads": 4, "experts_per_head": 8, "storage": storage}
-    pool = jax.eval_shape(lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, **sizes))
+    pool = jax.eval_shape(
+        lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, storage=storage)
+    )
     kept = memory_report(pool).kept
     if arm.settings.get("pool.rule") == "adamw":
         return kept, 4 * kept  # gradient, two moments

@@ -41,8 +41,7 @@ def _layer(storage: str) -> tuple[Any, Any, Callable[[Any], Any]]:
     layer = PEER((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
 
     def make_pool():
-        sizes = {"heads": HEADS, "experts_per_head": PER_HEAD}
-        return initialize_pool(jax.random.key(0), 1, SIDE**2, D, storage=storage, **sizes)
+        return initialize_pool(jax.random.key(0), 1, SIDE**2, D, storage=storage)
 
     def init(pool):
         x = jnp.zeros((1, TOKENS, D))

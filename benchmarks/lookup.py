@@ -40,11 +40,7 @@ def only_read(pool, ids, gates, x):
 def run(quick: bool) -> Result:
     """Times forward passes, and forward with backward, in turns."""
     size = N // 64 if quick else N
-    make = jax.jit(
-        lambda: initialize_pool(
-            jax.random.key(0), 1, size, D, heads=8, experts_per_head=16, storage="int4"
-        )
-    )
+    make = jax.jit(lambda: initialize_pool(jax.random.key(0), 1, size, D, storage="int4"))
     pool = make().at_layer(jnp.int32(0))
     ids = jax.random.randint(jax.random.key(1), (T, K), 0, size)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(2), (T, K)))

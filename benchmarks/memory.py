@@ -68,9 +68,7 @@ def live_bytes(width: int, num_experts: int) -> dict[str, Any]:
     """Bytes per parameter of a live int4 pool and all that an update keeps, by part."""
 
     def make():
-        pool = initialize_pool(
-            jax.random.key(0), 1, num_experts, width, heads=8, experts_per_head=16, storage="int4"
-        )
+        pool = initialize_pool(jax.random.key(0), 1, num_experts, width, storage="int4")
         return pool, UpdateState.zeros_for(pool)
 
     pool, state = jax.block_until_ready(jax.jit(make)())

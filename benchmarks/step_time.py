@@ -103,9 +103,7 @@ def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
     programs, states, seconds = {}, {}, {}
     for size, own_ids in ((SMALL, ids), (LARGE, spread)):
         make = jax.jit(
-            lambda size: initialize_pool(
-                jax.random.key(0), 1, size, D, heads=8, experts_per_head=16, storage="int4"
-            ),
+            lambda size: initialize_pool(jax.random.key(0), 1, size, D, storage="int4"),
             static_argnums=0,
         )
         pool = make(size)

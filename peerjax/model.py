@@ -250,8 +250,6 @@ class Run(nn.Module):
             self.length,
             peer.num_experts[0] * peer.num_experts[1],
             self.config.width,
-            heads=peer.heads,
-            experts_per_head=peer.experts_per_head,
             residual_scale=self.config.residual_scale,
             storage=self.config.pool_storage,
         )

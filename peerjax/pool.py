@@ -41,28 +41,25 @@ def initialize_pool(
     num_experts: int,
     width: int,
     *,
-    heads: int,
-    experts_per_head: int,
     residual_scale: float = 1.0,
     storage: str = "float32",
 ) -> ExpertPool:
     """Draws a stack of fresh pools, a few experts at a time.
 
     `down ~ N(0, 1 / D)`, so that the hidden value of a unit-RMS input has unit variance, as in a
-    dense MLP. The experts a head retrieves have nearly equal scores in a fresh layer (order
-    statistics of many draws lie close together), so its gates are close to 1 / k, and the output
-    variance of H heads is `var(up) * E[act^2] * H / k`. `up ~ N(0, residual_scale^2 * k / H)`
-    makes it `residual_scale^2 * E[act^2]`, that of a dense MLP with variance-preserving
-    matrices.
+    dense MLP; `up ~ N(0, residual_scale^2 / D)`. The experts that a head retrieves have nearly
+    equal scores in a fresh layer, so its gates are close to 1 / k, and the output variance of H
+    heads is `var(up) * E[act^2] * H / k`: the layer adds next to nothing until it has learnt.
+    An `up` sqrt(D k / H) times as large would start the layer at the output of a dense MLP, and
+    train worse: an expert is hit so rarely that its `up` would never turn away from its draw, and
+    int4 codes would round to steps of that draw's size.
 
     Args:
         key: seeds the draws.
         num_layers: how many pools are stacked.
         num_experts: N.
         width: D.
-        heads: H, routing heads that share the pool.
-        experts_per_head: k.
-        residual_scale: scale of the output relative to a dense MLP's.
+        residual_scale: of `up`, as of the output projections of dense layers.
         storage: "float32", "bfloat16", "int8" or "int4". Packed pools are drawn packed, and are the
             float pool of the same key rounded to nearest, each row of `down` and `up` with the
             scale that training aims at.
@@ -75,7 +72,7 @@ def initialize_pool(
     """
     std = jnp.array([[0.0], [0.0]])
     std = std.at[DOWN].set(width**-0.5)
-    std = std.at[UP].set(residual_scale * math.sqrt(experts_per_head / heads))
+    std = std.at[UP].set(residual_scale * width**-0.5)
     packed = storage in BITS
     together = experts_per_row(width, storage) if packed else 1
     # Places that are left over in the last row are drawn too, and never read.

@@ -13,8 +13,6 @@ def make(storage, width, num_experts, layers=2):
         layers,
         num_experts,
         width,
-        heads=1,
-        experts_per_head=4,
         storage=storage,
     )
 

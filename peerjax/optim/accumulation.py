@@ -117,7 +117,7 @@ def int4_accumulation(
         >>> from pallas_kernels.factored_gradient import FactoredGradient, Tap
         >>> from peerjax.pool import initialize_pool
         >>> pool = initialize_pool(
-        ...     jax.random.key(0), 1, 64, 16, heads=1, experts_per_head=4, storage="int4")
+        ...     jax.random.key(0), 1, 64, 16, storage="int4")
         >>> ids = jnp.array([[3, 5, 8, 9]])
         >>> x, gates = jnp.ones((1, 16)), jnp.full((1, 4), 0.25)
         >>> def loss(tap):

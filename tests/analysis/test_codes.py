@@ -15,9 +15,7 @@ from peerjax.pool import initialize_pool
 def test_counts_every_code_once(storage, monkeypatch):
     monkeypatch.setattr(analysis, "EXPERTS_PER_CHUNK", 16)  # 50 experts: the last chunk is partial
     num_experts, width = 50, 64
-    pool = initialize_pool(
-        jax.random.key(0), 2, num_experts, width, heads=1, experts_per_head=4, storage=storage
-    )
+    pool = initialize_pool(jax.random.key(0), 2, num_experts, width, storage=storage)
     top = {"int4": 7, "int8": 127}[storage]
     full = jnp.full((3, 2, width), -top)  # three experts of the second layer at their limit
     words = write_codes(pool.weights, jnp.int32(1), jnp.array([0, 20, 49]), full, storage)

@@ -15,8 +15,7 @@ from peerjax.pool import STORAGES, initialize_pool
 
 
 def make_pool(storage, layers=2):
-    options = {"heads": 1, "experts_per_head": 4, "storage": storage}
-    return initialize_pool(jax.random.key(0), layers, 37, 64, **options)
+    return initialize_pool(jax.random.key(0), layers, 37, 64, storage=storage)
 
 
 def make_tree():

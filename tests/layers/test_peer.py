@@ -23,8 +23,6 @@ def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
         1,
         num_experts[0] * num_experts[1],
         D,
-        heads=HEADS,
-        experts_per_head=K_PER_HEAD,
     )
     pool = ExpertPool.of_floats(pool.weights[0])
     x = jax.random.normal(jax.random.key(1), SHAPE)
@@ -101,27 +99,25 @@ def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
 @pytest.mark.parametrize(
     ("heads", "k", "keys"), [(8, 16, 64), (1, 32, 32), (4, 8, 256), (8, 1, 32)]
 )
-def test_fresh_output_has_the_scale_of_a_dense_mlp(heads, k, keys):
+def test_fresh_output_is_a_stated_share_of_a_dense_mlps(heads, k, keys):
     width = 128
     x = jax.random.normal(jax.random.key(0), (4, 64, width))
     mlp = MLP(4 * width, "gelu", 1.0, jnp.dtype("float32"))
     dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
     layer = PEER((keys, keys), heads, k, 64)
-    pool = initialize_pool(jax.random.key(2), 1, keys**2, width, heads=heads, experts_per_head=k)
+    pool = initialize_pool(jax.random.key(2), 1, keys**2, width)
     pool = ExpertPool.of_floats(pool.weights[0])
     y = layer.apply({"params": layer.init(jax.random.key(3), x, pool)["params"]}, x, pool)
-    ratio = float(jnp.std(y) / jnp.std(dense))
-    assert 0.8 < ratio < 1.25, ratio
+    share = (heads / (k * width)) ** 0.5
+    assert 0.8 * share < float(jnp.std(y) / jnp.std(dense)) < 1.25 * share
 
 
 def test_pool_values_do_not_repeat_and_have_the_stated_moments():
-    pool = initialize_pool(
-        jax.random.key(5), 2, 8192, 16, heads=2, experts_per_head=8, residual_scale=0.5
-    )
+    pool = initialize_pool(jax.random.key(5), 2, 8192, 16, residual_scale=0.5)
     weights = np.asarray(pool.weights)
     assert weights.shape == (2, 8192, 2, 16)
     np.testing.assert_allclose(weights[:, :, 0].std(), 16**-0.5, rtol=0.01)
-    np.testing.assert_allclose(weights[:, :, 1].std(), 0.5 * (8 / 2) ** 0.5, rtol=0.01)
+    np.testing.assert_allclose(weights[:, :, 1].std(), 0.5 * 16**-0.5, rtol=0.01)
     rows = weights.reshape(-1, 16)
     assert len(np.unique(rows, axis=0)) == len(rows)
 

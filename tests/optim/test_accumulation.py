@@ -111,9 +111,7 @@ def test_adding_to_codes_is_refused():
 
 def test_bytes_a_parameter_while_training():
     pool = jax.eval_shape(
-        lambda: initialize_pool(
-            jax.random.key(0), 1, 1 << 14, 1024, heads=1, experts_per_head=4, storage="int4"
-        )
+        lambda: initialize_pool(jax.random.key(0), 1, 1 << 14, 1024, storage="int4")
     )
     state = jax.eval_shape(UpdateState.zeros_for, pool)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state)))
@@ -124,9 +122,7 @@ def test_bytes_a_parameter_while_training():
 def test_learns_a_function(storage):
     """Experts alone fit random targets: the loss falls well below that of no experts."""
     width, tokens, chosen = 32, 64, 8
-    pool = initialize_pool(
-        jax.random.key(0), 1, 64, width, heads=1, experts_per_head=8, storage=storage
-    )
+    pool = initialize_pool(jax.random.key(0), 1, 64, width, storage=storage)
     keys = jax.random.split(jax.random.key(1), 3)
     x = jax.random.normal(keys[0], (tokens, width))
     target = jax.random.normal(keys[1], (tokens, width))

@@ -23,7 +23,7 @@ RULE = Hyperparameters(learning_rate=0.02)
 def make_pool(storage, num_experts=N, width=D, layers=LAYERS, seed=0):
     return initialize_pool(
         jax.random.key(seed), layers, num_experts, width,
-        heads=1, experts_per_head=4, storage=storage,
+        storage=storage,
     )  # fmt: skip
 
 

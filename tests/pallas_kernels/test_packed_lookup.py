@@ -17,8 +17,7 @@ LAYERS, N, D, T, K = 3, 40, 64, 37, 6
 
 
 def make(storage, seed=0):
-    options = {"heads": 1, "experts_per_head": 4, "residual_scale": 0.2, "storage": storage}
-    pool = initialize_pool(jax.random.key(seed), LAYERS, N, D, **options)
+    pool = initialize_pool(jax.random.key(seed), LAYERS, N, D, storage=storage)
     keys = jax.random.split(jax.random.key(seed + 1), 3)
     # Ids repeat within a token and across tokens.
     ids = jax.random.randint(keys[0], (LAYERS, T, K), 0, N).at[:, :, 1].set(3).at[:, 5].set(N - 1)
@@ -76,7 +75,7 @@ def test_every_gradient_equals_dense_autodiff(storage, remat):
 def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
     tokens, chosen, width, experts = 256, 64, 256, 1 << 16
 
-    options = {"heads": 1, "experts_per_head": 4, "storage": storage}
+    options = {"storage": storage}
     pool = jax.eval_shape(lambda: initialize_pool(jax.random.key(0), 2, experts, width, **options))
 
     def step(pool, ids, gates, x, tap):
@@ -102,9 +101,8 @@ def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_packed_pool_is_the_rounded_float_pool(storage):
     arguments = (jax.random.key(3), LAYERS, N, D)
-    options = {"heads": 2, "experts_per_head": 8}
-    floats = np.asarray(initialize_pool(*arguments, **options).weights)
-    pool = initialize_pool(*arguments, **options, storage=storage)
+    floats = np.asarray(initialize_pool(*arguments).weights)
+    pool = initialize_pool(*arguments, storage=storage)
     codes = np.asarray(codes_of(pool))
     scales = np.moveaxis(np.asarray(pool.scales), 1, 2)[..., None]
     # Drawn from the same keys where no place of the last row is left over, as here.
@@ -118,9 +116,7 @@ def test_a_packed_pool_is_the_rounded_float_pool(storage):
 
 def test_an_int4_pool_takes_half_a_byte_a_parameter():
     pool = jax.eval_shape(
-        lambda: initialize_pool(
-            jax.random.key(0), 1, 1 << 14, 1024, heads=1, experts_per_head=4, storage="int4"
-        )
+        lambda: initialize_pool(jax.random.key(0), 1, 1 << 14, 1024, storage="int4")
     )
     parameters = (1 << 14) * 2 * 1024
     assert pool.weights.size * 4 == parameters / 2
