@@ -1,6 +1,7 @@
 """What PEER and Monet lose on every domain without the experts of one.
 
-Trains the quickstart with each, and evaluates it as `evaluate.py --remove_domains=all` does.
+Trains the quickstart with each, at the learning rates that `monet` finds, and evaluates it as
+`evaluate.py --remove_domains=all` does.
 """
 
 import dataclasses
@@ -8,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from benchmarks import short_run
-from benchmarks.monet import HD, MODELS, PEER, VD
+from benchmarks.monet import HD, PEER, VD, arm_named, start_of
 from benchmarks.protocol import QUICK_STEPS, RECIPE, STEPS
 from benchmarks.result import Figure, Result
+from benchmarks.sweep import tune_rates
 from peerjax.inference.evaluating import evaluate_without
 from peerjax.inference.removal import ALL
 from peerjax.inference.trained import open_run
@@ -18,11 +20,13 @@ from peerjax.inference.trained import open_run
 
 def run(quick: bool) -> Result:
     """Trains every model, and removes the experts of one domain after the other."""
+    steps = QUICK_STEPS if quick else STEPS
     rows, figures, details = [], [], {}
     for name in (PEER,) if quick else (PEER, HD, VD):
-        steps, settings = QUICK_STEPS if quick else STEPS, {**MODELS[name], "eval.rows": 32}
+        settings = arm_named(name).settings
+        rates, _ = tune_rates(RECIPE, settings, start_of(name), steps)
         found = short_run.train(
-            RECIPE, steps, settings, partial(evaluate, rows=4 if quick else None)
+            RECIPE, steps, {**settings, **rates}, partial(evaluate, rows=4 if quick else None)
         )
         removals = details[name] = found["found"]
         for removal in removals:

@@ -21,7 +21,7 @@ from benchmarks.equal_flops import (
     mismatch,
     tune_and_train,
 )
-from benchmarks.int4_quality import EVALUATION, SHARED, START
+from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, SHARED, START, STEPS
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import Settings, at_once, paired, train
 from peerjax.data.pipeline import load_corpus, train_batches
@@ -58,12 +58,21 @@ MODELS = {
 }
 
 
+def arm_named(name: str) -> Arm:
+    """One of the models."""
+    return arm_of({**EVALUATION, **MODELS[name]})
+
+
+def start_of(name: str) -> dict[str, float]:
+    """The learning rates that a model has, and where to begin."""
+    return {SHARED: START[SHARED]} if name in (HD, VD) else START
+
+
 def run(quick: bool) -> Result:
     """Trains what no earlier call trained, and times every arm by itself."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
-    names = (PEER, HD) if quick else MODELS
-    arms = {name: arm_of({**EVALUATION, **MODELS[name]}) for name in names}
-    starts = {name: {SHARED: START[SHARED]} if name in (HD, VD) else START for name in arms}
+    arms = {name: arm_named(name) for name in ((PEER, HD) if quick else MODELS)}
+    starts = {name: start_of(name) for name in arms}
     timed = {name: measure(arm, 4 if quick else TIMED_STEPS) for name, arm in arms.items()}
     trained = tune_and_train(arms, starts, steps, seeds)
     lengths = {
