@@ -13,7 +13,7 @@ from peerjax.training.step import make_train_step
 from tests.training.test_step import VOCABULARY, make
 from tests.training.tiny import tiny_config
 
-STEPS = 5
+STEPS = 3
 
 
 def losses_by(implementation):

@@ -56,7 +56,12 @@ def test_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, corpus, tm
 
 
 def test_packed_matrices_move_by_gradients_of_their_floats():
-    packed = {"monet.storage": "int4", "optimizer.warmup_steps": 0, **CHANGES}
+    packed = {
+        "monet.storage": "int4",
+        "optimizer.warmup_steps": 0,
+        "pool.learning_rate": 0.1,
+        **CHANGES,
+    }
     config, model, optimizer, state = make(**packed)
     assert count_parameters(state.params) == count_parameters(make(**CHANGES)[-1].params)
 
