@@ -127,7 +127,9 @@ def _figures(
     largest = max(mismatch([arm for (of, _), arm in every.items() if of == size]) for size in sizes)
     figures = [Figure.at_most("largest mismatch of FLOPs a token", largest, LARGEST_MISMATCH)]
     for size in sizes:
-        for other in (DENSE, MOE):
+        for other in (DENSE, MOE, PEER):
+            if (size, other) not in trained:
+                continue
             difference = paired(trained[size, PEER_INT4].losses, trained[size, other].losses)
             what = f"{size}: int4 PEER - {other} (nats/token)"
             figures.append(Figure(what, difference.mean))
