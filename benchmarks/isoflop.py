@@ -151,6 +151,9 @@ def plot(models: Sequence[Mapping[str, Any]], folder: Path) -> None:
         for place, each in zip(flops, of_model, strict=True):
             axes.plot([place] * len(each["losses"]), each["losses"], f"C{index}_", alpha=0.6)
     axes.set(xscale="log", xlabel="forward MFLOPs a token", ylabel="validation loss, nats/token")
+    places = sorted({round(each["flops"] / 1e6, 2) for each in models})
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
     axes.legend()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "loss_against_flops.png", dpi=100)
