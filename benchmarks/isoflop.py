@@ -30,6 +30,7 @@ from benchmarks.protocol import (
     SEEDS,
     SHARED,
     START,
+    START_WITHOUT_POOLS,
     STEPS,
 )
 from benchmarks.result import REPOSITORY, Figure, Result
@@ -68,16 +69,14 @@ def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:
     return found
 
 
-def _rates_of(name: str) -> dict[str, float]:
-    """The learning rates that a model has, and where to begin."""
-    return START if name in (PEER, PEER_INT4) else {SHARED: START[SHARED]}
-
-
 def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     every = arms(quick)
-    starts = {(size, name): _rates_of(name) for size, name in every}
+    starts = {
+        (size, name): START if arm.expert_parameters else START_WITHOUT_POOLS
+        for (size, name), arm in every.items()
+    }
     trained = tune_and_train(every, starts, steps, seeds)
     models = [
         {

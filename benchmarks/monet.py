@@ -21,7 +21,15 @@ from benchmarks.equal_flops import (
     mismatch,
     tune_and_train,
 )
-from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, SHARED, START, STEPS
+from benchmarks.protocol import (
+    EVALUATION,
+    QUICK_STEPS,
+    RECIPE,
+    SEEDS,
+    START,
+    START_WITHOUT_POOLS,
+    STEPS,
+)
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import Settings, at_once, paired, train
 from peerjax.data.pipeline import load_corpus, train_batches
@@ -65,7 +73,7 @@ def arm_named(name: str) -> Arm:
 
 def start_of(name: str) -> dict[str, float]:
     """The learning rates that a model has, and where to begin."""
-    return {SHARED: START[SHARED]} if name in (HD, VD) else START
+    return START_WITHOUT_POOLS if name in (HD, VD) else START
 
 
 def run(quick: bool) -> Result:

@@ -10,4 +10,6 @@ EVALUATION: Settings = {
     "eval.rows": 96, "eval.every": 500, "checkpoint.every": 250, "peer.query_norm": "batchnorm",
 }  # fmt: skip
 SHARED, OF_POOLS = "optimizer.learning_rate", "pool.learning_rate"
+# The learning rates to tune and where to begin, of models with pools or packed matrices; of others.
 START = {SHARED: 1e-2, OF_POOLS: 3e-2}
+START_WITHOUT_POOLS = {SHARED: START[SHARED]}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.expert_update.integer_step import largest_code, spread
+from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.storage import (
     BITS,
     DOWN,
@@ -89,11 +89,7 @@ def initialize_pool(
         return ExpertPool.of_floats(weights.reshape(num_layers, num_experts, 2, width))
 
     def draw_packed(key: Array) -> tuple[Array, Array]:
-        floats = draw_floats(key)
-        bits = BITS[storage]
-        scales = jnp.sqrt(jnp.mean(floats**2, axis=-1)) / spread(bits)
-        top = largest_code(bits)
-        codes = jnp.clip(jnp.round(floats / scales[..., None]), -top, top).astype(jnp.int32)
+        codes, scales = nearest(draw_floats(key), BITS[storage])
         return pack_experts(codes, storage), scales
 
     words, scales = jax.lax.map(draw_packed, keys)

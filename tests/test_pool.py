@@ -8,13 +8,7 @@ from tests.pallas_kernels.test_expert_update import make_gradient
 
 
 def make(storage, width, num_experts, layers=2):
-    return initialize_pool(
-        jax.random.key(0),
-        layers,
-        num_experts,
-        width,
-        storage=storage,
-    )
+    return initialize_pool(jax.random.key(0), layers, num_experts, width, storage=storage)
 
 
 def shapes(storage, width, num_experts=1 << 14):

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Beyond this many units a step clips whatever the state; it keeps float32 to int32 exact.
 LARGEST_STEP = float(1 << 20)
-# The RMS of a row's codes that its scale aims at, as a share of the largest code. Rounding and
-# clipping of normal weights to int4 codes together cost least near it.
-SPREAD = 0.37
+# By the bits of a code, the RMS of a row's codes that its scale aims at, as a share of the largest
+# code: near where rounding and clipping of normal weights together cost least.
+SPREAD = {4: 0.37, 8: 0.25}
 
 
 def largest_code(code_bits: int) -> int:
@@ -21,7 +21,22 @@ def largest_code(code_bits: int) -> int:
 
 def spread(code_bits: int, bits: int = 0) -> float:
     """The RMS that a scale aims at: of codes, or of values with accumulators of some bits."""
-    return SPREAD * largest_code(code_bits) * 2.0**bits
+    return SPREAD[code_bits] * largest_code(code_bits) * 2.0**bits
+
+
+def nearest(
+    weights: Float[Array, "*R D"], code_bits: int
+) -> tuple[Int[Array, "*R D"], Float[Array, "*R"]]:
+    """Weights as codes, rounded to nearest, and the scale of each row.
+
+    The few weights beyond the range of codes are clipped.
+    """
+    size = jnp.sqrt(jnp.mean(jnp.square(weights.astype(jnp.float32)), axis=-1))
+    # A row of zeros needs a scale too, to leave zero by.
+    scales = jnp.where(size > 0, size, 1.0) / spread(code_bits)
+    top = largest_code(code_bits)
+    codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top)
+    return codes.astype(jnp.int32), scales
 
 
 def join(codes: Int[Array, "*S"], accumulators: Int[Array, "*S"], bits: int) -> Int[Array, "*S"]:

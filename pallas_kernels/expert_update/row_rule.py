@@ -89,7 +89,9 @@ def rewrite_rows(
 
     squares = sums_of(jnp.square(moved.astype(jnp.float32)))
     factors = [rung(each, width, bits, bits) for each in squares]
-    moved = on_rung(moved, jnp.maximum(on_lanes(factors), 0.5)[None], random)
+    # Lanes of no segment must not divide by 0.
+    by_lane = jnp.maximum(on_lanes(factors), 0.5)[None]
+    moved = on_rung(moved, by_lane, random)
     stopped = sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
     moved = jnp.clip(moved, *integer_step.limits(bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)

@@ -97,7 +97,8 @@ def rung(
 
     A scale follows the RMS of its row, so that codes make the most of their range while weights
     grow and shrink. It moves once the RMS of the codes is more than a rung from where it should be:
-    a row stays a rung away from moving back.
+    a row stays a rung away from moving back. A row of zeros keeps its scale, or it would go down to
+    0 while nothing moves the row.
 
     Args:
         square_sum: of the row's values, in units of the accumulator.
@@ -106,7 +107,8 @@ def rung(
         bits: of an accumulator.
     """
     wanted = width * integer_step.spread(code_bits, bits) ** 2
-    shrinks = jnp.where(square_sum < wanted / RUNG**2, 1 / RUNG, 1.0)
+    small = (square_sum > 0) & (square_sum < wanted / RUNG**2)
+    shrinks = jnp.where(small, 1 / RUNG, 1.0)
     return jnp.where(square_sum > wanted * RUNG**2, RUNG, shrinks)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
-from pallas_kernels.expert_update.integer_step import largest_code, spread
+from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.expert_update.packed_rows import RowNumbers, step_rows
 from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
@@ -79,11 +79,7 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
         raise ValueError(
             f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
         )
-    size = jnp.sqrt(jnp.mean(jnp.square(weights.astype(jnp.float32)), axis=-1))
-    # A row of zeros needs a scale too, to leave zero by.
-    scales = jnp.where(size > 0, size, 1.0) / spread(bits)
-    top = largest_code(bits)
-    codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top).astype(jnp.int32)
+    codes, scales = nearest(weights, bits)
     words = pack_planes(_by_plane(codes, bits), bits)
     return PackedMatrix(words, scales, weights.shape[-1], bits)
 

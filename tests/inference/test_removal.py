@@ -38,11 +38,12 @@ def trained(kind, texts, folder):
     config.model.layers = ((kind, 2),)
     config.pool.storage = "float32"
     config.monet.num_experts, config.monet.top_k = 64, 2
+    config.moe.num_experts, config.moe.hidden = 8, 8
     train(config, str(folder))
     return open_run(str(folder))
 
 
-@pytest.mark.parametrize("kind", ["peer", "monet_vd"])
+@pytest.mark.parametrize("kind", ["peer", "moe", "monet_vd"])
 def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
     kind, texts, tmp_path, capsys
 ):

@@ -18,12 +18,7 @@ def relative_error(actual, expected):
 
 def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
     layer = PEER(num_experts, HEADS, K_PER_HEAD, KEY_WIDTH, query_norm=query_norm)
-    pool = initialize_pool(
-        jax.random.key(0),
-        1,
-        num_experts[0] * num_experts[1],
-        D,
-    )
+    pool = initialize_pool(jax.random.key(0), 1, num_experts[0] * num_experts[1], D)
     pool = ExpertPool.of_floats(pool.weights[0])
     x = jax.random.normal(jax.random.key(1), SHAPE)
     return layer, pool, x, layer.init(jax.random.key(2), x, pool)["params"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peerjax import optim
 
 WIDTHS = [3, 8, 20, 64]
+SPREAD = {4: 0.37, 8: 0.25}  # RMS of codes over the largest, to which scales go
 
 
 def matrix(width=20, rows=6, seed=0, bits=4):
@@ -40,7 +41,7 @@ def test_packing_is_rounding_to_nearest_at_the_scale_of_training(width, rows, bi
     packed = optim.pack(jnp.asarray(weights), bits)
     assert packed.shape == weights.shape
     top = 2 ** (bits - 1) - 1
-    scales = np.sqrt(np.mean(weights**2, -1)) / (0.37 * top)
+    scales = np.sqrt(np.mean(weights**2, -1)) / (SPREAD[bits] * top)
     np.testing.assert_allclose(packed.scales, scales, rtol=1e-5)
     inside = np.clip(weights, -top * scales[:, None], top * scales[:, None])
     assert np.all(np.abs(np.asarray(packed.floats()) - inside) <= scales[:, None] * 0.5001)
@@ -81,7 +82,9 @@ def test_two_steps_equal_exact_integer_arithmetic(width, code_bits, bits):
         )
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = value + (np.floor(u) + up).astype(np.int64)
-        beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2, -1)) / (0.37 * top * unit)
+        beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2, -1)) / (
+            SPREAD[code_bits] * top * unit
+        )
         factor = np.where(beyond > 2**0.25, 2**0.25, np.where(beyond < 2**-0.25, 2**-0.25, 1))
         factor = np.where(square > 0, factor, 1.0)
         scaled = moved / factor[:, None]

@@ -12,6 +12,7 @@ from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import BITS, read_codes
 from peerjax.pool import initialize_pool
 from tests.pallas_kernels.test_expert_lookup import assert_close, naive
+from tests.pallas_kernels.test_expert_update import SPREAD
 
 LAYERS, N, D, T, K = 3, 40, 64, 37, 6
 
@@ -75,8 +76,9 @@ def test_every_gradient_equals_dense_autodiff(storage, remat):
 def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
     tokens, chosen, width, experts = 256, 64, 256, 1 << 16
 
-    options = {"storage": storage}
-    pool = jax.eval_shape(lambda: initialize_pool(jax.random.key(0), 2, experts, width, **options))
+    pool = jax.eval_shape(
+        lambda: initialize_pool(jax.random.key(0), 2, experts, width, storage=storage)
+    )
 
     def step(pool, ids, gates, x, tap):
         def loss(gates, x, tap):
@@ -108,10 +110,10 @@ def test_a_packed_pool_is_the_rounded_float_pool(storage):
     # Drawn from the same keys where no place of the last row is left over, as here.
     top = (1 << (BITS[storage] - 1)) - 1
     size = np.sqrt(np.mean(np.square(floats), axis=-1, keepdims=True))
-    np.testing.assert_allclose(scales, size / (0.37 * top), rtol=1e-5)
+    np.testing.assert_allclose(scales, size / (SPREAD[storage] * top), rtol=1e-5)
     nearest = np.clip(floats, -top * scales, top * scales)
     assert (np.abs(codes * scales - nearest) <= 0.5001 * scales).all()
-    assert np.abs(codes).max() == top
+    assert 0.9 * top < np.abs(codes).max() <= top
 
 
 def test_an_int4_pool_takes_half_a_byte_a_parameter():
