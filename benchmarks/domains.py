@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import short_run
-from benchmarks.monet import HD, PEER, VD, arm_named, start_of
+from benchmarks.monet import HD, PEER_INT4, VD, arm_named, start_of
 from benchmarks.protocol import QUICK_STEPS, RECIPE, STEPS
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import tune_rates
@@ -22,7 +22,7 @@ def run(quick: bool) -> Result:
     """Trains every model, and removes the experts of one domain after the other."""
     steps = QUICK_STEPS if quick else STEPS
     rows, figures, details = [], [], {}
-    for name in (PEER,) if quick else (PEER, HD, VD):
+    for name in (PEER_INT4,) if quick else (PEER_INT4, HD, VD):
         settings = arm_named(name).settings
         rates, _ = tune_rates(RECIPE, settings, start_of(name), steps)
         found = short_run.train(
@@ -38,7 +38,7 @@ def run(quick: bool) -> Result:
                 Figure("mean over other domains", sum(others) / len(others)),
                 Figure("there, without as many at random", control[domain]),
             ]
-    texts = details[PEER][0]["changes"]
+    texts = details[PEER_INT4][0]["changes"]
     columns = ("model", "removed", "experts", *(f"on {text}" for text in texts))
     return Result(columns, rows, figures, details)
 

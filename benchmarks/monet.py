@@ -1,7 +1,8 @@
 """Monet, horizontal and vertical, beside PEER, at equal forward FLOPs a token and equal tokens.
 
 The recipe is the quickstart, whose two PEER layers are replaced. Every learning rate of every arm
-is tuned at a third of the length. Then each trains from the same seeds for the same steps, and once
+is tuned at a third of the length. Then each trains from the same seeds for the same steps, and is
+compared with the PEER that keeps its experts alike. Monet as published, in float32, trains once
 more for as many steps as take the time that PEER's take.
 """
 
@@ -31,7 +32,7 @@ from benchmarks.protocol import (
     STEPS,
 )
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Settings, at_once, paired, train
+from benchmarks.sweep import Interval, Settings, at_once, paired, train
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.inference.trained import open_run, restore
 from peerjax.model import MONET_HD, MONET_VD
@@ -40,8 +41,9 @@ from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
 TIMED_STEPS = 40
-PEER, HD, VD = "PEER, int4", "Monet HD", "Monet VD"
-HD_INT4, VD_INT4 = f"{HD}, int4", f"{VD}, int4"
+Models = Mapping[str, Mapping[str, Any]]
+PEER, HD, VD = "PEER, float32", "Monet HD, float32", "Monet VD, float32"
+PEER_INT4, HD_INT4, VD_INT4 = "PEER, int4", "Monet HD, int4", "Monet VD, int4"
 
 
 def _monet(kind: str, storage: str) -> Settings:
@@ -58,12 +60,16 @@ def _monet(kind: str, storage: str) -> Settings:
 
 
 MODELS = {
-    PEER: {"pool.storage": "int4"},
+    PEER: {"pool.storage": "float32"},
     HD: _monet(MONET_HD, "float32"),
     VD: _monet(MONET_VD, "float32"),
+    PEER_INT4: {"pool.storage": "int4"},
     HD_INT4: _monet(MONET_HD, "int4"),
     VD_INT4: _monet(MONET_VD, "int4"),
 }
+
+# What the losses of a model are compared with.
+RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
 
 
 def arm_named(name: str) -> Arm:
@@ -80,19 +86,10 @@ def run(quick: bool) -> Result:
     """Trains what no earlier call trained, and times every arm by itself."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = {name: arm_named(name) for name in ((PEER, HD) if quick else MODELS)}
-    starts = {name: start_of(name) for name in arms}
     timed = {name: measure(arm, 4 if quick else TIMED_STEPS) for name, arm in arms.items()}
-    trained = tune_and_train(arms, starts, steps, seeds)
-    lengths = {
-        name: round(steps * timed[PEER]["seconds_per_step"] / each["seconds_per_step"])
-        for name, each in timed.items()
-    }
-    same_time = {
-        name: _losses(arm, trained[name], lengths[name], seeds) for name, arm in arms.items()
-    }
-    models = [
-        {
-            "model": name,
+    trained = tune_and_train(arms, {name: start_of(name) for name in arms}, steps, seeds)
+    models = {
+        name: {
             **arm._asdict(),
             **timed[name],
             "rates": trained[name].rates,
@@ -100,31 +97,29 @@ def run(quick: bool) -> Result:
             "losses": trained[name].losses,
             "usage": trained[name].over_layers("usage"),
             "unevenness": trained[name].over_layers("unevenness"),
-            "steps_in_the_same_time": lengths[name],
-            "losses_in_the_same_time": same_time[name],
         }
         for name, arm in arms.items()
-    ]
-    figures = [
-        Figure.at_most(
-            "largest mismatch of FLOPs a token", mismatch(list(arms.values())), LARGEST_MISMATCH
-        )
-    ]
-    for name in list(arms)[1:]:
-        for what, of in (
-            ("the same tokens", {key: each.losses for key, each in trained.items()}),
-            ("the same time", same_time),
-        ):
-            difference = paired(of[name], of[PEER])
-            figures.append(Figure(f"{name} - PEER, {what} (nats/token)", difference.mean))
-            figures.append(Figure("half width of its 95% interval", difference.half_width))
+    }
+    for name in (HD, VD):
+        if name in models:
+            seconds = [timed[each]["seconds_per_step"] for each in (PEER, name)]
+            length = round(steps * seconds[0] / seconds[1])
+            models[name] |= {
+                "steps_in_the_same_time": length,
+                "losses_in_the_same_time": _losses(arms[name], trained[name], length, seeds),
+            }
     return Result(
         columns=(
             "model", "parameters", "nats/token", "beyond PEER", "in the same time", "experts used",
             "unevenness", "with gradient", "ms a step", "peak GB",
         ),
-        rows=[_row(model, models[0]) for model in models],
-        figures=figures,
+        rows=[_row(name, models) for name in models],
+        figures=[
+            Figure.at_most(
+                "largest mismatch of FLOPs a token", mismatch(list(arms.values())), LARGEST_MISMATCH
+            ),
+            *_differences(models),
+        ],
         details={"steps": steps, "models": models},
     )  # fmt: skip
 
@@ -156,16 +151,38 @@ def gradient_share(workdir: str) -> float:
     return sum(int(np.count_nonzero(each)) for each in experts) / sum(each.size for each in experts)
 
 
-def _row(model: Mapping[str, Any], peer: Mapping[str, Any]) -> list[str]:
+def _differences(models: Models) -> list[Figure]:
+    figures = []
+    for name in models:
+        for losses, what in (("losses", "tokens"), ("losses_in_the_same_time", "time")):
+            if (difference := _beyond_rival(name, models, losses)) is not None:
+                label = f"{name} - {RIVALS[name]}, the same {what} (nats/token)"
+                figures.append(Figure(label, difference.mean))
+                figures.append(Figure("half width of its 95% interval", difference.half_width))
+    return figures
+
+
+def _beyond_rival(name: str, models: Models, losses: str) -> Interval | None:
+    """How much more a model loses than what it is compared with, if it is and has such losses."""
+    if name not in RIVALS or losses not in models[name]:
+        return None
+    return paired(models[name][losses], models[RIVALS[name]]["losses"])
+
+
+def _row(name: str, models: Models) -> list[str]:
+    model = models[name]
     tokens, time = (
-        paired(model[which], peer[which]) for which in ("losses", "losses_in_the_same_time")
+        "" if found is None else f"{found.mean:+.4f} +- {found.half_width:.4f}"
+        for found in (
+            _beyond_rival(name, models, losses) for losses in ("losses", "losses_in_the_same_time")
+        )
     )
     return [
-        model["model"],
+        name,
         f"{model['parameters']:,}",
         f"{np.mean(model['losses']):.4f}",
-        f"{tokens.mean:+.4f} +- {tokens.half_width:.4f}",
-        f"{time.mean:+.4f} +- {time.half_width:.4f}",
+        tokens,
+        time,
         f"{model['usage']:.1%}",
         f"{model['unevenness']:.3f}",
         f"{model['gradient_share']:.1%}",

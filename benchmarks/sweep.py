@@ -3,7 +3,7 @@
 A run is a recipe and settings of its fields. What it found is a line of
 `benchmarks/results/runs.jsonl`, kept with the code, so that a queue goes on where another machine
 left it. A run that was killed goes on from its last checkpoint. Every run has a core of its own,
-and as many run at once as there are cores.
+and as many run at once as there are cores. What is compiled is kept for the next run.
 """
 
 import fcntl
@@ -27,6 +27,7 @@ import scipy.stats
 from benchmarks.result import FOLDER, REPOSITORY, commit, device
 
 ROOT = REPOSITORY / "runs" / "benchmarks"
+COMPILED = ROOT / "compiled"
 LEDGER = FOLDER / "runs.jsonl"
 Settings = dict[str, Any]
 
@@ -148,7 +149,7 @@ def _train(recipe: str, settings: Settings, folder: Path) -> bool:
         with (folder / "output.txt").open("a") as output:
             process = subprocess.run(
                 command, cwd=REPOSITORY, stdout=output, stderr=subprocess.PIPE, text=True,
-                check=False,
+                check=False, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(COMPILED)},
             )  # fmt: skip
     finally:
         _free_cores.put(core)
