@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks.protocol import RECIPE
-from benchmarks.sweep import Run, Settings, at_once, train, tune_rates
+from benchmarks.sweep import Run, Settings, at_once, from_seeds, tune_rates
 from configs import quickstart
 from peerjax.analysis.flops import forward_flops
 from peerjax.config import model_config
@@ -125,13 +125,10 @@ def tune_and_train(
     tuning = at_once(
         [partial(tune_rates, RECIPE, arm.settings, starts[key], steps) for key, arm in arms.items()]
     )
-    every = [
-        partial(train, RECIPE, {**arm.settings, "steps": steps, **best, "seed": seed})
-        for arm, (best, _) in zip(arms.values(), tuning, strict=True)
-        for seed in seeds
-    ]
-    runs = iter(at_once(every))
-    return {
-        key: Trained(best, tables, [next(runs) for _ in seeds])
-        for key, (best, tables) in zip(arms, tuning, strict=True)
-    }
+    best = dict(zip(arms, tuning, strict=True))
+    runs = from_seeds(
+        RECIPE,
+        {key: {**arm.settings, "steps": steps, **best[key][0]} for key, arm in arms.items()},
+        seeds,
+    )
+    return {key: Trained(*best[key], runs[key]) for key in arms}

@@ -6,11 +6,13 @@ float32 under AdamW. Then every arm trains at full length from the same seeds, a
 by seed.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.int4_quality_plots import plot
 from benchmarks.protocol import (
@@ -24,38 +26,23 @@ from benchmarks.protocol import (
     STEPS,
 )
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Settings, at_once, paired, train, tune_rates, validation_loss
+from benchmarks.sweep import Settings, at_once, from_seeds, paired, train, tune_rates
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
 
 WIDTH, LONG_STEPS = 128, 10_000
-FEW, MANY = SEEDS, tuple(range(6))
 TENTH = 0.1  # of the best learning rate: steps small enough to need a buffer, if any are
-
-
-class Arm(NamedTuple):
-    """One way to keep and move pools.
-
-    Attributes:
-        settings: fields that make it.
-        seeds: what it is trained from.
-    """
-
-    settings: Settings
-    seeds: Sequence[int] = FEW
-
 
 INT4, FLOAT32, ADAMW, BFLOAT16, INT8, ECO = (
     "int4", "float32", "float32, AdamW", "bfloat16", "int8", "int4, ECO",
 )  # fmt: skip
-# The first three decide whether goals are reached: more seeds.
-STORAGES = {
-    INT4: Arm({"pool.storage": "int4"}, MANY),
-    FLOAT32: Arm({"pool.storage": "float32"}, MANY),
-    ADAMW: Arm({"pool.storage": "float32", "pool.rule": "adamw"}, MANY),
-    BFLOAT16: Arm({"pool.storage": "bfloat16"}),
-    INT8: Arm({"pool.storage": "int8"}),
-    ECO: Arm({"pool.storage": "int4", "pool.rule": "eco"}),
+ARMS: dict[str, Settings] = {
+    INT4: {"pool.storage": "int4"},
+    FLOAT32: {"pool.storage": "float32"},
+    ADAMW: {"pool.storage": "float32", "pool.rule": "adamw"},
+    BFLOAT16: {"pool.storage": "bfloat16"},
+    INT8: {"pool.storage": "int8"},
+    ECO: {"pool.storage": "int4", "pool.rule": "eco"},
 }
 BUFFERS = (0, 2, 4, 8)
 SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
@@ -73,164 +60,151 @@ LONG: Settings = {
 }  # fmt: skip
 
 
-def tuned(arms: dict[str, Arm], steps: int) -> dict[str, tuple[dict[str, float], Any]]:
+def tuned(steps: int) -> dict[str, tuple[dict[str, float], Any]]:
     """The best learning rates of every arm, and all that were tried."""
 
     def of_arm(name: str, start: dict[str, float], **fixed: float) -> Any:
-        best, tables = tune_rates(
-            RECIPE, {**EVALUATION, **arms[name].settings, **fixed}, start, steps
-        )
+        best, tables = tune_rates(RECIPE, {**EVALUATION, **ARMS[name], **fixed}, start, steps)
         return {**fixed, **best}, tables
 
     both = [INT4, ADAMW]
     found = dict(zip(both, at_once([partial(of_arm, name, START) for name in both]), strict=True))
     shared = {SHARED: found[INT4][0][SHARED]}
-    others = [name for name in arms if name not in both]
+    others = [name for name in ARMS if name not in both]
     start = {OF_POOLS: found[INT4][0][OF_POOLS]}
     jobs = [partial(of_arm, name, start, **shared) for name in others]
     return found | dict(zip(others, at_once(jobs), strict=True))
 
 
-def losses(arm: Arm, rates: dict[str, float], steps: int, **more: Any) -> list[float]:
-    """Validation losses by seed."""
-    fields = {**EVALUATION, **arm.settings, "steps": steps, **rates, **more}
-    return at_once(
-        [partial(validation_loss, RECIPE, {**fields, "seed": seed}) for seed in arm.seeds]
-    )
-
-
-def bytes_of(arm: Arm, num_experts: tuple[int, int]) -> tuple[int, int]:
+def bytes_of(name: str, num_experts: tuple[int, int]) -> tuple[int, int]:
     """Bytes of a layer's experts: in inference, and in training with dense gradients, if any."""
-    storage, count = arm.settings["pool.storage"], num_experts[0] * num_experts[1]
+    storage, count = ARMS[name]["pool.storage"], num_experts[0] * num_experts[1]
     pool = jax.eval_shape(
         lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, storage=storage)
     )
     kept = memory_report(pool).kept
-    if arm.settings.get("pool.rule") == "adamw":
+    if ARMS[name].get("pool.rule") == "adamw":
         return kept, 4 * kept  # gradient, two moments
     return kept, memory_report(pool, jax.eval_shape(UpdateState.zeros_for, pool)).kept
 
 
 def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
-    steps = QUICK_STEPS if quick else STEPS
-    arms = {
-        name: arm._replace(seeds=arm.seeds[:2]) if quick else arm for name, arm in STORAGES.items()
-    }
-    tuning = tuned(arms, steps)
+    steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
+    long_steps = QUICK_STEPS if quick else LONG_STEPS
+    tuning = tuned(steps)
     rates = {name: best for name, (best, _) in tuning.items()}
-    storages = {name: losses(arm, rates[name], steps) for name, arm in arms.items()}
+    arms = {
+        name: {**EVALUATION, **settings, **rates[name], "steps": steps}
+        for name, settings in ARMS.items()
+    }
     sizes = {
-        (name, root): losses(
-            arms[name]._replace(seeds=arms[name].seeds[: len(FEW)]),
-            rates[name],
-            steps,
-            **{"peer.num_experts": root},
-        )
+        (name, root): {**arms[name], "peer.num_experts": root}
         for name, root in (SIZES[:1] if quick else SIZES)
     }
-    sizes |= {(name, (256, 256)): found for name, found in storages.items() if name != ECO}
-    long_steps = QUICK_STEPS if quick else LONG_STEPS
-    long_run = {**LONG, **rates[INT4], "eval.every": max(1, long_steps // 40)}
-    long = train(RECIPE, {**long_run, "steps": long_steps, "seed": 0}, keep_series=True)
-    buffers = _buffers(arms, rates, steps, long_steps)
+    buffers = with_buffers(arms, long_steps)
+    found = {
+        key: [each.nats_per_token for each in runs]
+        for key, runs in from_seeds(RECIPE, arms | sizes | buffers, seeds).items()
+    }
+    long_run = {
+        **arms[INT4], **LONG, "steps": long_steps, "eval.every": max(1, long_steps // 40),
+        "seed": seeds[0],
+    }  # fmt: skip
+    long = train(RECIPE, long_run, keep_series=True)
+    sizes |= {(name, (256, 256)): arms[name] for name in ARMS if name != ECO}
+    found |= {(name, (256, 256)): found[name] for name in ARMS}
     details = {
         "steps": steps,
         "rates": rates,
         "tuning": {name: tables for name, (_, tables) in tuning.items()},
-        "storages": storages,
-        "buffers": {
-            f"{model}, {rate:g}, {name}": found for (model, rate, name), found in buffers.items()
-        },
+        "storages": {name: found[name] for name in ARMS},
+        "buffers": {", ".join(map(str, key)): found[key] for key in buffers},
         "sizes": [
             {
                 "pools": name,
-                "experts": root[0] * root[1],
-                "bytes": bytes_of(arms[name], root),
-                "losses": found,
+                "experts": math.prod(root),
+                "bytes": bytes_of(name, root),
+                "losses": found[name, root],
             }
-            for (name, root), found in sizes.items()
+            for name, root in sizes
         ],
         "long_run": long.series,
     }
     if not quick:
         plot(details)
     return Result(
-        columns=("pools", "learning rate", "nats/token", "beyond int4", "seeds"),
+        columns=("pools", "learning rate", "nats/token", "beyond int4"),
         rows=[
+            *(_against(name, arms[name], found[name], found[INT4]) for name in ARMS),
             *(
-                _against(name, rates[name][OF_POOLS], each, storages[INT4])
-                for name, each in storages.items()
-            ),
-            *(
-                _against(f"{model}, int4, {name}", rate, each, buffers[model, rate, "4 bits"])
-                for (model, rate, name), each in buffers.items()
+                _against(", ".join(key), each, found[key], found[(*key[:2], _bits(4))])
+                for key, each in buffers.items()
             ),
             *(
                 _against(
-                    f"{name}, {root[0] * root[1]:,} experts",
-                    rates[name][OF_POOLS],
-                    each,
-                    storages[INT4],
+                    f"{name}, {root[0] * root[1]:,} experts", each, found[name, root], found[INT4]
                 )
                 for (name, root), each in sizes.items()
                 if root != (256, 256)
             ),
         ],
-        figures=_figures(storages, sizes),
+        figures=_figures(found),
         details=details,
     )
 
 
-def _buffers(
-    arms: dict[str, Arm], rates: dict[str, dict[str, float]], steps: int, long_steps: int
-) -> dict[tuple[str, float, str], list[float]]:
-    """Losses by model, learning rate and buffer: at the best, at a tenth, and there for long."""
+def with_buffers(
+    arms: dict[str, Settings], long_steps: int
+) -> dict[tuple[str, str, str], Settings]:
+    """Accumulators of every width, and ECO: at the best rate, at a tenth, and there for long."""
     found = {}
-    for model, length, factor, more in (
-        (RECIPE, steps, 1, {}),
-        (RECIPE, steps, TENTH, {}),
-        (SMALL_MODEL, long_steps, TENTH, {**LONG, "eval.every": long_steps}),
+    for model, at, factor, more in (
+        (RECIPE, "best rate", 1, {}),
+        (RECIPE, "a tenth of it", TENTH, {}),
+        (
+            SMALL_MODEL,
+            "a tenth of it",
+            TENTH,
+            {**LONG, "steps": long_steps, "eval.every": long_steps},
+        ),
     ):
         ours, eco = (
-            {**rates[name], OF_POOLS: rates[name][OF_POOLS] * factor} for name in (INT4, ECO)
+            {**arms[name], OF_POOLS: arms[name][OF_POOLS] * factor, **more} for name in (INT4, ECO)
         )
-        few = arms[INT4]._replace(seeds=arms[INT4].seeds[: len(FEW)])
         for bits in BUFFERS:
-            buffer = {} if bits == 4 else {"pool.accumulator_bits": bits}
-            key = model, ours[OF_POOLS], f"{bits} bits"
-            found[key] = losses(few, ours, length, **buffer, **more)
-        found[model, ours[OF_POOLS], f"ECO at {eco[OF_POOLS]:g}"] = losses(
-            arms[ECO], eco, length, **more
-        )
+            found[model, at, _bits(bits)] = ours | (
+                {} if bits == 4 else {"pool.accumulator_bits": bits}
+            )
+        found[model, at, ECO] = eco
     return found
 
 
-def _against(name: str, rate: float, found: list[float], ours: list[float]) -> list[str]:
-    count = min(len(found), len(ours))
-    mean, half_width = paired(found[:count], ours[:count])
-    average = sum(found) / len(found)
+def _bits(count: int) -> str:
+    return f"{count} bits"
+
+
+def _against(name: str, arm: Settings, found: list[float], ours: list[float]) -> list[str]:
+    difference = paired(found, ours)
     return [
         name,
-        f"{rate:g}",
-        f"{average:.4f}",
-        f"{mean:+.4f} +- {half_width:.4f}",
-        str(len(found)),
+        f"{arm[OF_POOLS]:g}",
+        f"{np.mean(found):.4f}",
+        f"{difference.mean:+.4f} +- {difference.half_width:.4f}",
     ]
 
 
-def _figures(storages: dict[str, list[float]], sizes: dict[Any, list[float]]) -> list[Figure]:
-    floats = storages[FLOAT32]
-    against_floats = paired(storages[INT4], floats)
+def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
+    against_floats = paired(found[INT4], found[FLOAT32])
     figures = [
         Figure.at_most(
             "int4 beyond float32 pools, upper end of the 95% interval, share of the loss",
-            (against_floats.mean + against_floats.half_width) / (sum(floats) / len(floats)),
+            (against_floats.mean + against_floats.half_width) / float(np.mean(found[FLOAT32])),
             0.005,
         ),
         Figure.at_most(
             "int4 - float32 under AdamW (nats/token)",
-            paired(storages[INT4], storages[ADAMW]).mean,
+            paired(found[INT4], found[ADAMW]).mean,
             0.0,
         ),
     ]
@@ -243,9 +217,8 @@ def _figures(storages: dict[str, list[float]], sizes: dict[Any, list[float]]) ->
         ),
         ("training bytes: int4, 262,144 - float32 under AdamW, 16,384", LARGE, (ADAMW, SMALL)),
     ):
-        if (INT4, ours) in sizes and theirs in sizes:
-            count = min(len(sizes[INT4, ours]), len(sizes[theirs]))
-            difference = paired(sizes[INT4, ours][:count], sizes[theirs][:count])
+        if (INT4, ours) in found and theirs in found:
+            difference = paired(found[INT4, ours], found[theirs])
             figures.append(Figure.at_most(f"at equal {what} experts", difference.mean, 0.0))
             figures.append(Figure("half width of its 95% interval", difference.half_width))
     return figures

@@ -6,7 +6,7 @@ compared with the PEER that keeps its experts alike. Monet as published, in floa
 more for as many steps as take the time that PEER's take.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from benchmarks import short_run
 from benchmarks.equal_flops import (
     LARGEST_MISMATCH,
     Arm,
-    Trained,
     arm_of,
     mismatch,
     tune_and_train,
@@ -32,7 +31,7 @@ from benchmarks.protocol import (
     STEPS,
 )
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Interval, Settings, at_once, paired, train
+from benchmarks.sweep import Interval, Settings, from_seeds, paired
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.inference.trained import open_run, restore
 from peerjax.model import MONET_HD, MONET_VD
@@ -100,14 +99,20 @@ def run(quick: bool) -> Result:
         }
         for name, arm in arms.items()
     }
-    for name in (HD, VD):
-        if name in models:
-            seconds = [timed[each]["seconds_per_step"] for each in (PEER, name)]
-            length = round(steps * seconds[0] / seconds[1])
-            models[name] |= {
-                "steps_in_the_same_time": length,
-                "losses_in_the_same_time": _losses(arms[name], trained[name], length, seeds),
-            }
+    lengths = {
+        name: round(steps * timed[PEER]["seconds_per_step"] / timed[name]["seconds_per_step"])
+        for name in (HD, VD)
+        if name in arms
+    }
+    same_time = {
+        name: {**arms[name].settings, **trained[name].rates, "steps": length}
+        for name, length in lengths.items()
+    }
+    for name, runs in from_seeds(RECIPE, same_time, seeds).items():
+        models[name] |= {
+            "steps_in_the_same_time": lengths[name],
+            "losses_in_the_same_time": [run.nats_per_token for run in runs],
+        }
     return Result(
         columns=(
             "model", "parameters", "nats/token", "beyond PEER", "in the same time", "experts used",
@@ -122,12 +127,6 @@ def run(quick: bool) -> Result:
         ],
         details={"steps": steps, "models": models},
     )  # fmt: skip
-
-
-def _losses(arm: Arm, trained: Trained, steps: int, seeds: Sequence[int]) -> list[float]:
-    fields = {**arm.settings, **trained.rates, "steps": steps}
-    runs = at_once([partial(train, RECIPE, {**fields, "seed": seed}) for seed in seeds])
-    return [each.nats_per_token for each in runs]
 
 
 def measure(arm: Arm, steps: int) -> dict[str, Any]:

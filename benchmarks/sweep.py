@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,6 @@ class Run(NamedTuple):
     experts: dict[str, Any]
     seconds: float
     series: list[dict[str, float]] = []  # noqa: RUF012, never changed
-
-
-def validation_loss(recipe: str, settings: Settings) -> float:
-    """Nats per token over all validation text after a run; see `train`."""
-    return train(recipe, settings).nats_per_token
 
 
 def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
@@ -164,6 +160,34 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
+def from_seeds(
+    recipe: str, arms: Mapping[Any, Settings], seeds: Sequence[int]
+) -> dict[Any, list[Run]]:
+    """Trains every arm from every seed, as many at once as there are cores.
+
+    Args:
+        recipe: the name of a file in `configs/`.
+        arms: the settings of each, by any key; those of equal settings are trained once.
+        seeds: what to train from.
+
+    Returns:
+        By the same keys, runs by seed.
+    """
+
+    def name_of(settings: Settings, seed: int) -> str:
+        return json.dumps({**settings, "seed": seed}, sort_keys=True)
+
+    distinct = {
+        name_of(settings, seed): partial(train, recipe, {**settings, "seed": seed})
+        for settings in arms.values()
+        for seed in seeds
+    }
+    runs = dict(zip(distinct, at_once(list(distinct.values())), strict=True))
+    return {
+        key: [runs[name_of(settings, seed)] for seed in seeds] for key, settings in arms.items()
+    }
+
+
 def rung(value: float, steps: int) -> float:
     """Climbs the ladder ..., 1e-3, 3e-3, 1e-2, 3e-2, ... from one of its values."""
     exponent = round(2 * math.log10(value)) + steps
@@ -209,7 +233,8 @@ def tune_rates(
     for field in rates:
 
         def loss_of(rate: float, field: str = field) -> float:
-            return validation_loss(recipe, {**settings, **short, **best, field: rate})
+            fields = {**settings, **short, **best, field: rate}
+            return train(recipe, fields).nats_per_token
 
         best[field], tables[field] = tune(loss_of, best[field])
     return best, tables

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from benchmarks import equal_flops, isoflop, sweep
+from benchmarks import isoflop, sweep
 from benchmarks.equal_flops import flops_of, with_flops
 from benchmarks.isoflop import DENSE, MOE, PEER, PEER_INT4, SIZES, arms
 
@@ -45,12 +45,9 @@ def test_every_rate_of_every_arm_is_tuned_and_losses_are_paired_by_seed(tmp_path
         rate = settings["optimizer.learning_rate"]
         loss += abs(math.log(rate / best.get(kind, 1e-2)))
         loss += abs(math.log(settings.get("pool.learning_rate", 1e-2) / 1e-2))
-        return loss
+        return sweep.Run(loss, {}, 0.0)
 
-    monkeypatch.setattr(sweep, "validation_loss", pretend)
-    monkeypatch.setattr(
-        equal_flops, "train", lambda recipe, settings: sweep.Run(pretend(recipe, settings), {}, 0.0)
-    )
+    monkeypatch.setattr(sweep, "train", pretend)
     monkeypatch.setattr(isoflop, "ROOT", tmp_path)
     result = isoflop.run(quick=True)
     rows = {row[1]: row[-4:] for row in result.rows}

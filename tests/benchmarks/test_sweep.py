@@ -51,8 +51,8 @@ def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
     assert first.nats_per_token == 4.5
     assert sweep.train("quickstart", settings) == first
     diverged = {**settings, "pool.learning_rate": 10.0}
-    assert sweep.validation_loss("quickstart", diverged) == math.inf
-    assert sweep.validation_loss("quickstart", diverged) == math.inf
+    for _ in range(2):
+        assert sweep.train("quickstart", diverged).nats_per_token == math.inf
     sweep.train("quickstart", {**settings, "seed": 1})
     sweep.train("peer_small", settings)
     assert len(trained) == 4
@@ -63,3 +63,19 @@ def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
 
 def test_jobs_keep_their_order():
     assert sweep.at_once([lambda number=number: number for number in range(7)]) == [*range(7)]
+
+
+def test_arms_of_equal_settings_are_trained_once(monkeypatch):
+    trained = []
+
+    def pretend(recipe, settings):
+        trained.append(settings)
+        return sweep.Run(settings["rate"] + settings["seed"], {}, 0.0)
+
+    monkeypatch.setattr(sweep, "train", pretend)
+    runs = sweep.from_seeds(
+        "quickstart", {"a": {"rate": 10}, 2: {"rate": 20}, "b": {"rate": 10}}, [1, 3]
+    )
+    losses = {key: [run.nats_per_token for run in each] for key, each in runs.items()}
+    assert losses == {"a": [11, 13], 2: [21, 23], "b": [11, 13]}
+    assert len(trained) == 4

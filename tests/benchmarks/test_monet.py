@@ -1,0 +1,54 @@
+import pytest
+
+from benchmarks import monet, sweep
+from benchmarks.monet import HD, HD_INT4, PEER, PEER_INT4, VD
+from benchmarks.protocol import QUICK_STEPS, SEEDS, STEPS
+
+
+def _pretend(monkeypatch):
+    """Monet is 0.1 behind, takes twice the time of PEER, and gains 0.3 in half the steps."""
+    trained = []
+
+    def train(recipe, settings):
+        trained.append(settings)
+        loss = 4.0 + 0.01 * settings["seed"] + 0.1 * ("monet.storage" in settings)
+        loss += 0.05 * ("int4" in settings.values())
+        loss -= 0.3 * (settings["steps"] == STEPS // 2)
+        loss += abs(settings["optimizer.learning_rate"] - 0.01)
+        loss += abs(settings.get("pool.learning_rate", 0.1) - 0.1)
+        experts = {"run_1.0": {"usage": 0.5, "unevenness": 1.0}}
+        return sweep.Run(loss, experts, 0.0)
+
+    def measure(arm, steps):
+        seconds = 0.2 if "monet.storage" in arm.settings else 0.1
+        return {"gradient_share": 0.25, "peak_bytes": 2e9, "seconds_per_step": seconds}
+
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(monet, "measure", measure)
+    return trained
+
+
+def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch):
+    trained = _pretend(monkeypatch)
+    result = monet.run(quick=False)
+    rows = {row[0]: row[2:] for row in result.rows}
+    assert rows[PEER] == ["4.0100", "", "", "50.0%", "1.000", "25.0%", "100", "2.00"]
+    assert rows[HD][:3] == ["4.1100", "+0.1000 +- 0.0000", "-0.2000 +- 0.0000"]
+    assert rows[VD][:3] == rows[HD][:3]
+    assert rows[PEER_INT4][0] == "4.0600"
+    assert rows[HD_INT4][:3] == ["4.1600", "+0.1000 +- 0.0000", ""]
+    lengths = [settings["steps"] for settings in trained]
+    assert lengths.count(STEPS) == len(monet.MODELS) * len(SEEDS)
+    assert lengths.count(STEPS // 2) == 2 * len(SEEDS)
+    assert result.details["models"][HD_INT4]["rates"] == {
+        "optimizer.learning_rate": 0.01,
+        "pool.learning_rate": 0.1,
+    }
+    assert result.figures[0].ok
+    assert result.figures[0].value == pytest.approx(0, abs=0.01)
+
+
+def test_a_quick_run_takes_two_models(monkeypatch):
+    trained = _pretend(monkeypatch)
+    assert [row[0] for row in monet.run(quick=True).rows] == [PEER, HD]
+    assert max(settings["steps"] for settings in trained) == QUICK_STEPS
