@@ -23,9 +23,11 @@ from benchmarks.equal_flops import (
 )
 from benchmarks.protocol import (
     EVALUATION,
+    OF_POOLS,
     QUICK_STEPS,
     RECIPE,
     SEEDS,
+    SHARED,
     START,
     START_WITHOUT_POOLS,
     STEPS,
@@ -78,15 +80,18 @@ def arm_named(name: str) -> Arm:
 
 def start_of(name: str) -> dict[str, float]:
     """The learning rates that a model has, and where to begin."""
-    return START_WITHOUT_POOLS if name in (HD, VD) else START
+    if name in (HD, VD):
+        return START_WITHOUT_POOLS
+    # Halves are dense matrices: packed, they begin at the rate that such have.
+    return {**START, OF_POOLS: START[SHARED]} if name in (HD_INT4, VD_INT4) else START
 
 
 def run(quick: bool) -> Result:
     """Trains what no earlier call trained, and times every arm by itself."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = {name: arm_named(name) for name in ((PEER, HD) if quick else MODELS)}
-    timed = {name: measure(arm, 4 if quick else TIMED_STEPS) for name, arm in arms.items()}
     trained = tune_and_train(arms, {name: start_of(name) for name in arms}, steps, seeds)
+    timed = {name: measure(arm, 4 if quick else TIMED_STEPS) for name, arm in arms.items()}
     models = {
         name: {
             **arm._asdict(),
