@@ -105,7 +105,7 @@ def run(quick: bool) -> Result:
         for name, arm in arms.items()
     }
     lengths = {
-        name: round(steps * timed[PEER]["seconds_per_step"] / timed[name]["seconds_per_step"])
+        name: steps_in_the_time(steps, timed[PEER], timed[name])
         for name in (HD, VD)
         if name in arms
     }
@@ -132,6 +132,15 @@ def run(quick: bool) -> Result:
         ],
         details={"steps": steps, "models": models},
     )  # fmt: skip
+
+
+def steps_in_the_time(steps: int, of: Mapping[str, Any], by: Mapping[str, Any]) -> int:
+    """How many steps one model takes while another takes `steps`, to the nearest tenth of these.
+
+    Timings are no finer, and lengths that changed with each would train everything again.
+    """
+    tenths = round(10 * of["seconds_per_step"] / by["seconds_per_step"])
+    return max(1, tenths * steps // 10)
 
 
 def measure(arm: Arm, steps: int) -> dict[str, Any]:
