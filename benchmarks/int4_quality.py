@@ -45,8 +45,8 @@ ARMS: dict[str, Settings] = {
     ECO: {"pool.storage": "int4", "pool.rule": "eco"},
 }
 BUFFERS = (0, 2, 4, 8)
-SMALL, LARGE, DOUBLE = (128, 128), (512, 512), (256, 512)
-# Storages at other numbers of experts than the quickstart's 256^2.
+SMALL, MIDDLE, DOUBLE, LARGE = (128, 128), (256, 256), (256, 512), (512, 512)
+# Storages at other numbers of experts than the quickstart's, which is the middle one.
 SIZES = (
     (INT4, LARGE), (INT4, DOUBLE), (ADAMW, SMALL), (INT4, SMALL), (BFLOAT16, SMALL),
     (BFLOAT16, DOUBLE), (INT8, SMALL), (FLOAT32, SMALL),
@@ -78,7 +78,7 @@ def tuned(steps: int) -> dict[str, tuple[dict[str, float], Any]]:
 
 def bytes_of(name: str, num_experts: tuple[int, int]) -> tuple[int, int]:
     """Bytes of a layer's experts: in inference, and in training with dense gradients, if any."""
-    storage, count = ARMS[name]["pool.storage"], num_experts[0] * num_experts[1]
+    storage, count = ARMS[name]["pool.storage"], math.prod(num_experts)
     pool = jax.eval_shape(
         lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, storage=storage)
     )
@@ -112,14 +112,14 @@ def run(quick: bool) -> Result:
         "seed": seeds[0],
     }  # fmt: skip
     long = train(RECIPE, long_run, keep_series=True)
-    sizes |= {(name, (256, 256)): arms[name] for name in ARMS if name != ECO}
-    found |= {(name, (256, 256)): found[name] for name in ARMS}
+    sizes |= {(name, MIDDLE): arms[name] for name in ARMS if name != ECO}
+    found |= {(name, MIDDLE): found[name] for name in ARMS}
     details = {
         "steps": steps,
         "rates": rates,
         "tuning": {name: tables for name, (_, tables) in tuning.items()},
         "storages": {name: found[name] for name in ARMS},
-        "buffers": {", ".join(map(str, key)): found[key] for key in buffers},
+        "buffers": {", ".join(key): found[key] for key in buffers},
         "sizes": [
             {
                 "pools": name,
@@ -142,11 +142,9 @@ def run(quick: bool) -> Result:
                 for key, each in buffers.items()
             ),
             *(
-                _against(
-                    f"{name}, {root[0] * root[1]:,} experts", each, found[name, root], found[INT4]
-                )
-                for (name, root), each in sizes.items()
-                if root != (256, 256)
+                _against(f"{key[0]}, {math.prod(key[1]):,} experts", each, found[key], found[INT4])
+                for key, each in sizes.items()
+                if key[1] != MIDDLE
             ),
         ],
         figures=_figures(found),
@@ -185,12 +183,11 @@ def _bits(count: int) -> str:
 
 
 def _against(name: str, arm: Settings, found: list[float], ours: list[float]) -> list[str]:
-    difference = paired(found, ours)
     return [
         name,
         f"{arm[OF_POOLS]:g}",
         f"{np.mean(found):.4f}",
-        f"{difference.mean:+.4f} +- {difference.half_width:.4f}",
+        str(paired(found, ours)),
     ]
 
 
@@ -209,16 +206,15 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
         ),
     ]
     for what, ours, theirs in (
-        ("inference bytes: int4, 262,144 - bfloat16, 65,536", LARGE, (BFLOAT16, (256, 256))),
+        ("inference bytes: int4, 262,144 - bfloat16, 65,536", LARGE, (BFLOAT16, MIDDLE)),
         (
             "training bytes: int4, 131,072 - bfloat16 row-wise, 65,536",
             DOUBLE,
-            (BFLOAT16, (256, 256)),
+            (BFLOAT16, MIDDLE),
         ),
         ("training bytes: int4, 262,144 - float32 under AdamW, 16,384", LARGE, (ADAMW, SMALL)),
     ):
         if (INT4, ours) in found and theirs in found:
             difference = paired(found[INT4, ours], found[theirs])
-            figures.append(Figure.at_most(f"at equal {what} experts", difference.mean, 0.0))
-            figures.append(Figure("half width of its 95% interval", difference.half_width))
+            figures += difference.figures(f"at equal {what} experts", 0.0)
     return figures

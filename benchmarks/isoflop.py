@@ -105,7 +105,6 @@ def run(quick: bool) -> Result:
 
 
 def _row(size: str, name: str, arm: Arm, trained: Trained, of_dense: Sequence[float]) -> list[str]:
-    difference = paired(trained.losses, of_dense)
     return [
         size,
         name,
@@ -115,7 +114,7 @@ def _row(size: str, name: str, arm: Arm, trained: Trained, of_dense: Sequence[fl
         f"{trained.rates[SHARED]:g}",
         f"{trained.rates[OF_POOLS]:g}" if OF_POOLS in trained.rates else "-",
         f"{np.mean(trained.losses):.4f}",
-        f"{difference.mean:+.4f} +- {difference.half_width:.4f}",
+        str(paired(trained.losses, of_dense)),
     ]
 
 
@@ -131,8 +130,7 @@ def _figures(
                 continue
             difference = paired(trained[size, PEER_INT4].losses, trained[size, other].losses)
             what = f"{size}: int4 PEER - {other} (nats/token)"
-            figures.append(Figure(what, difference.mean))
-            figures.append(Figure("half width of its 95% interval", difference.half_width))
+            figures += difference.figures(what)
     return figures
 
 

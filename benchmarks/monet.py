@@ -33,7 +33,7 @@ from benchmarks.protocol import (
     STEPS,
 )
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import Interval, Settings, from_seeds, paired
+from benchmarks.sweep import Settings, from_seeds, paired
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.inference.trained import open_run, restore
 from peerjax.model import MONET_HD, MONET_VD
@@ -42,13 +42,14 @@ from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
 TIMED_STEPS = 40
+SAME_TIME = "losses_in_the_same_time"
 Models = Mapping[str, Mapping[str, Any]]
 PEER, HD, VD = "PEER, float32", "Monet HD, float32", "Monet VD, float32"
 PEER_INT4, HD_INT4, VD_INT4 = "PEER, int4", "Monet HD, int4", "Monet VD, int4"
 
 
 def _monet(kind: str, storage: str) -> Settings:
-    """As many keys a side as make the FLOPs of PEER; k is a sixteenth of them, as in the paper."""
+    """As many keys a side as make the FLOPs of PEER; k is about a sixteenth, as in the paper."""
     return {
         "model.layers": (("dense", 1), (kind, 2), ("dense", 1)),
         "monet.num_experts": 120**2,
@@ -69,8 +70,10 @@ MODELS = {
     VD_INT4: _monet(MONET_VD, "int4"),
 }
 
-# What the losses of a model are compared with.
+# What the losses of a model are compared with: the PEER that keeps its experts alike, and the same
+# Monet in float32.
 RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
+UNPACKED = {HD_INT4: HD, VD_INT4: VD}
 
 
 def arm_named(name: str) -> Arm:
@@ -116,7 +119,7 @@ def run(quick: bool) -> Result:
     for name, runs in from_seeds(RECIPE, same_time, seeds).items():
         models[name] |= {
             "steps_in_the_same_time": lengths[name],
-            "losses_in_the_same_time": [run.nats_per_token for run in runs],
+            SAME_TIME: [run.nats_per_token for run in runs],
         }
     return Result(
         columns=(
@@ -166,29 +169,24 @@ def gradient_share(workdir: str) -> float:
 
 def _differences(models: Models) -> list[Figure]:
     figures = []
-    for name in models:
-        for losses, what in (("losses", "tokens"), ("losses_in_the_same_time", "time")):
-            if (difference := _beyond_rival(name, models, losses)) is not None:
-                label = f"{name} - {RIVALS[name]}, the same {what} (nats/token)"
-                figures.append(Figure(label, difference.mean))
-                figures.append(Figure("half width of its 95% interval", difference.half_width))
+    for name, other in (*RIVALS.items(), *UNPACKED.items()):
+        if name in models:
+            difference = paired(models[name]["losses"], models[other]["losses"])
+            figures += difference.figures(f"{name} - {other}, the same tokens (nats/token)")
+    for name, other in RIVALS.items():
+        if SAME_TIME in models.get(name, {}):
+            difference = paired(models[name][SAME_TIME], models[other]["losses"])
+            figures += difference.figures(f"{name} - {other}, the same time (nats/token)")
     return figures
-
-
-def _beyond_rival(name: str, models: Models, losses: str) -> Interval | None:
-    """How much more a model loses than what it is compared with, if it is and has such losses."""
-    if name not in RIVALS or losses not in models[name]:
-        return None
-    return paired(models[name][losses], models[RIVALS[name]]["losses"])
 
 
 def _row(name: str, models: Models) -> list[str]:
     model = models[name]
     tokens, time = (
-        "" if found is None else f"{found.mean:+.4f} +- {found.half_width:.4f}"
-        for found in (
-            _beyond_rival(name, models, losses) for losses in ("losses", "losses_in_the_same_time")
-        )
+        str(paired(model[losses], models[RIVALS[name]]["losses"]))
+        if name in RIVALS and losses in model
+        else ""
+        for losses in ("losses", SAME_TIME)
     )
     return [
         name,

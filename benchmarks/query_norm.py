@@ -42,7 +42,7 @@ def run(quick: bool) -> Result:
                 f"{each.rates[SHARED]:g}",
                 f"{each.rates[OF_POOLS]:g}",
                 f"{np.mean(each.losses):.4f}",
-                f"{difference.mean:+.4f} +- {difference.half_width:.4f}",
+                str(difference),
                 f"{usage:.1%}",
                 f"{unevenness:.3f}",
             ]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from benchmarks.result import FOLDER, REPOSITORY, commit, device
+from benchmarks.result import FOLDER, REPOSITORY, Figure, commit, device
 
 ROOT = REPOSITORY / "runs" / "benchmarks"
 COMPILED = ROOT / "compiled"
@@ -43,6 +43,14 @@ class Interval(NamedTuple):
 
     mean: float
     half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} +- {self.half_width:.4f}"
+
+    def figures(self, name: str, bound: float | None = None) -> list[Figure]:
+        """The mean, which may have a bound not to exceed, and half the width."""
+        mean = Figure(name, self.mean) if bound is None else Figure.at_most(name, self.mean, bound)
+        return [mean, Figure("half width of its 95% interval", self.half_width)]
 
 
 class Run(NamedTuple):
@@ -173,19 +181,11 @@ def from_seeds(
     Returns:
         By the same keys, runs by seed.
     """
-
-    def name_of(settings: Settings, seed: int) -> str:
-        return json.dumps({**settings, "seed": seed}, sort_keys=True)
-
-    distinct = {
-        name_of(settings, seed): partial(train, recipe, {**settings, "seed": seed})
-        for settings in arms.values()
-        for seed in seeds
-    }
-    runs = dict(zip(distinct, at_once(list(distinct.values())), strict=True))
-    return {
-        key: [runs[name_of(settings, seed)] for seed in seeds] for key, settings in arms.items()
-    }
+    every = {key: [{**settings, "seed": seed} for seed in seeds] for key, settings in arms.items()}
+    distinct = {_name_of(settings): settings for of_arm in every.values() for settings in of_arm}
+    found = at_once([partial(train, recipe, settings) for settings in distinct.values()])
+    runs = dict(zip(distinct, found, strict=True))
+    return {key: [runs[_name_of(settings)] for settings in of_arm] for key, of_arm in every.items()}
 
 
 def rung(value: float, steps: int) -> float:

@@ -45,7 +45,9 @@ def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch):
         "pool.learning_rate": 0.1,
     }
     assert result.figures[0].ok
-    assert result.figures[0].value == pytest.approx(0, abs=0.01)
+    values = {figure.name: figure.value for figure in result.figures}
+    assert values[f"{HD_INT4} - {HD}, the same tokens (nats/token)"] == pytest.approx(0.05)
+    assert values[f"{VD} - {PEER}, the same time (nats/token)"] == pytest.approx(-0.2)
 
 
 def test_a_quick_run_takes_two_models(monkeypatch):
