@@ -1,8 +1,7 @@
 """How much of a loop's work the XLA implementations take on at a time.
 
 A CPU wants what it handles at a time to stay in its caches, and is fast with little. An accelerator
-runs the passes of a loop one after the other, and wants few large ones. The choice is made for the
-platform that a program is compiled for, which need not be the one that compiles it.
+runs the passes of a loop one after the other, and wants few large ones.
 """
 
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
+
+from pallas_kernels.platforms import by_platform
 
 
 class ChunkSize(NamedTuple):
@@ -26,7 +27,7 @@ HIT_EXPERTS = ChunkSize(256, 2048)  # experts rewritten at a time
 
 def with_chunk_size(function: Callable[..., Any], size: ChunkSize, *operands: Any) -> Any:
     """Calls `function(*operands, chunk=...)` with the size of the platform."""
-    return jax.lax.platform_dependent(
+    return by_platform(
         *operands,
         cpu=partial(function, chunk=size.cpu),
         default=partial(function, chunk=size.accelerator),

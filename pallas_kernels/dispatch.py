@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
+from pallas_kernels.platforms import by_platform, is_here
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
@@ -50,7 +50,7 @@ def dispatch(
         operation: its name, for messages.
         implementation: one of `IMPLEMENTATIONS`. A kernel named here is interpreted, which is
             slow, in a process whose devices are of another platform. `None` chooses by the platform
-            that a program is compiled for, be it here or not.
+            that a program is compiled for, be it here or not: one whose compiler is installed.
         xla: the implementation that always works.
         kernels: the kernels there are.
         *operands: arrays, or trees of them.
@@ -64,23 +64,18 @@ def dispatch(
         kernel = kernels[implementation]
         if kernel.cannot:
             raise ValueError(f"{implementation} cannot {operation}: {kernel.cannot}")
-        return kernel.run(*operands, interpret=not _is_here(implementation))
+        return kernel.run(*operands, interpret=not is_here(PLATFORMS[implementation]))
     able = {}
     for name, kernel in kernels.items():
         if kernel.cannot is None:
             able[PLATFORMS[name]] = kernel.run
         else:
             _say_once(operation, name, kernel.cannot)
-    return jax.lax.platform_dependent(*operands, default=xla, **able)
+    return by_platform(*operands, default=xla, **able)
 
 
 @functools.cache
 def _say_once(operation: str, name: str, reason: str) -> None:
     """Says in the log that XLA does what a kernel for the platform at hand cannot."""
-    if _is_here(name):
+    if is_here(PLATFORMS[name]):
         logger.warning("XLA will %s: %s cannot (%s)", operation, name, reason)
-
-
-def _is_here(kernel: str) -> bool:
-    """Whether this process's devices are of the platform of a kernel."""
-    return jax.default_backend() == {"tpu": "tpu", "cuda": "gpu"}[PLATFORMS[kernel]]

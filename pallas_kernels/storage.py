@@ -33,6 +33,7 @@ from pallas_kernels.packing import (
     unpack_planes,
     words_per_vector,
 )
+from pallas_kernels.platforms import by_platform
 
 DOWN, UP = 0, 1
 UNIT = 128  # words
@@ -195,7 +196,7 @@ def _read_words(words: Array, layer: Array | None, ids: Array, size: int) -> Arr
 
     On a TPU, to view the words by expert would copy the pool: there, units are gathered.
     """
-    return jax.lax.platform_dependent(
+    return by_platform(
         words,
         ids,
         *(() if layer is None else (layer,)),
@@ -206,7 +207,7 @@ def _read_words(words: Array, layer: Array | None, ids: Array, size: int) -> Arr
 
 def _write_words(words: Array, layer: Array | None, ids: Array, rows: Array) -> Array:
     """Overwrites the words of experts, in place; drops ids that are outside."""
-    return jax.lax.platform_dependent(
+    return by_platform(
         words,
         ids,
         rows,

@@ -31,7 +31,7 @@ def assert_trees_equal(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     width=st.integers(1, 40), rows=st.integers(1, 5), bits=st.sampled_from([4, 8]),
     seed=st.integers(0, 1000),

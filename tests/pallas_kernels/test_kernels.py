@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import platforms
 from pallas_kernels.dispatch import PLATFORMS
 from pallas_kernels.expert_lookup import lookup
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
@@ -140,7 +141,7 @@ def make_gradient(num_experts, tokens, chosen, width, layers=2, seed=0):
     return FactoredGradient(ids, *map(jnp.array, floats))
 
 
-def after_steps(implementation, pool, gradient, rule, steps=3):
+def after_steps(implementation, pool, gradient, rule, steps=2):
     """Pool, state and the statistics of each step."""
     state = UpdateState.zeros_for(pool)
     # Accumulators of a run that has been going on.
@@ -224,8 +225,9 @@ def test_the_update_is_bit_equal_where_sums_are_exact(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("width", "tokens", "chosen"), [(256, 64, 128), (1024, 1, 64)])
-def test_kernels_lower_for_their_platform_on_any(kernel, width, tokens, chosen):
+def test_kernels_lower_for_their_platform_on_any(monkeypatch, kernel, width, tokens, chosen):
     """On every version of JAX that is supported; `tests/accelerators` compiles as well."""
+    monkeypatch.setattr(platforms, "can_compile_for", lambda platform: True)
     num_experts = 1 << 14
     stack = jax.eval_shape(lambda: make_pool("int4", width, num_experts))
     pool = dataclasses.replace(stack, layer=jnp.int32(1))

@@ -13,11 +13,11 @@ from peerjax.training.step import make_train_step
 from tests.training.test_step import VOCABULARY, make
 from tests.training.tiny import tiny_config
 
-STEPS = 3
+STEPS, LENGTH = 2, 8
 
 
 def losses_by(implementation):
-    """16 tokens a step, two layers of 64 experts at D = 64, 8 experts a token."""
+    """8 tokens a step, two layers of 64 experts at D = 64, 8 experts a token."""
     config, model, optimizer, state = make(
         **{
             "kernels.implementation": implementation,
@@ -27,15 +27,15 @@ def losses_by(implementation):
         }
     )
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (STEPS, 1, 17))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (STEPS, 1, LENGTH + 1))
     losses = []
     with jax.set_mesh(make_mesh()):
         for each in tokens:
             batch = {
                 "inputs": jnp.asarray(each[:, :-1], jnp.int32),
                 "targets": jnp.asarray(each[:, 1:], jnp.int32),
-                "positions": jnp.arange(16)[None],
-                "segments": jnp.zeros((1, 16), jnp.int32),
+                "positions": jnp.arange(LENGTH)[None],
+                "segments": jnp.zeros((1, LENGTH), jnp.int32),
             }
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
