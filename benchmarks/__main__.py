@@ -19,6 +19,7 @@ BENCHMARKS = {
     "domains": "losses of PEER and Monet without the experts of a domain",
     "query_norm": "experts that PEER uses with and without normalised queries, tuned (hours)",
     "monet_sizes": "the Monet paper's models compiled for a TPU pod: memory of a chip",
+    "monet_time": "training steps of Monet and PEER: time, memory, share with a gradient",
     "monet": "Monet, horizontal and vertical, beside PEER at equal FLOPs a token, tuned (hours)",
 }
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import short_run
-from benchmarks.monet import HD, PEER_INT4, VD, arm_named, start_of
+from benchmarks.monet_models import HD, PEER_INT4, VD, arm_named, start_of
 from benchmarks.protocol import QUICK_STEPS, RECIPE, STEPS
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import tune_rates

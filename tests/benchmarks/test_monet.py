@@ -1,11 +1,13 @@
+import json
+
 import pytest
 
-from benchmarks import monet, sweep
-from benchmarks.monet import HD, HD_INT4, PEER, PEER_INT4, VD
+from benchmarks import monet, monet_time, sweep
+from benchmarks.monet_models import HD, HD_INT4, MODELS, PEER, PEER_INT4, VD
 from benchmarks.protocol import QUICK_STEPS, SEEDS, STEPS
 
 
-def _pretend(monkeypatch):
+def _pretend(monkeypatch, tmp_path):
     """Monet is 0.1 behind, takes twice the time of PEER, and gains 0.3 in half the steps."""
     trained = []
 
@@ -19,17 +21,23 @@ def _pretend(monkeypatch):
         experts = {"run_1.0": {"usage": 0.5, "unevenness": 1.0}}
         return sweep.Run(loss, experts, 0.0)
 
+    turns = iter(range(1000))
+
     def measure(arm, steps):
         seconds = 0.2 if "monet.storage" in arm.settings else 0.1
-        return {"gradient_share": 0.25, "peak_bytes": 2e9, "seconds_per_step": seconds}
+        slow_turn = 5 * (next(turns) < len(MODELS))
+        return {"gradient_share": 0.25, "peak_bytes": 2e9, "seconds_per_step": seconds + slow_turn}
 
+    kept = tmp_path / "monet_time.json"
     monkeypatch.setattr(sweep, "train", train)
-    monkeypatch.setattr(monet, "measure", measure)
+    monkeypatch.setattr(monet_time, "measure", measure)
+    monkeypatch.setattr(monet_time, "KEPT", kept)
+    kept.write_text(json.dumps({"details": monet_time.run(quick=False).details}))
     return trained
 
 
-def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch):
-    trained = _pretend(monkeypatch)
+def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch, tmp_path):
+    trained = _pretend(monkeypatch, tmp_path)
     result = monet.run(quick=False)
     rows = {row[0]: row[2:] for row in result.rows}
     assert rows[PEER] == ["4.0100", "", "", "50.0%", "1.000", "25.0%", "100", "2.00"]
@@ -38,7 +46,7 @@ def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch):
     assert rows[PEER_INT4][0] == "4.0600"
     assert rows[HD_INT4][:3] == ["4.1600", "+0.1000 +- 0.0000", ""]
     lengths = [settings["steps"] for settings in trained]
-    assert lengths.count(STEPS) == len(monet.MODELS) * len(SEEDS)
+    assert lengths.count(STEPS) == len(MODELS) * len(SEEDS)
     assert lengths.count(STEPS // 2) == 2 * len(SEEDS)
     assert result.details["models"][HD_INT4]["rates"] == {
         "optimizer.learning_rate": 0.01,
@@ -50,7 +58,13 @@ def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch):
     assert values[f"{VD} - {PEER}, the same time (nats/token)"] == pytest.approx(-0.2)
 
 
-def test_a_quick_run_takes_two_models(monkeypatch):
-    trained = _pretend(monkeypatch)
+def test_a_quick_run_takes_two_models(monkeypatch, tmp_path):
+    trained = _pretend(monkeypatch, tmp_path)
     assert [row[0] for row in monet.run(quick=True).rows] == [PEER, HD]
     assert max(settings["steps"] for settings in trained) == QUICK_STEPS
+
+
+def test_steps_that_were_never_timed_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(monet_time, "KEPT", tmp_path / "monet_time.json")
+    with pytest.raises(FileNotFoundError, match="run `python -m benchmarks monet_time` first"):
+        monet.run(quick=False)

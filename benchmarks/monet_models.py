@@ -1,0 +1,53 @@
+"""The models that Monet's benchmarks compare, at equal forward FLOPs a token.
+
+The recipe is the quickstart, whose two PEER layers are replaced.
+"""
+
+from benchmarks.equal_flops import Arm, arm_of
+from benchmarks.protocol import EVALUATION, OF_POOLS, SHARED, START, START_WITHOUT_POOLS
+from benchmarks.sweep import Settings
+from peerjax.model import MONET_HD, MONET_VD
+
+PEER, HD, VD = "PEER, float32", "Monet HD, float32", "Monet VD, float32"
+PEER_INT4, HD_INT4, VD_INT4 = "PEER, int4", "Monet HD, int4", "Monet VD, int4"
+
+
+def _monet(kind: str, storage: str) -> Settings:
+    """As many keys a side as make the FLOPs of PEER; k is about a sixteenth, as in the paper."""
+    return {
+        "model.layers": (("dense", 1), (kind, 2), ("dense", 1)),
+        "monet.num_experts": 120**2,
+        "monet.expert_width": 4,
+        "monet.heads": 4,
+        "monet.top_k": 8,
+        "monet.group": 2,
+        "monet.storage": storage,
+    }
+
+
+MODELS = {
+    PEER: {"pool.storage": "float32"},
+    HD: _monet(MONET_HD, "float32"),
+    VD: _monet(MONET_VD, "float32"),
+    PEER_INT4: {"pool.storage": "int4"},
+    HD_INT4: _monet(MONET_HD, "int4"),
+    VD_INT4: _monet(MONET_VD, "int4"),
+}
+
+# What the losses of a model are compared with: the PEER that keeps its experts alike, and the same
+# Monet in float32.
+RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
+UNPACKED = {HD_INT4: HD, VD_INT4: VD}
+
+
+def arm_named(name: str) -> Arm:
+    """One of the models."""
+    return arm_of({**EVALUATION, **MODELS[name]})
+
+
+def start_of(name: str) -> dict[str, float]:
+    """The learning rates that a model has, and where to begin."""
+    if name in (HD, VD):
+        return START_WITHOUT_POOLS
+    # Halves are dense matrices: packed, they begin at the rate that such have.
+    return {**START, OF_POOLS: START[SHARED]} if name in (HD_INT4, VD_INT4) else START
