@@ -1,6 +1,5 @@
 """Plots of `int4_quality`, from its data file: python -m benchmarks.int4_quality_plots."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.result import FOLDER, REPOSITORY
+from benchmarks.result import REPOSITORY, published
 
 matplotlib.use("Agg")
 PLOTS = REPOSITORY / "docs" / "int4_quality"
@@ -69,4 +68,4 @@ def _long_run(series: list[dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    plot(json.loads((FOLDER / "int4_quality.json").read_text())["details"])
+    plot(published("int4_quality"))

@@ -14,21 +14,26 @@ import numpy as np
 from benchmarks.equal_flops import LARGEST_MISMATCH, mismatch, tune_and_train
 from benchmarks.monet_models import (
     HD,
+    HD_INT4,
     MODELS,
     PEER,
-    RIVALS,
-    UNPACKED,
+    PEER_INT4,
     VD,
+    VD_INT4,
     arm_named,
     start_of,
 )
-from benchmarks.monet_time import kept_times
 from benchmarks.protocol import QUICK_STEPS, RECIPE, SEEDS, STEPS
-from benchmarks.result import Figure, Result
+from benchmarks.result import Figure, Result, published
 from benchmarks.sweep import from_seeds, paired
 
 SAME_TIME = "losses_in_the_same_time"
 Models = Mapping[str, Mapping[str, Any]]
+
+# What the losses of a model are compared with: the PEER that keeps its experts alike, and the same
+# Monet in float32.
+RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
+UNPACKED = {HD_INT4: HD, VD_INT4: VD}
 
 
 def run(quick: bool) -> Result:
@@ -37,7 +42,7 @@ def run(quick: bool) -> Result:
     Raises:
         FileNotFoundError: if steps were never timed.
     """
-    timed = kept_times()
+    timed = published("monet_time")["models"]
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = {name: arm_named(name) for name in ((PEER, HD) if quick else MODELS)}
     trained = tune_and_train(arms, {name: start_of(name) for name in arms}, steps, seeds)

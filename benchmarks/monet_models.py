@@ -34,11 +34,6 @@ MODELS = {
     VD_INT4: _monet(MONET_VD, "int4"),
 }
 
-# What the losses of a model are compared with: the PEER that keeps its experts alike, and the same
-# Monet in float32.
-RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
-UNPACKED = {HD_INT4: HD, VD_INT4: VD}
-
 
 def arm_named(name: str) -> Arm:
     """One of the models."""

@@ -4,8 +4,6 @@ Nothing else may run beside it. As the speed of a machine drifts, the models tak
 time of each is the median of its turns.
 """
 
-import json
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +14,7 @@ from benchmarks import short_run
 from benchmarks.equal_flops import Arm
 from benchmarks.monet_models import HD, MODELS, PEER, arm_named
 from benchmarks.protocol import RECIPE
-from benchmarks.result import FOLDER, Result
+from benchmarks.result import Result
 from peerjax.data.pipeline import load_corpus, train_batches
 from peerjax.inference.trained import open_run, restore
 from peerjax.sharding import make_mesh
@@ -24,18 +22,6 @@ from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
 STEPS, TURNS = 40, 3
-KEPT = FOLDER / "monet_time.json"
-
-
-def kept_times() -> Mapping[str, Mapping[str, Any]]:
-    """By model, what the last call of `run` found.
-
-    Raises:
-        FileNotFoundError: if there was none.
-    """
-    if not KEPT.exists():
-        raise FileNotFoundError(f"{KEPT} is missing: run `python -m benchmarks monet_time` first")
-    return json.loads(KEPT.read_text())["details"]["models"]
 
 
 def run(quick: bool) -> Result:

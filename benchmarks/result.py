@@ -80,6 +80,18 @@ def publish(name: str, result: Result, quick: bool) -> None:
     print(json.dumps(record))
 
 
+def published(name: str) -> Mapping[str, Any]:
+    """The details of the last result of a benchmark.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `python -m benchmarks {name}` first")
+    return json.loads(path.read_text())["details"]
+
+
 def commit() -> str:
     """The commit that is checked out, marked if files differ from it."""
 

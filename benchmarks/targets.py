@@ -3,7 +3,6 @@
 Each target is compiled for in a process of its own: `environment` says how to start it.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,16 +13,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from pallas_kernels.platforms import can_compile_for
 from peerjax.sharding import make_mesh
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 GPUS = ("h100",)
 TARGETS = (*TPUS, *GPUS)
-# The package that compiles, and the extra that installs it.
-COMPILERS = {
-    **dict.fromkeys(TPUS, ("libtpu", "compile-tpu")),
-    **dict.fromkeys(GPUS, ("jax_cuda12_plugin", "compile-gpu")),
-}
 GIB = 1 << 30
 MEMORY = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 79 * GIB}
 # What XLA must know of a GPU to compile for it.
@@ -88,8 +83,8 @@ def missing(target: str) -> str | None:
     """The extra that must be installed to compile for a target; `None` if nothing is missing."""
     if target == "cpu":
         return None
-    package, extra = COMPILERS[target]
-    return None if importlib.util.find_spec(package) else extra
+    platform, extra = ("tpu", "compile-tpu") if target in TPUS else ("cuda", "compile-gpu")
+    return None if can_compile_for(platform) else extra
 
 
 def environment(target: str) -> dict[str, str]:

@@ -1,8 +1,6 @@
-import json
-
 import pytest
 
-from benchmarks import monet, monet_time, sweep
+from benchmarks import monet, monet_time, result, sweep
 from benchmarks.monet_models import HD, HD_INT4, MODELS, PEER, PEER_INT4, VD
 from benchmarks.protocol import QUICK_STEPS, SEEDS, STEPS
 
@@ -28,18 +26,17 @@ def _pretend(monkeypatch, tmp_path):
         slow_turn = 5 * (next(turns) < len(MODELS))
         return {"gradient_share": 0.25, "peak_bytes": 2e9, "seconds_per_step": seconds + slow_turn}
 
-    kept = tmp_path / "monet_time.json"
     monkeypatch.setattr(sweep, "train", train)
     monkeypatch.setattr(monet_time, "measure", measure)
-    monkeypatch.setattr(monet_time, "KEPT", kept)
-    kept.write_text(json.dumps({"details": monet_time.run(quick=False).details}))
+    monkeypatch.setattr(result, "FOLDER", tmp_path)
+    result.publish("monet_time", monet_time.run(quick=False), quick=False)
     return trained
 
 
 def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch, tmp_path):
     trained = _pretend(monkeypatch, tmp_path)
-    result = monet.run(quick=False)
-    rows = {row[0]: row[2:] for row in result.rows}
+    found = monet.run(quick=False)
+    rows = {row[0]: row[2:] for row in found.rows}
     assert rows[PEER] == ["4.0100", "", "", "50.0%", "1.000", "25.0%", "100", "2.00"]
     assert rows[HD][:3] == ["4.1100", "+0.1000 +- 0.0000", "-0.2000 +- 0.0000"]
     assert rows[VD][:3] == rows[HD][:3]
@@ -48,12 +45,12 @@ def test_monet_is_compared_with_the_peer_of_its_storage(monkeypatch, tmp_path):
     lengths = [settings["steps"] for settings in trained]
     assert lengths.count(STEPS) == len(MODELS) * len(SEEDS)
     assert lengths.count(STEPS // 2) == 2 * len(SEEDS)
-    assert result.details["models"][HD_INT4]["rates"] == {
+    assert found.details["models"][HD_INT4]["rates"] == {
         "optimizer.learning_rate": 0.01,
         "pool.learning_rate": 0.1,
     }
-    assert result.figures[0].ok
-    values = {figure.name: figure.value for figure in result.figures}
+    assert found.figures[0].ok
+    values = {figure.name: figure.value for figure in found.figures}
     assert values[f"{HD_INT4} - {HD}, the same tokens (nats/token)"] == pytest.approx(0.05)
     assert values[f"{VD} - {PEER}, the same time (nats/token)"] == pytest.approx(-0.2)
 
@@ -65,6 +62,6 @@ def test_a_quick_run_takes_two_models(monkeypatch, tmp_path):
 
 
 def test_steps_that_were_never_timed_are_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(monet_time, "KEPT", tmp_path / "monet_time.json")
+    monkeypatch.setattr(result, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match="run `python -m benchmarks monet_time` first"):
         monet.run(quick=False)
