@@ -29,7 +29,7 @@ from pallas_kernels.expert_update import mosaic_tpu as update_tpu
 from pallas_kernels.expert_update.rows import RowSums
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_layout import RowLayout
-from pallas_kernels.storage import ExpertPool, packed_shape
+from pallas_kernels.storage import DOWN, ExpertPool, packed_shape
 
 LAYERS = 12  # of the stack whose layer is read, or all of whose are rewritten
 
@@ -187,7 +187,9 @@ def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
     if target in TPUS:
         return 0
     read = 2 if kernel == "lookup backward" else 1
-    return image * shape.tokens * (read + 2 * lookup_gpu.parts_of(shape.tokens, shape.chosen))
+    parts, _ = lookup_gpu.parts_of(shape.tokens, shape.chosen, lookup_gpu.rows_at_once(layout))
+    image = 4 * layout.planes * len(range(layout.lanes)[layout.span(DOWN)])
+    return image * shape.tokens * (read + 2 * parts)
 
 
 def _gpu_pair_bytes(kernel: str, shape: Shape) -> int:

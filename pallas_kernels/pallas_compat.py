@@ -15,6 +15,8 @@ else:
 
 # What was the default in 0.10: the later one looks for layouts in registers, and finds none here.
 LANE_SEMANTICS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+# Stores then wait for no other thread; `plgpu.commit_smem` is where all threads do.
+NO_BARRIERS = LANE_SEMANTICS.replace(unsafe_no_auto_barriers=True)
 
 
 def rewrite_in_place(
@@ -27,6 +29,8 @@ def rewrite_in_place(
 ) -> tuple[Any, ...]:
     """Runs a kernel for GPUs on references to arrays, and returns what they hold afterwards.
 
+    A thread must not read what another one has written.
+
     XLA keeps such arrays in place. `plgpu.kernel` takes references since JAX 0.11, and `core_map`
     is deprecated in 0.12.
     """
@@ -34,7 +38,7 @@ def rewrite_in_place(
     def stateful(refs: tuple[Any, ...]) -> None:
         if jax.__version_info__ < (0, 11):
             mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
-            run = pl.core_map(mesh, compiler_params=LANE_SEMANTICS, interpret=interpret)
+            run = pl.core_map(mesh, compiler_params=NO_BARRIERS, interpret=interpret)
             run(partial(kernel, *refs))
         else:
             plgpu.kernel(
@@ -42,11 +46,19 @@ def rewrite_in_place(
                 out_type=(),
                 grid=grid,
                 grid_names=grid_names,
-                compiler_params=LANE_SEMANTICS,
+                compiler_params=NO_BARRIERS,
                 interpret=interpret,
             )(*refs)
 
     return pl.run_state(stateful)(arrays)
 
 
-__all__ = ["LANE_SEMANTICS", "InterpretGPUParams", "rewrite_in_place"]
+def load_as(ref: Any, index: tuple[Any, ...], layout: Any, interpret: Any) -> jax.Array:
+    """Loads part of a reference into registers by a layout, of which interpreters know nothing."""
+    if interpret:
+        return ref[index]
+    place = {"idx": ()} if jax.__version_info__ < (0, 11) else {}
+    return plgpu.load(ref.at[index], **place, layout=layout, optimized=False)
+
+
+__all__ = ["NO_BARRIERS", "InterpretGPUParams", "load_as", "rewrite_in_place"]

@@ -192,9 +192,15 @@ def _kernel(
 
         squares = [jnp.square(each.astype(jnp.float32)) for each in moved]
         factors = [rung(sum_of(squares, each), width, bits, bits) for each in segments]
-        # Lanes of no segment must not divide by 0.
-        by_lane = jnp.maximum(on_lanes(factors), 0.5)
-        moved = [on_rung(each, by_lane, word) for each, word in zip(moved, random, strict=True)]
+
+        def to_new_scales(moved):
+            # Lanes of no segment must not divide by 0.
+            by_lane = jnp.maximum(on_lanes(factors), 0.5)
+            return [on_rung(each, by_lane, word) for each, word in zip(moved, random, strict=True)]
+
+        # Few scales move.
+        moves = functools.reduce(jnp.logical_or, [factor != 1 for factor in factors])
+        moved = jax.lax.cond(moves, to_new_scales, lambda moved: moved, moved)
         clips = [jnp.where(integer_step.clips(each, bits, bits), 1.0, 0.0) for each in moved]
         stopped = [sum_of(clips, each) for each in segments]
         hit = on_lanes([jnp.where(square > 0, 1.0, 0.0) for square in mean_square]) > 0
