@@ -1,13 +1,14 @@
-"""The lookup on the device at hand: bytes, time, and share of the bandwidth of a plain copy.
+"""Lookup, backward pass and update on the device at hand: time, and share of a copy's bandwidth.
 
 Beside the kernel of the platform stand XLA on the same packed int4 pool, and gather + einsum on a
-bfloat16 pool. Where there is no accelerator, XLA is timed alone, on the smaller sizes.
+bfloat16 pool. Where there is no accelerator, XLA is timed alone, on fewer tokens. The bytes are the
+fewest that can be moved, so that a share is one of what the device could do, not of what a kernel
+happens to move.
 """
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,24 @@ import jax.numpy as jnp
 from benchmarks.compiled_kernels import Shape, least_bytes
 from benchmarks.result import Figure, Result
 from pallas_kernels.activations import activation_by_name
-from pallas_kernels.expert_lookup import lookup
+from pallas_kernels.expert_lookup import api, xla
+from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
+from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool, packed_shape
 
-WIDTHS, EXPERTS = (256, 1024, 2048), (1 << 16, 1 << 20)
-TOKENS, CHOSEN = (1, 32, 4096), (64, 128, 512)
-REPEATS = 10
+EXPERTS = 1 << 20
+SHAPES = tuple(
+    Shape(width, EXPERTS, tokens, 128)
+    for width in (256, 1024, 2048)
+    for tokens in (1, 32, 512, 4096)
+)
+QUICK = (Shape(256, 1 << 16, 1, 64), Shape(256, 1 << 16, 32, 64))
+CPU_TOKENS = 512
+REPEATS, SCANS = 5, 4
+INPUTS = 4  # taken by turns, so that a cache does not hold the rows of the call before
 COPIED = {"cpu": 1 << 27, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes
-GATHERED = {"cpu": 1 << 30, "gpu": 24 << 30, "tpu": 4 << 30}  # bytes of [T, K, 2, D], at most
 KERNEL = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+KERNEL_US, XLA_US, GATHER_US = TIMES = ("kernel us", "XLA us", "gather us")
 
 
 def gather_and_einsum(weights: Any, ids: Any, gates: Any, x: Any) -> Any:
@@ -37,70 +47,137 @@ def gather_and_einsum(weights: Any, ids: Any, gates: Any, x: Any) -> Any:
 
 
 def run(quick: bool) -> Result:
-    """Times every size, or the smallest ones."""
+    """Times every shape, or two small ones."""
     platform = jax.default_backend()
     bandwidth = _copy_bandwidth(COPIED[platform])
-    sizes = list(itertools.product(WIDTHS, EXPERTS, TOKENS, CHOSEN))
-    sizes = [(256, 1 << 16, tokens, 64) for tokens in TOKENS[:2]] if quick else sizes
-    rows, details = [], []
-    for width, num_experts, tokens, chosen in sizes:
-        if tokens * chosen * 4 * width > GATHERED[platform]:
-            continue  # of float32, where nothing is fused
-        shape = Shape(width, num_experts, tokens, chosen)
-        seconds = _seconds(shape, KERNEL.get(platform))
-        size = least_bytes("lookup", shape)
-        fastest = seconds.get("kernel", seconds["xla"])
-        share = size / fastest / bandwidth
-        details.append({"shape": shape._asdict(), "bytes": size, "seconds": seconds})
-        times = [
-            f"{1e6 * seconds[name]:.0f}" if name in seconds else ""
-            for name in ("kernel", "xla", "gather")
-        ]
-        ratio = f"{seconds['gather'] / fastest:.1f}" if "gather" in seconds else ""
-        label = [str(width), f"{num_experts:,}", str(tokens), str(chosen)]
-        rows.append([*label, f"{size / 1e6:.2f}", *times, f"{share:.0%}", ratio])
-    shares = [each["bytes"] / min(each["seconds"].values()) / bandwidth for each in details]
-    times = ("kernel us", "XLA us", "gather us")
-    columns = ("D", "N", "T", "K", "MB", *times, "of copy", "faster than gather")
+    shapes: Sequence[Shape] = QUICK if quick else SHAPES
+    if platform == "cpu":
+        shapes = [shape for shape in shapes if shape.tokens <= CPU_TOKENS]
+    rows: list[list[str]] = []
+    details: list[dict[str, Any]] = []
+    for shape in shapes:
+        found = _seconds(shape, KERNEL.get(platform))
+        for operation, seconds in found.items():
+            size = least_bytes(operation, shape)
+            fastest = seconds.get(KERNEL_US, seconds[XLA_US])
+            share = size / fastest / bandwidth
+            details.append(
+                {
+                    "operation": operation,
+                    "shape": shape._asdict(),
+                    "bytes": size,
+                    "seconds": seconds,
+                    "share": share,
+                }
+            )
+            times = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "" for name in TIMES]
+            label = [operation, str(shape.width), str(shape.tokens), str(shape.chosen)]
+            rows.append([*label, f"{size / 1e6:.2f}", *times, f"{share:.0%}"])
+    lookups = [each["share"] for each in details if each["operation"] == "lookup"]
     figures = [Figure("bandwidth of a copy, GB/s", bandwidth / 1e9)]
-    if "kernel" in details[0]["seconds"]:
-        figures.append(Figure.at_least("largest share of the copy's bandwidth", max(shares), 0.7))
-    return Result(columns=columns, rows=rows, figures=figures, details={"sizes": details})
+    if platform in KERNEL:
+        figures.append(Figure.at_least("lookup: largest share of a copy", max(lookups), 0.7))
+    return Result(
+        columns=("", "D", "T", "K", "MB", *TIMES, "of a copy"),
+        rows=rows,
+        figures=figures,
+        details={"num_experts": shapes[0].num_experts, "timed": details},
+    )
 
 
-def _seconds(shape: Shape, kernel: str | None) -> dict[str, float]:
+def _seconds(shape: Shape, kernel: str | None) -> dict[str, dict[str, float]]:
+    """Seconds a call, by operation and by what does it."""
     width, num_experts, tokens, chosen, storage = shape
-    keys = jax.random.split(jax.random.key(0), 4)
-    ids = jax.random.randint(keys[0], (tokens, chosen), 0, num_experts)
-    gates = jax.random.uniform(keys[1], (tokens, chosen))
-    x = jax.random.normal(keys[2], (tokens, width), jnp.bfloat16)
-    words = jax.random.bits(keys[3], packed_shape(num_experts, width, storage))
-    words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    scales = jnp.full((2, num_experts), 0.01)
-    pool = ExpertPool(words, scales, None, storage, num_experts, width)
-    names = {"xla": "xla"} | ({"kernel": kernel} if kernel else {})
-    found = {}
-    for label, name in names.items():
-        program = partial(lookup, activation="gelu", implementation=name)
-        found[label] = _median_seconds(program, pool, ids, gates, x)
-    del pool, words
-    weights = jnp.zeros((num_experts, 2, width), jnp.bfloat16)
-    found["gather"] = _median_seconds(gather_and_einsum, weights, ids, gates, x)
+
+    @jax.jit
+    def make_words() -> Any:
+        bits = jax.random.bits(jax.random.key(0), (1, *packed_shape(num_experts, width, storage)))
+        return jax.lax.bitcast_convert_type(bits, jnp.int32)
+
+    def inputs(key: Any) -> tuple[Any, ...]:
+        keys = jax.random.split(key, 3)
+        ids = jax.random.randint(keys[0], (tokens, chosen), 0, num_experts)
+        gates = jax.random.uniform(keys[1], (tokens, chosen))
+        return ids, gates, *jax.random.normal(keys[2], (2, tokens, width), jnp.bfloat16)
+
+    every = [jax.jit(inputs)(key) for key in jax.random.split(jax.random.key(1), INPUTS)]
+    scales = jnp.full((1, 2, num_experts), 0.01)
+    stack = ExpertPool(make_words(), scales, None, storage, num_experts, width)
+    pool = stack.at_layer(jnp.int32(0))
+    found: dict[str, dict[str, float]] = {"lookup": {}, "lookup backward": {}, "update": {}}
+    implementations = {XLA_US: "xla"} | ({KERNEL_US: kernel} if kernel else {})
+    for label, name in implementations.items():
+        module = api.KERNELS.get(name, xla)
+        forward, backward = (
+            partial(each, activation="gelu") for each in (module.forward, module.backward)
+        )
+        forwards = [(ids, gates, x, gates) for ids, gates, x, _ in every]
+        found["lookup"][label] = _median_seconds(forward, (pool,), forwards)
+        backwards = [(ids, gates, x, gates, dy) for ids, gates, x, dy in every]
+        found["lookup backward"][label] = _median_seconds(backward, (pool,), backwards)
+    gradients = [
+        (jax.tree.map(lambda leaf: leaf[None], FactoredGradient(ids, gates, gates, x, dy)),)
+        for ids, gates, x, dy in every
+    ]
+    for label, name in implementations.items():
+        # The state of the one before is not kept: there must be room for one.
+        state = UpdateState.zeros_for(stack)
+        step = partial(_update, implementation=name)
+        carried = jax.tree.map(jnp.copy, (stack, state))
+        found["update"][label] = _median_seconds(step, carried, gradients, carry=True)
+    del pool, stack
+    # XLA for CPUs has no bfloat16: it would make floats of the whole pool.
+    dtype = jnp.bfloat16 if kernel else jnp.float32
+    weights = jnp.zeros((num_experts, 2, width), dtype)
+    gathers = [(ids, gates, x.astype(dtype)) for ids, gates, x, _ in every]
+    found["lookup"][GATHER_US] = _median_seconds(gather_and_einsum, (weights,), gathers)
     return found
 
 
+def _update(pool: Any, state: Any, gradient: Any, *, implementation: str) -> Any:
+    rule = Hyperparameters(1e-3)
+    return update(pool, state, gradient, rule, seed=0, step=1, implementation=implementation)[:2]
+
+
 def _copy_bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of adding 1 to every word of an array."""
+    """Bytes a second, read and written, of adding a number to every word of an array."""
+
+    def add(words: Any, number: Any) -> tuple[Any]:
+        return (words + number,)
+
+    numbers = [(jnp.int32(each),) for each in range(INPUTS)]
     words = jnp.zeros(size // 4, jnp.int32)
-    return 2 * size / _median_seconds(lambda words: words + 1, words)
+    return 2 * size / _median_seconds(add, (words,), numbers, carry=True)
 
 
-def _median_seconds(program: Callable[..., Any], *arguments: Any) -> float:
-    compiled = jax.jit(program).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
+def _median_seconds(
+    program: Callable[..., Any],
+    first: tuple[Any, ...],
+    rest: Sequence[tuple[Any, ...]],
+    carry: bool = False,
+) -> float:
+    """Seconds a call, of many on their way together: a scan, as over the layers of a model.
+
+    Args:
+        program: what is called.
+        first: arguments of every call.
+        rest: further arguments, another tuple each call.
+        carry: the program returns the next call's `first`, in place.
+    """
+
+    def calls(first: Any, rest: Any) -> Any:
+        if carry:
+            return jax.lax.scan(lambda first, each: (program(*first, *each), None), first, rest)[0]
+        return jax.lax.map(lambda each: program(*first, *each), rest)
+
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *rest)
+    compiled = jax.jit(calls, donate_argnums=(0,) if carry else ()).lower(first, stacked).compile()
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for _ in range(SCANS):
+            result = compiled(first, stacked)
+            first = result if carry else first
+        jax.block_until_ready(result)
+        seconds.append((time.perf_counter() - start) / (SCANS * len(rest)))
+    return statistics.median(seconds[1:])
