@@ -187,7 +187,8 @@ def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
     if target in TPUS:
         return 0
     read = 2 if kernel == "lookup backward" else 1
-    parts, _ = lookup_gpu.parts_of(shape.tokens, shape.chosen, lookup_gpu.rows_at_once(layout))
+    at_once = lookup_gpu.rows_at_once(layout, shape.chosen)
+    parts, _ = lookup_gpu.parts_of(shape.tokens, shape.chosen, at_once)
     image = 4 * layout.planes * len(range(layout.lanes)[layout.span(DOWN)])
     return image * shape.tokens * (read + 2 * parts)
 

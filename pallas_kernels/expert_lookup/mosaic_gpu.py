@@ -47,9 +47,10 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
     return None
 
 
-def rows_at_once(layout: RowLayout) -> int:
+def rows_at_once(layout: RowLayout, chosen: int) -> int:
     """How many rows are on their way together: a divisor of `TILE`."""
-    return 1 << (max(1, WORDS // len(_units(layout, DOWN))).bit_length() - 1)
+    most = min(WORDS // len(_units(layout, DOWN)), chosen)
+    return 1 << (max(1, most).bit_length() - 1)
 
 
 def parts_of(tokens: int, chosen: int, at_once: int) -> tuple[int, int]:
@@ -134,7 +135,7 @@ def _walk(
     """
     layout = RowLayout.of(pool.width, pool.storage)
     tokens, chosen = ids.shape
-    at_once = rows_at_once(layout)
+    at_once = rows_at_once(layout, chosen)
     parts, of_part = parts_of(tokens, chosen, at_once)
     padded = TILE * pl.cdiv(of_part, TILE)
 
