@@ -7,6 +7,7 @@ happens to move.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,8 +27,14 @@ from pallas_kernels.storage import ExpertPool, packed_shape
 EXPERTS = 1 << 20
 SHAPES = tuple(
     Shape(width, EXPERTS, tokens, 128)
-    for width in (256, 1024, 2048)
-    for tokens in (1, 32, 512, 4096)
+    for width, tokens in (
+        (1024, 4096),
+        (1024, 512),
+        (1024, 32),
+        (1024, 1),
+        (2048, 4096),
+        (256, 4096),
+    )
 )
 QUICK = (Shape(256, 1 << 16, 1, 64), Shape(256, 1 << 16, 32, 64))
 CPU_TOKENS = 512
@@ -73,6 +80,7 @@ def run(quick: bool) -> Result:
             times = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "" for name in TIMES]
             label = [operation, str(shape.width), str(shape.tokens), str(shape.chosen)]
             rows.append([*label, f"{size / 1e6:.2f}", *times, f"{share:.0%}"])
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     lookups = [each["share"] for each in details if each["operation"] == "lookup"]
     figures = [Figure("bandwidth of a copy, GB/s", bandwidth / 1e9)]
     if platform in KERNEL:
