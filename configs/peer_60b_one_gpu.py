@@ -1,4 +1,7 @@
-"""Sixty billion expert parameters on a GPU of 80 GB: twelve layers of 1600^2 experts, D = 1024."""
+"""Sixty billion expert parameters on a GPU of 80 GB: twelve layers of 1600^2 experts, D = 1024.
+
+Needs `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`: JAX keeps a quarter of the memory back otherwise.
+"""
 
 from peerjax.config import default_config
 
