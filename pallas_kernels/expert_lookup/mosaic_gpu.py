@@ -22,6 +22,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
+from pallas_kernels.expert_lookup.gpu_rows import (
+    MANTISSA,
+    Rows,
+    codes_of,
+    image_of,
+    product_of,
+    units_of,
+    vector_of,
+)
 from pallas_kernels.expert_lookup.pairs import Pairs
 from pallas_kernels.expert_lookup.xla import Cotangents
 from pallas_kernels.pallas_compat import NO_BARRIERS, InterpretGPUParams, load_as
@@ -32,7 +41,6 @@ BLOCKS = 1024  # enough to fill the multiprocessors of a large GPU several times
 MAX_LANES = 1152  # nine words a thread: its sums take 72 registers
 TILE = 64  # pairs whose products are added up together, by rows of a tile of registers
 WORDS = 16  # of a thread, that are on their way together
-MANTISSA = 0x4B000000  # the bits of the float 2^23, whose last one is worth 1
 PADDING = 8  # words between products in shared memory, so that rows start in different banks
 
 
@@ -49,7 +57,7 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
 
 def rows_at_once(layout: RowLayout, chosen: int) -> int:
     """How many rows are on their way together: a divisor of `TILE`."""
-    most = min(WORDS // len(_units(layout, DOWN)), chosen)
+    most = min(WORDS // len(units_of(layout, DOWN)), chosen)
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -148,123 +156,98 @@ def _walk(
     valid = (ids >= 0) & (ids < pool.num_experts)
     unit = by_part(jnp.where(valid, ids // layout.experts * layout.units, 0))
     slot = by_part(ids % layout.experts)
-    known = [by_part(each) for each in pairs]
     alive = by_part(valid.astype(jnp.int32)).reshape(tokens, parts, -1, at_once)
     alive = jnp.max(alive, axis=-1)
+    known = [by_part(each) for each in pairs]
+    images = [image_of(vector, which, layout) for which, vector in vectors.items()]
     layer = jnp.asarray(0 if pool.layer is None else pool.layer, jnp.int32)
     words = pool.weights if pool.layer is not None else pool.weights[None]
-    images = [_image(vector, which, layout) for which, vector in vectors.items()]
-    units = {which: _units(layout, which) for which in (DOWN, UP)}
-    planes = range(layout.planes)
+    planes, num_units = range(layout.planes), len(units_of(layout, summed))
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
-    sums_shape = (parts, tokens, len(units[summed]), layout.planes, UNIT)
-    results = [jax.ShapeDtypeStruct(sums_shape, jnp.float32)]
+    results = [jax.ShapeDtypeStruct((parts, tokens, num_units, layout.planes, UNIT), jnp.float32)]
     results += [jax.ShapeDtypeStruct(unit.shape, jnp.float32)] * num_written
     scratch = [
         plgpu.SMEM((TILE, UNIT + PADDING), jnp.float32),
         plgpu.SMEM((TILE,), jnp.float32),
     ]
 
-    def kernel(scalars_ref, lanes_ref, words_ref, unit_ref, alive_ref, slot_ref, *refs):
+    def kernel(scalars_ref, lanes_ref, words_ref, unit_ref, slot_ref, alive_ref, *refs):
         numbers = (len(known), len(images), 1, num_written, 2)
         ends = list(itertools.accumulate(numbers, initial=0))
         known_refs, image_refs, (sum_ref,), written_refs, (product_ref, weight_ref) = [
             refs[begin:end] for begin, end in itertools.pairwise(ends)
         ]
         token, part = jax.lax.axis_index("token"), jax.lax.axis_index("part")
-        at = (token, part)
-        layer, mantissa = scalars_ref[0], scalars_ref[1]
+        block = (token, part)
+        mantissa = scalars_ref[1]
         slots = [lanes_ref[unit] for unit in range(layout.units)]
-
-        def read(first, which):
-            """The words of some pairs' `down` or `up`, unit by unit."""
-            # After the last group, the last once more.
-            first = jnp.minimum(first, of_part - at_once)
-            rows = []
-            for index in range(at_once):
-                place = (*at, first + index)
-                begin = unit_ref[place]
-                row = [words_ref[layer, begin + unit] for unit in units[which]]
-                if layout.experts > 1:
-                    own = slot_ref[place]
-                    row = [
-                        jnp.where(slots[unit] == own, word, 0)
-                        for unit, word in zip(units[which], row, strict=True)
-                    ]
-                rows.append(row)
-            return rows
-
+        rows = Rows(
+            words_ref, scalars_ref[0], unit_ref, slot_ref, slots, block, of_part, at_once, layout
+        )
         # Zeros with the layout in registers of what is loaded.
         zero = (0 * slots[0]).astype(jnp.float32)
+
+        def load(ref, index, form):
+            return load_as(ref, index, form, interpret)
 
         def one_tile(tile, sums):
             start = tile * TILE
             groups = jnp.minimum(of_part - start, TILE) // at_once
 
             def is_alive(group):
-                return alive_ref[(*at, tile * (TILE // at_once) + group)] > 0
+                return alive_ref[(*block, tile * (TILE // at_once) + group)] > 0
 
             def products_with(which, image_ref):
                 """The products of the tile's codes and an image."""
                 image = [
                     [image_ref[token, unit, plane] for plane in planes]
-                    for unit in range(len(units[which]))
+                    for unit in range(len(units_of(layout, which)))
                 ]
 
-                def multiply(group, rows):
-                    following = read(start + (group + 1) * at_once, which)
-
+                def multiply(group, words_of_pairs, nothing):
                     def write(is_alive):
-                        for index, row in enumerate(rows):
-                            product = _product(row, image, mantissa, layout) if is_alive else zero
+                        for index, row in enumerate(words_of_pairs):
+                            product = product_of(row, image, mantissa, layout) if is_alive else zero
                             product_ref[group * at_once + index, pl.ds(0, UNIT)] = product
 
                     pl.when(is_alive(group))(functools.partial(write, True))
                     pl.when(~is_alive(group))(functools.partial(write, False))
-                    return following
+                    return nothing
 
-                # Rows are on their way while those before them are computed with.
-                jax.lax.fori_loop(0, groups, multiply, read(start, which))
+                rows.walk(multiply, start, groups, which, rows.read(start, which), ())
                 plgpu.commit_smem()  # every thread waits for every other
-                products = load(product_ref, (slice(None), pl.ds(0, UNIT)), plgpu.Layout.WGMMA)
-                products = jnp.sum(products, axis=1)
+                everything = (slice(None), pl.ds(0, UNIT))
+                products = jnp.sum(load(product_ref, everything, plgpu.Layout.WGMMA), axis=1)
                 plgpu.commit_smem()
                 return products
-
-            def load(ref, index, form=by_row):
-                return load_as(ref, index, form, interpret)
 
             products = [
                 products_with(which, ref) for which, ref in zip(vectors, image_refs, strict=True)
             ]
-            to_sum = read(start, summed)
-            here = (*at, pl.ds(start, TILE))
-            pairs = Pairs(*[load(ref, here) for ref in known_refs])
+            first_to_sum = rows.read(start, summed)
+            here = (*block, pl.ds(start, TILE))
+            pairs = Pairs(*[load(ref, here, by_row) for ref in known_refs])
             weight_ref[...], written = weigh(pairs, products)
             for ref, value in zip(written_refs, written, strict=True):
                 ref[here] = value
             plgpu.commit_smem()
 
-            def add(group, carry):
-                rows, sums = carry
-                following = read(start + (group + 1) * at_once, summed)
-
+            def add(group, words_of_pairs, sums):
                 def add_alive(sums):
-                    for index, row in enumerate(rows):
+                    for index, row in enumerate(words_of_pairs):
                         weight = weight_ref[group * at_once + index]
-                        codes = [code for word in row for code in _codes(word, mantissa, layout)]
+                        codes = [code for word in row for code in codes_of(word, mantissa, layout)]
                         sums = [
                             total + weight * code for total, code in zip(sums, codes, strict=True)
                         ]
                     return tuple(sums)
 
-                return following, jax.lax.cond(is_alive(group), add_alive, lambda sums: sums, sums)
+                return jax.lax.cond(is_alive(group), add_alive, lambda sums: sums, sums)
 
-            _, sums = jax.lax.fori_loop(0, groups, add, (to_sum, sums))
-            return sums
+            return rows.walk(add, start, groups, summed, first_to_sum, sums)
 
-        sums = (zero,) * (len(units[summed]) * layout.planes)
+        sums = (zero,) * (num_units * layout.planes)
         sums = jax.lax.fori_loop(0, pl.cdiv(of_part, TILE), one_tile, sums)
         for place, total in enumerate(sums):
             sum_ref[part, token, place // layout.planes, place % layout.planes] = total
@@ -278,90 +261,11 @@ def _walk(
         compiler_params=NO_BARRIERS,
         interpret=InterpretGPUParams() if interpret is True else interpret,
     )
+    scalars = jnp.stack([layer, jnp.int32(MANTISSA)])
     slot_of_lane = layout.slot_of(jnp.arange(layout.lanes, dtype=jnp.int32)).reshape(-1, UNIT)
-    total, *written = call(
-        jnp.stack([layer, jnp.int32(MANTISSA)]),
-        slot_of_lane,
-        words,
-        unit,
-        alive,
-        slot,
-        *known,
-        *images,
-    )
+    total, *written = call(scalars, slot_of_lane, words, unit, slot, alive, *known, *images)
     written = [
         jnp.where(valid, each[:, :, :of_part].reshape(tokens, -1)[:, :chosen], 0.0)
         for each in written
     ]
-    return [_vector(jnp.sum(total, axis=0), summed, layout), *written]
-
-
-def _product(
-    row: list[Array], image: list[list[Array]], mantissa: Array, layout: RowLayout
-) -> Array:
-    """Each thread's part of the product of a row's codes and an image."""
-    terms = [
-        code * column
-        for word, columns in zip(row, image, strict=True)
-        for code, column in zip(_codes(word, mantissa, layout), columns, strict=True)
-    ]
-    return functools.reduce(jnp.add, terms)
-
-
-def _units(layout: RowLayout, vector: int) -> range:
-    """The units of a row that hold `down` (0) or `up` (1)."""
-    span = layout.span(vector)
-    return range(span.start // UNIT, span.stop // UNIT)
-
-
-def _image(vector: Float[Array, "T D"], which: int, layout: RowLayout) -> Array:
-    """A vector where the codes are that it is multiplied with, [T, units, planes, 128].
-
-    Divided by the factors that `_codes` leaves in the codes.
-    """
-    image = layout.spread(vector.astype(jnp.float32), which)[:, :, layout.span(which)]
-    image = image * _inverse_factors(layout)[:, None]
-    return image.reshape(*image.shape[:2], -1, UNIT).swapaxes(1, 2)
-
-
-def _vector(sums: Float[Array, "T units planes 128"], which: int, layout: RowLayout) -> Array:
-    """The reverse: what all places of a column hold, added up; [T, D]."""
-    image = sums.swapaxes(1, 2).reshape(sums.shape[0], layout.planes, -1)
-    return layout.collect(image * _inverse_factors(layout)[:, None], which)
-
-
-def _shift(plane: int, layout: RowLayout) -> tuple[int, int]:
-    """By how many bits `_codes` moves a plane's codes down, and where they are then."""
-    together = 20 // layout.bits
-    return plane // together * together * layout.bits, plane % together * layout.bits
-
-
-def _inverse_factors(layout: RowLayout) -> Float[Array, " planes"]:
-    return jnp.array([2.0 ** -_shift(plane, layout)[1] for plane in range(layout.planes)])
-
-
-def _codes(
-    words: Int[Array, " 128"], mantissa: Int[Array, ""], layout: RowLayout
-) -> list[Float[Array, " 128"]]:
-    """The codes of words, plane by plane, times a power of two each.
-
-    A code in two's complement, its sign flipped, is a positive number. Left where it is, among the
-    low bits of the float 2^23, it is that number times a power of two, exactly: one bitwise
-    instruction and a subtraction, where GPUs convert integers at a fraction of that speed.
-
-    Args:
-        words: of a row.
-        mantissa: `MANTISSA`, not known when the kernel is compiled: there is room for one constant
-            in an instruction, and that is the mask.
-        layout: of the row.
-    """
-    signs = sum(1 << (layout.bits * plane + layout.bits - 1) for plane in range(layout.planes))
-    words = words ^ (signs - (1 << 32))
-    codes = []
-    for plane in range(layout.planes):
-        down, place = _shift(plane, layout)
-        moved = jax.lax.shift_right_logical(words, down) if down else words
-        number = (moved & (((1 << layout.bits) - 1) << place)) | mantissa
-        sign = 1 << (layout.bits - 1 + place)
-        codes.append(jax.lax.bitcast_convert_type(number, jnp.float32) - float((1 << 23) + sign))
-    return codes
+    return [vector_of(jnp.sum(total, axis=0), summed, layout), *written]
