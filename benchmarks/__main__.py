@@ -10,7 +10,7 @@ BENCHMARKS = {
     "step_time": "a training step of a million experts, beside PEER-pytorch",
     "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
     "lookup": "the lookup, beside gather + einsum",
-    "one_accelerator": "expert parameters that train on one H100 and one v5e, compiled for",
+    "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiling for them",
     "kernels": "lookup and update on the device at hand, against the bandwidth of a copy",
     "device_step": "steps of the recipe for one accelerator, executed on the one at hand",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",

@@ -1,10 +1,11 @@
 """Training steps of the recipe for one accelerator, executed on the one at hand: memory and time.
 
 What `one_accelerator` compiles, run: state, running statistics and steps, on batches of random
-tokens, so that nearly every pair hits a row of its own. JAX keeps a quarter of a GPU's memory back
-unless `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95` is set.
+tokens. JAX keeps a quarter of a GPU's memory back unless `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95` is
+set.
 """
 
+import math
 import statistics
 import time
 from typing import Any
@@ -87,7 +88,7 @@ def execute(recipe: str, steps: int, *changes: str) -> dict[str, Any]:
         state, metrics = step(state, batch(number))
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
-    if not all(map(jnp.isfinite, losses)):
+    if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"losses of {recipe} are not all finite: {losses}")
     memory = jax.local_devices()[0].memory_stats() or {}
     return {

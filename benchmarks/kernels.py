@@ -41,8 +41,9 @@ CPU_TOKENS = 512
 REPEATS, SCANS = 5, 4
 INPUTS = 4  # taken by turns, so that a cache does not hold the rows of the call before
 COPIED = {"cpu": 1 << 27, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes
+GATHERED = {"cpu": 1 << 30, "gpu": 24 << 30, "tpu": 2 << 30}  # bytes of [T, K, 2, D] in bfloat16
 KERNEL = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
-KERNEL_US, XLA_US, GATHER_US = TIMES = ("kernel us", "XLA us", "gather us")
+OURS, XLA, GATHER = WAYS = ("kernel", "XLA", "gather")
 
 
 def gather_and_einsum(weights: Any, ids: Any, gates: Any, x: Any) -> Any:
@@ -66,7 +67,7 @@ def run(quick: bool) -> Result:
         found = _seconds(shape, KERNEL.get(platform))
         for operation, seconds in found.items():
             size = least_bytes(operation, shape)
-            fastest = seconds.get(KERNEL_US, seconds[XLA_US])
+            fastest = seconds.get(OURS, seconds[XLA])
             share = size / fastest / bandwidth
             details.append(
                 {
@@ -77,7 +78,7 @@ def run(quick: bool) -> Result:
                     "share": share,
                 }
             )
-            times = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "" for name in TIMES]
+            times = [f"{1e6 * seconds[name]:.0f}" if name in seconds else "" for name in WAYS]
             label = [operation, str(shape.width), str(shape.tokens), str(shape.chosen)]
             rows.append([*label, f"{size / 1e6:.2f}", *times, f"{share:.0%}"])
             print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
@@ -86,7 +87,7 @@ def run(quick: bool) -> Result:
     if platform in KERNEL:
         figures.append(Figure.at_least("lookup: largest share of a copy", max(lookups), 0.7))
     return Result(
-        columns=("", "D", "T", "K", "MB", *TIMES, "of a copy"),
+        columns=("", "D", "T", "K", "MB", *(f"{way} us" for way in WAYS), "of a copy"),
         rows=rows,
         figures=figures,
         details={"num_experts": shapes[0].num_experts, "timed": details},
@@ -113,7 +114,7 @@ def _seconds(shape: Shape, kernel: str | None) -> dict[str, dict[str, float]]:
     stack = ExpertPool(make_words(), scales, None, storage, num_experts, width)
     pool = stack.at_layer(jnp.int32(0))
     found: dict[str, dict[str, float]] = {"lookup": {}, "lookup backward": {}, "update": {}}
-    implementations = {XLA_US: "xla"} | ({KERNEL_US: kernel} if kernel else {})
+    implementations = {XLA: "xla"} | ({OURS: kernel} if kernel else {})
     for label, name in implementations.items():
         module = api.KERNELS.get(name, xla)
         forward, backward = (
@@ -128,17 +129,18 @@ def _seconds(shape: Shape, kernel: str | None) -> dict[str, dict[str, float]]:
         for ids, gates, x, dy in every
     ]
     for label, name in implementations.items():
-        # The state of the one before is not kept: there must be room for one.
-        state = UpdateState.zeros_for(stack)
         step = partial(_update, implementation=name)
-        carried = jax.tree.map(jnp.copy, (stack, state))
+        carried = (jax.tree.map(jnp.copy, stack), UpdateState.zeros_for(stack))
         found["update"][label] = _median_seconds(step, carried, gradients, carry=True)
+        del carried
     del pool, stack
+    if tokens * chosen * 4 * width > GATHERED[jax.default_backend()]:
+        return found
     # XLA for CPUs has no bfloat16: it would make floats of the whole pool.
     dtype = jnp.bfloat16 if kernel else jnp.float32
     weights = jnp.zeros((num_experts, 2, width), dtype)
     gathers = [(ids, gates, x.astype(dtype)) for ids, gates, x, _ in every]
-    found["lookup"][GATHER_US] = _median_seconds(gather_and_einsum, (weights,), gathers)
+    found["lookup"][GATHER] = _median_seconds(gather_and_einsum, (weights,), gathers)
     return found
 
 

@@ -13,10 +13,12 @@ if hasattr(plgpu, "InterpretGPUParams"):
 else:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-# What was the default in 0.10: the later one looks for layouts in registers, and finds none here.
-LANE_SEMANTICS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-# Stores then wait for no other thread; `plgpu.commit_smem` is where all threads do.
-NO_BARRIERS = LANE_SEMANTICS.replace(unsafe_no_auto_barriers=True)
+# Lanes were the default in 0.10: the later one looks for layouts in registers, and finds none here.
+# Stores wait for no other thread: `plgpu.commit_smem` is where all threads of a block do, and sums
+# over lanes. Interpreters know no threads within a block, and would not see it missing.
+NO_BARRIERS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+)
 
 
 def rewrite_in_place(

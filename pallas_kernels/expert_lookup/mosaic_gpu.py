@@ -10,7 +10,6 @@ read, multiplied with what came out, and added up in registers, plane by plane. 
 passes read every word once. Parts of a token are added up outside.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def rows_at_once(layout: RowLayout, chosen: int) -> int:
 def parts_of(tokens: int, chosen: int, at_once: int) -> tuple[int, int]:
     """In how many parts the experts of a token are summed, and how many are in each.
 
-    As many as fill a GPU with blocks.
+    As many as fill a GPU with blocks, but no fewer experts in each than are read together.
     """
     most = pl.cdiv(BLOCKS, tokens)
     of_part = at_once * pl.cdiv(pl.cdiv(chosen, most), at_once)
@@ -206,25 +205,25 @@ def _walk(
                 ]
 
                 def multiply(group, words_of_pairs, nothing):
-                    def write(is_alive):
+                    # Products of a group without experts stay what they were: nobody reads them.
+                    @pl.when(is_alive(group))
+                    def _():
                         for index, row in enumerate(words_of_pairs):
-                            product = product_of(row, image, mantissa, layout) if is_alive else zero
+                            product = product_of(row, image, mantissa, layout)
                             product_ref[group * at_once + index, pl.ds(0, UNIT)] = product
 
-                    pl.when(is_alive(group))(functools.partial(write, True))
-                    pl.when(~is_alive(group))(functools.partial(write, False))
                     return nothing
 
                 rows.walk(multiply, start, groups, which, rows.read(start, which), ())
                 plgpu.commit_smem()  # every thread waits for every other
                 everything = (slice(None), pl.ds(0, UNIT))
-                products = jnp.sum(load(product_ref, everything, plgpu.Layout.WGMMA), axis=1)
-                plgpu.commit_smem()
-                return products
+                return jnp.sum(load(product_ref, everything, plgpu.Layout.WGMMA), axis=1)
 
-            products = [
-                products_with(which, ref) for which, ref in zip(vectors, image_refs, strict=True)
-            ]
+            products = []
+            for which, ref in zip(vectors, image_refs, strict=True):
+                if products:
+                    plgpu.commit_smem()  # before products are written over
+                products.append(products_with(which, ref))
             first_to_sum = rows.read(start, summed)
             here = (*block, pl.ds(start, TILE))
             pairs = Pairs(*[load(ref, here, by_row) for ref in known_refs])
@@ -256,8 +255,9 @@ def _walk(
         kernel,
         out_type=results,
         scratch_types=scratch,
-        grid=(tokens, parts),
-        grid_names=("token", "part"),
+        # The last one may be longest: 2^31 blocks.
+        grid=(parts, tokens),
+        grid_names=("part", "token"),
         compiler_params=NO_BARRIERS,
         interpret=InterpretGPUParams() if interpret is True else interpret,
     )

@@ -24,10 +24,11 @@ def no_races_on_tpu():
 
 @contextmanager
 def no_races_on_gpu():
-    """Gives interpreter parameters under which threads of a block must not race.
+    """Gives interpreter parameters under which warpgroups of a block must not race.
 
     Memory that was never written is NaN. Blocks run one after the other: what they must not share
-    has to be tested apart.
+    has to be tested apart. A warpgroup is one thread to the interpreter: barriers that are missing
+    within it, only a GPU shows.
     """
     try:
         yield InterpretGPUParams(detect_races=True, uninitialized_memory="nan")

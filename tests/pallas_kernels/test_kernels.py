@@ -89,7 +89,7 @@ def test_the_lookup_and_its_gradients(
     assert_equal_to_rounding(found, expected)
 
 
-def test_a_block_of_a_gpu_that_takes_several_tiles(monkeypatch):
+def test_several_tiles_in_a_block_of_mosaic_gpu(monkeypatch):
     monkeypatch.setattr(lookup_gpu, "BLOCKS", 1)
     num_experts, width, tokens, chosen = 90, 256, 2, 150
     layout = RowLayout.of(width, "int4")
