@@ -24,7 +24,6 @@ from benchmarks.compiled_step import pool_copies
 from benchmarks.targets import TPUS, device_of, on
 from pallas_kernels.expert_lookup import api as lookup_api
 from pallas_kernels.expert_lookup import mosaic_gpu as lookup_gpu
-from pallas_kernels.expert_lookup.gpu_rows import units_of
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.expert_update import mosaic_tpu as update_tpu
 from pallas_kernels.expert_update.rows import RowSums
@@ -190,7 +189,7 @@ def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
     read = 2 if kernel == "lookup backward" else 1
     at_once = lookup_gpu.rows_at_once(layout, shape.chosen)
     parts, _ = lookup_gpu.parts_of(shape.tokens, shape.chosen, at_once)
-    image = 4 * layout.planes * UNIT * len(units_of(layout, DOWN))
+    image = 4 * layout.planes * UNIT * len(layout.units_of(DOWN))
     return image * shape.tokens * (read + 2 * parts)
 
 

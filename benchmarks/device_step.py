@@ -53,19 +53,18 @@ def run(quick: bool) -> Result:
     return Result(columns, rows, figures, {recipe: found})
 
 
-def execute(recipe: str, steps: int, *changes: str) -> dict[str, Any]:
+def execute(recipe: str, steps: int) -> dict[str, Any]:
     """Makes steps of a recipe, and tells what they took.
 
     Args:
         recipe: the name of a file in `configs/`.
         steps: how many.
-        *changes: FIELD=VALUE, values in Python.
 
     Returns:
         "expert_parameters", "tokens_per_step", "seconds_per_step" (median), "losses" of all steps,
         and "peak_bytes" of the device, `None` where it does not count them.
     """
-    config = config_of(recipe, changes)
+    config = config_of(recipe, ())
     model, optimizer = Decoder(model_config(config, VOCABULARY)), make_optimizer(config)
     step, _, shapes = step_of(config)
     state = jax.jit(lambda: create_state(config, model, optimizer))()

@@ -64,6 +64,10 @@ class RowLayout(NamedTuple):
             return slice(vector * self.words, (vector + 1) * self.words)
         return slice(0, self.lanes)
 
+    def units_of(self, vector: int) -> range:
+        """The units that hold every `down` (0) or `up` (1) of a row."""
+        return units_in(self.span(vector))
+
     def vector_of(self, lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
         """Whether lanes belong to `down` (0) or `up` (1)."""
         return lax.div(lax.rem(lane, 2 * self.words), self.words)
@@ -91,3 +95,8 @@ class RowLayout(NamedTuple):
             by_slot = image.reshape(*image.shape[:2], self.experts, 2, self.words)
             image = jnp.sum(by_slot[:, :, :, vector], axis=2)
         return image.reshape(image.shape[0], -1)
+
+
+def units_in(span: slice) -> range:
+    """The units that a span of lanes fills."""
+    return range(span.start // UNIT, span.stop // UNIT)

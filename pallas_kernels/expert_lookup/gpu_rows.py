@@ -43,7 +43,7 @@ class Rows(NamedTuple):
         """The words of `down` or `up` of some pairs, unit by unit; 0 where another expert's are."""
         # After the last group, the last once more.
         first = jnp.minimum(first, self.num_pairs - self.at_once)
-        units, found = units_of(self.layout, which), []
+        units, found = self.layout.units_of(which), []
         for index in range(self.at_once):
             pair = (*self.block, first + index)
             begin = self.unit_ref[pair]
@@ -95,12 +95,6 @@ def product_of(
         for code, column in zip(codes_of(word, mantissa, layout), columns, strict=True)
     ]
     return functools.reduce(jnp.add, terms)
-
-
-def units_of(layout: RowLayout, vector: int) -> range:
-    """The units of a row that hold `down` (0) or `up` (1)."""
-    span = layout.span(vector)
-    return range(span.start // UNIT, span.stop // UNIT)
 
 
 def image_of(vector: Float[Array, "T D"], which: int, layout: RowLayout) -> Array:

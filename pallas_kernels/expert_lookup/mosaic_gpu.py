@@ -27,7 +27,6 @@ from pallas_kernels.expert_lookup.gpu_rows import (
     codes_of,
     image_of,
     product_of,
-    units_of,
     vector_of,
 )
 from pallas_kernels.expert_lookup.pairs import Pairs
@@ -56,7 +55,7 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
 
 def rows_at_once(layout: RowLayout, chosen: int) -> int:
     """How many rows are on their way together: a divisor of `TILE`."""
-    most = min(WORDS // len(units_of(layout, DOWN)), chosen)
+    most = min(WORDS // len(layout.units_of(DOWN)), chosen)
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -161,7 +160,7 @@ def _walk(
     images = [image_of(vector, which, layout) for which, vector in vectors.items()]
     layer = jnp.asarray(0 if pool.layer is None else pool.layer, jnp.int32)
     words = pool.weights if pool.layer is not None else pool.weights[None]
-    planes, num_units = range(layout.planes), len(units_of(layout, summed))
+    planes, num_units = range(layout.planes), len(layout.units_of(summed))
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     results = [jax.ShapeDtypeStruct((parts, tokens, num_units, layout.planes, UNIT), jnp.float32)]
@@ -201,7 +200,7 @@ def _walk(
                 """The products of the tile's codes and an image."""
                 image = [
                     [image_ref[token, unit, plane] for plane in planes]
-                    for unit in range(len(units_of(layout, which)))
+                    for unit in range(len(layout.units_of(which)))
                 ]
 
                 def multiply(group, words_of_pairs, nothing):

@@ -23,7 +23,7 @@ from pallas_kernels.activations import activation_by_name
 from pallas_kernels.expert_lookup.pairs import Pairs
 from pallas_kernels.expert_lookup.xla import Cotangents
 from pallas_kernels.row_copies import for_each, wait_for
-from pallas_kernels.row_layout import RowLayout
+from pallas_kernels.row_layout import RowLayout, units_in
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
 CHUNK = 128  # experts multiplied at a time, the side of an MXU
@@ -283,8 +283,8 @@ def _kernel(
             place = pl.ds(pl.multiple_of(token * block.chosen, 8) + begin, block.chunk)
 
             def rows(span, place=place):
-                units = range(span.start // UNIT, span.stop // UNIT)
-                return jnp.concatenate([rows_ref[turn, unit, place] for unit in units], axis=1)
+                units = [rows_ref[turn, unit, place] for unit in units_in(span)]
+                return jnp.concatenate(units, axis=1)
 
             known = known_ref[token, :, chunk]
             *pairs, slot = (known[row : row + 1] for row in range(5))
