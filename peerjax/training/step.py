@@ -49,16 +49,18 @@ def make_train_step(
             model, state.variables, batch, microbatches
         )
         finite = all_finite((loss, grads, factored))
-        # Pools are rewritten in place, so there is no old one to go back to: they are passed over
-        # by a gradient that hits nobody.
+        # Pools are rewritten in place, so there is no old one to go back to. They, and whatever
+        # else moves row by row, are passed over by a gradient that hits nobody.
         factored = {run: gradient.only_if(finite) for run, gradient in factored.items()}
         pool_gradients = (dense_gradients if dense else whole_gradients)(state.pools, factored)
+        gradient_norm = optax.tree.norm((grads, pool_gradients) if dense else grads)
+        grads = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), grads)
         gradients = {PARAMS: grads, POOLS: pool_gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         trained = apply_updates(state.trained, updates)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients if dense else grads),
+            "gradient_norm": gradient_norm,
             "learning_rate": schedule(state.step - state.skipped.total),
             **{f"losses/{name}": term for name, term in terms.items()},
             **hit_shares(state.pools, factored),
@@ -85,7 +87,7 @@ def make_train_step(
 def _accept(finite: Bool[Array, ""], new: Any, old: Any, in_place: bool) -> Any:
     """The new tree, or the old one after a step that is skipped.
 
-    Pools `in_place` and their accumulators are taken as they are: nothing hit them.
+    Pools `in_place`, and accumulators, are taken as they are: nothing hit them.
     """
 
     def is_of_pool(node: Any) -> bool:

@@ -11,6 +11,7 @@ from peerjax.config import model_config
 from peerjax.errors import DivergenceError
 from peerjax.model import Decoder
 from peerjax.sharding import make_mesh
+from peerjax.training import step as training_step
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
 from peerjax.training.pending import Pending, Warnings
@@ -116,6 +117,31 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(storage, rule)
     jax.tree.map(np.testing.assert_array_equal, found.pools, expected.pools)
     assert (metrics["skipped/total"], metrics["skipped/in_a_row"]) == (1, 0)
     assert np.any(found.params["head"]["kernel"] != start.params["head"]["kernel"])
+
+
+def test_packed_matrices_are_passed_over_by_a_step_that_is_not_finite(monkeypatch):
+    layers = {"model.layers": (("peer", 1), ("monet_hd", 2)), "monet.storage": "int4"}
+    sizes = {"monet.num_experts": 64, "monet.top_k": 2, "optimizer.warmup_steps": 0}
+    config, model, optimizer, state = make(**layers, **sizes)
+    make_step = functools.partial(make_train_step, config, model, optimizer)
+    good = jax.jit(make_step())
+    start, _ = good(state, make_batch(1))
+
+    def overflow_below(*args):
+        loss, gradients = loss_and_gradients(*args)
+        embed = jax.tree.map(lambda leaf: leaf + jnp.inf, gradients.params["embed"])
+        return loss, gradients._replace(params={**gradients.params, "embed": embed})
+
+    monkeypatch.setattr(training_step, "loss_and_gradients", overflow_below)
+    skipped, metrics = jax.jit(make_step())(start, make_batch(2))
+    assert metrics["skipped/total"] == 1
+    assert metrics["gradient_norm"] == jnp.inf
+
+    # Codes, accumulators and moments alike: the next good step is as if there had been none.
+    expected, _ = good(start, make_batch(3))
+    found, _ = good(skipped, make_batch(3))
+    for part in ("params", "pools", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, part), getattr(expected, part))
 
 
 def test_skipped_steps_are_told_and_too_many_in_a_row_stop_the_run():
