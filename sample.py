@@ -38,15 +38,14 @@ def main() -> None:
     variables = restore(run, make_mesh(jax.local_devices()[:1]))
     if PROMPTS.value is None:
         print(prompts[0], end="", flush=True)
-        found = continue_prompts(
-            run, variables, prompts, TOKENS.value, sampling, partial(print, end="", flush=True)
-        )
+        show = partial(print, end="", flush=True)
+        found = continue_prompts(run, variables, prompts, TOKENS.value, sampling, show=show)
         print()
         _tell(found.tokens, found.tokens_per_second)
         return
     for first in range(0, len(prompts), BATCH.value):
         batch = prompts[first : first + BATCH.value]
-        found = continue_prompts(run, variables, batch, TOKENS.value, sampling)
+        found = continue_prompts(run, variables, batch, TOKENS.value, sampling, first)
         for prompt, text in zip(batch, found.texts, strict=True):
             print(json.dumps({"prompt": prompt, "text": text}), flush=True)
         _tell(found.tokens, found.tokens_per_second)

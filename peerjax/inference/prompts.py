@@ -36,8 +36,9 @@ def read_prompts(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise DataError(f"the file of prompts {path!r} does not exist")
-    lines = read_text(Path(path)).splitlines()
-    if not lines:
+    # Not `splitlines`, to which a form feed and some characters of JSON strings end a line.
+    lines = read_text(Path(path)).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if lines == [""]:
         raise DataError(f"the file of prompts {path!r} is empty")
     if not path.endswith(".jsonl"):
         return lines
@@ -97,33 +98,35 @@ def continue_prompts(
     prompts: Sequence[str],
     count: int,
     sampling: Sampling,
+    first_prompt: int = 0,
     show: Callable[[str], None] | None = None,
 ) -> Continued:
-    """Continues prompts in one batch, each until its document ends.
+    """Continues prompts in one batch, each until its document ends or fills the model.
 
     Args:
         run: whose model it is.
         variables: of the model.
         prompts: texts; see `encode`.
-        count: at most so many tokens for each; fewer where the model would grow too long.
+        count: at most so many tokens for each; fewer where it would grow too long for the model.
         sampling: how tokens are drawn.
+        first_prompt: the number of the first prompt, by which it draws; others are counted on.
         show: is told the first prompt's text piece by piece.
     """
     encoded = encode(run, prompts)
-    count = min(count, run.config.model.max_length - max(map(len, encoded)))
+    limits = [min(count, run.config.model.max_length - len(each)) for each in encoded]
     ends = run.tokenizer.ends
     drawn: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     stream = run.tokenizer.stream()
     shown, start, steps = "", time.perf_counter(), 0
-    for tokens in generate(run.model, variables, encoded, count, sampling):
+    for tokens in generate(run.model, variables, encoded, max(limits), sampling, first_prompt):
         if not steps:
             start = time.perf_counter()  # compilation is behind us
         steps += 1
         for row, token in enumerate(tokens.tolist()):
             if not ended[row]:
                 drawn[row].append(token)
-                ended[row] = token in ends
+                ended[row] = token in ends or len(drawn[row]) == limits[row]
         if show is not None and not ended[0]:
             piece = stream(drawn[0][-1])
             shown += piece

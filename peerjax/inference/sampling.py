@@ -23,7 +23,7 @@ class Sampling(NamedTuple):
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws from the fewest likeliest tokens that have this probability together; 1 from
             all.
-        seed: of the draws; a row's depend on it, the row's number and the position only.
+        seed: of the draws; a prompt's depend on it, its number and the position only.
     """
 
     temperature: float = 1.0
@@ -65,6 +65,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     count: int,
     sampling: Sampling,
+    first_prompt: int = 0,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Continues prompts, all in one batch, a token each at a time.
 
@@ -74,6 +75,7 @@ def generate(
         prompts: token numbers; each begins a document, and none is empty.
         count: how many tokens to draw for each.
         sampling: how.
+        first_prompt: the number of the first prompt; the others are counted on from it.
 
     Yields:
         The next token of every prompt; `count` times.
@@ -87,12 +89,13 @@ def generate(
         _read, model, sampling._replace(seed=0), jax.random.key(sampling.seed), variables
     )
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    drawn, cache = read(cache, tokens, positions, np.asarray(lengths - 1, np.int32))
+    numbers = np.arange(first_prompt, first_prompt + len(prompts), dtype=np.int32)
+    drawn, cache = read(cache, tokens, positions, np.asarray(lengths - 1, np.int32), numbers)
     first = np.zeros(len(prompts), np.int32)
     for step in range(count - 1):
         # The next step is on its way before this one's tokens are waited for.
         places = np.asarray(lengths + step, np.int32)[:, None]
-        following, cache = read(cache, drawn[:, None], places, first)
+        following, cache = read(cache, drawn[:, None], places, first, numbers)
         yield np.asarray(drawn)
         drawn = following
     yield np.asarray(drawn)
@@ -108,15 +111,17 @@ def _read(
     tokens: Int[Array, "B L"],
     positions: Int[Array, "B L"],
     last: Int[Array, " B"],
+    numbers: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
     """Reads some tokens of every row, and draws what follows number `last` of them.
 
-    What is read and written behind the end of a shorter prompt is overwritten before it is seen.
+    Rows draw by the `numbers` of their prompts. What is read and written behind the end of a
+    shorter prompt is overwritten before it is seen.
     """
     read: Any = model.apply(dequantize(variables), tokens, positions, cache=cache, only=last)
     logits, cache = read
     rows = jnp.arange(len(last))
     keys = jax.vmap(
-        lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)
-    )(rows, positions[rows, last])
+        lambda number, position: jax.random.fold_in(jax.random.fold_in(key, number), position)
+    )(numbers, positions[rows, last])
     return draw(logits[:, 0], keys, sampling), cache

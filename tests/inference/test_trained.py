@@ -61,7 +61,7 @@ def test_any_text_is_read_whole(run, corpus, tmp_path):
 def test_prompts_are_continued_and_shown_as_they_grow(run, variables):
     shown = []
     prompts = ["the expert", "", "a token of the pool"]
-    found = continue_prompts(run, variables, prompts, 10, GREEDY, shown.append)
+    found = continue_prompts(run, variables, prompts, 10, GREEDY, show=shown.append)
     assert "".join(shown) == found.texts[0]
     tokens = np.array(list(generate(run.model, variables, encode(run, prompts), 10, GREEDY))).T
     for row, text in zip(tokens.tolist(), found.texts, strict=True):
@@ -80,8 +80,30 @@ def test_a_long_prompt_goes_on_to_the_end_of_the_model_and_no_further(run, varia
     words = len(encode(run, ["the expert"])[0])
     found = continue_prompts(with_length(words + 4), variables, ["the expert"], 10, GREEDY)
     assert found.tokens == 4
+    # Beside a shorter one, which has more room, neither is cut short by the other.
+    found = continue_prompts(with_length(words + 4), variables, ["the expert", ""], 10, GREEDY)
+    alone = [
+        continue_prompts(with_length(words + 4), variables, [prompt], 10, GREEDY).texts[0]
+        for prompt in ("the expert", "")
+    ]
+    assert found.texts == alone
     with pytest.raises(DataError, match=f"prompt 1 has {words} tokens, and model.max_length"):
         encode(with_length(words), ["the expert"])
+
+
+def test_what_a_prompt_draws_does_not_depend_on_its_batch(run, variables):
+    prompts = ["the expert"] * 5
+    sampling = Sampling(temperature=1.0)
+    together = continue_prompts(run, variables, prompts, 8, sampling).texts
+    apart = [
+        text
+        for first in (0, 2, 4)
+        for text in continue_prompts(
+            run, variables, prompts[first : first + 2], 8, sampling, first
+        ).texts
+    ]
+    assert together == apart
+    assert len(set(together)) == len(together)
 
 
 def test_what_is_no_prompt_is_named(run, tmp_path):
@@ -97,6 +119,10 @@ def test_what_is_no_prompt_is_named(run, tmp_path):
         read_prompts(str(lines))
     lines.write_text('{"prompt": "one"}\n{"prompt": ""}\n')
     assert read_prompts(str(lines)) == ["one", ""]
+    lines.write_text('{"prompt": "one\u2028two"}\r\n{"prompt": "three"}')
+    assert read_prompts(str(lines)) == ["one\u2028two", "three"]
+    (tmp_path / "lines.txt").write_text("one\ftwo\n\nthree\n")
+    assert read_prompts(str(tmp_path / "lines.txt")) == ["one\ftwo", "", "three"]
     for sampling, count, told in (
         (Sampling(-1.0), 1, "temperature"),
         (Sampling(top_p=0.0), 1, "top_p"),
