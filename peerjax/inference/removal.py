@@ -154,7 +154,8 @@ def removed_collection(model: Decoder, experts: Experts) -> dict[str, Any]:
     """
 
     def routing() -> Any:
-        tokens = jnp.zeros((1, 2), jnp.int32)
+        # Shapes of weights do not depend on it: the smallest that splits over the devices.
+        tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
         return model.init(jax.random.key(0), tokens, tokens).get(ROUTING, {})
 
     def in_place(tree: Any, run: str) -> Any:

@@ -1,5 +1,7 @@
 """Trains a few steps of a mixture, beside a pool, whose rows are spread over all devices.
 
+It is evaluated with all experts, and without every second one.
+
 python -m tests.training.on_devices OUTPUT.npz
 """
 
@@ -8,6 +10,7 @@ import sys
 import jax
 import numpy as np
 
+from peerjax.inference.removal import removed_collection
 from peerjax.sharding import make_mesh
 from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
@@ -15,6 +18,7 @@ from peerjax.training.step import make_eval_step, make_train_step
 from tests.training.test_step import ROWS, make, make_batch
 
 STEPS = 3
+EXPERTS = {"run_0.0": 8, "run_1.0": 64}
 
 
 def main(output: str) -> None:
@@ -32,7 +36,10 @@ def main(output: str) -> None:
             state, metrics = step(state, batch)
             steps.append(metrics)
         weighted = {**make_batch(STEPS), "weight": np.ones(ROWS, np.float32)}
-        sums = jax.jit(make_eval_step(model))(state.variables, put_batch(mesh, weighted))
+        removed = {name: np.arange(count) % 2 == 0 for name, count in EXPERTS.items()}
+        eval_step, weighted = jax.jit(make_eval_step(model)), put_batch(mesh, weighted)
+        without = state.variables | removed_collection(model, removed)
+        sums = [eval_step(variables, weighted) for variables in (state.variables, without)]
     leaves = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path((gradients.params, steps, sums))

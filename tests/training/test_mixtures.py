@@ -86,10 +86,12 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
         bound = 1e-5 if name.startswith("[0]") else 1e-4  # gradients; figures after steps
         assert np.abs(found[8][name] - one).max() <= bound * np.abs(one).max(), name
     # Each mixture's gates sum to 1, and each of the two heads of a pool's.
-    of_mixture, of_pool = (found[1][f"[2]['gate_sums']['run_{run}']"] for run in (0, 1))
+    of_mixture, of_pool = (found[1][f"[2][0]['gate_sums']['run_{run}']"] for run in (0, 1))
     assert (of_mixture.shape, of_pool.shape) == ((1, 8), (1, 64))
     np.testing.assert_allclose(of_mixture.sum(), ROWS * LENGTH, rtol=1e-5)
     np.testing.assert_allclose(of_pool.sum(), 2 * ROWS * LENGTH, rtol=1e-5)
+    with_all, with_half = (found[1][f"[2][{number}]['nats']"] for number in (0, 1))
+    assert with_all != with_half
 
 
 def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path):
