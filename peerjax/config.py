@@ -113,7 +113,7 @@ def default_config() -> ml_collections.ConfigDict:
     # momentum, for packed storage: to compare with, both keep dense gradients and moments.
     pool.rule = "rowwise"
     pool.learning_rate = 1e-2  # peak; follows the schedule below
-    pool.clip_norm = 0.0  # of the gradient of each run's pools; 0 means none
+    pool.clip_norm = 0.0  # of the gradient of each run's pools, under "rowwise"; 0 means none
     pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
     # Of the accumulators of packed pools: 0, 2, 4 or 8; `None` means as many as a code has.
     pool.accumulator_bits = config_dict.placeholder(int)
@@ -302,6 +302,11 @@ def _validate_monet(config: ml_collections.ConfigDict) -> None:
         quantile(keys_per_side(monet.num_experts), monet.top_k)
     except ValueError as error:
         raise ConfigError(f"monet: {error}") from None
+    if monet.storage in BITS and config.pool.rule in DENSE_RULES:
+        raise ConfigError(
+            f"monet.storage={monet.storage!r} needs pool.rule='rowwise', but "
+            f"pool.rule={config.pool.rule!r}"
+        )
     if MONET_VD in kinds and (monet.expert_width % 2 or config.model.width % 2):
         raise ConfigError(
             f"monet.expert_width={monet.expert_width} and model.width={config.model.width} must be "

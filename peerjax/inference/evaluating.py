@@ -22,7 +22,7 @@ from peerjax.sharding import make_mesh
 from peerjax.training.evaluation import Evaluation, evaluate
 from peerjax.training.report import USAGE_PLOT, print_table
 from peerjax.training.step import make_eval_step
-from peerjax.training.workdir import check_data
+from peerjax.training.workdir import check_data, check_trained_here
 
 FILE, LOSS_PLOT, REMOVAL_PLOT = "evaluation.json", "losses.png", "removals.png"
 
@@ -79,6 +79,7 @@ def _texts(run: Run, pattern: str) -> Mapping[str, PackedRows]:
     if pattern:
         data = run.config.data
         return load_text(pattern, data.text_field, run.tokenizer, data.sequence_length)
+    check_trained_here(run.folder)
     corpus = load_corpus(run.config)
     check_data(run.folder, corpus.identity)
     return corpus.validation

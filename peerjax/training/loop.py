@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_collections
 from peerjax.analysis.flops import forward_flops
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
+from peerjax.errors import ConfigError
 from peerjax.model import Decoder
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.sharding import make_mesh, state_shardings
@@ -22,7 +24,12 @@ from peerjax.training.gradients import gradient_shapes
 from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
-from peerjax.training.state import TrainState, create_state, make_optimizer
+from peerjax.training.state import (
+    TrainState,
+    create_state,
+    make_optimizer,
+    state_of_pools,
+)
 from peerjax.training.step import make_eval_step, make_first_statistics, make_train_step
 from peerjax.training.workdir import check_config, check_data, folder_of, record
 
@@ -32,9 +39,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     Args:
         config: see `peerjax.config`.
-        workdir: a local folder, or any path that `etils.epath` knows (gs://...). It gets
-            `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, and at
-            the end `report.json` and plots.
+        workdir: a folder. It gets `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`,
+            `tensorboard/`, and at the end `report.json` and plots.
+
+    One process with all devices; several are refused.
 
     Raises:
         UserError: one of its kinds, with one sentence that says what to do.
@@ -42,6 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     # ---- What the run is ----
     folder = folder_of(workdir)
     validate(config)
+    _refuse_several_processes()
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
@@ -61,19 +70,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         shardings = state_shardings(mesh, shapes)
         checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
         start = checkpoints.latest_step
-        if start is not None and start >= config.steps:
+        if start is not None and start >= config.steps and report.is_of(folder, start):
             print(f"the run in {folder} has finished its {start} steps; raise steps to go on")
             report.print_report(folder)
             return
         if start is None:
-            next_batch = 0
             state = jax.jit(fresh_state, out_shardings=shardings)()
-            first_batch = put_batch(mesh, next(train_batches(config, corpus.train)))
-            first_statistics = make_first_statistics(config, model)
-            state = jax.jit(first_statistics, donate_argnums=0)(state, first_batch)
+            batches = train_batches(config, corpus.train)
+            first = next(batches)
+            first_statistics = jax.jit(make_first_statistics(config, model), donate_argnums=0)
+            state = first_statistics(state, put_batch(mesh, first))
+            batches = itertools.chain([first], batches)
         else:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
-        batches = train_batches(config, corpus.train, next_batch)
+            batches = train_batches(config, corpus.train, next_batch)
         record(folder, config, corpus.identity)
 
         # ---- What is computed and shown ----
@@ -85,7 +95,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         writer = stack.enter_context(MetricsWriter(folder, first_written))
         if shapes.pools and jax.process_index() == 0:
             gradients = gradient_shapes(config, model)
-            report.print_memory(memory_report(shapes.pools, shapes.opt_state, gradients))
+            report.print_memory(
+                memory_report(shapes.pools, state_of_pools(shapes.opt_state), gradients)
+            )
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
         stack.enter_context(progress)
         progress.say(_describe(config, model, shapes, mesh, step))
@@ -135,8 +147,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             evaluating = step % config.eval.every == 0 or step == config.steps
             saving = step % config.checkpoint.every == 0 or ending
             if evaluating or saving:
-                # Nothing is saved before its figures are known and written down, or while steps
-                # are being skipped: it would take the place of an older, sounder checkpoint.
+                # Nothing is saved before its figures are known and written down, or, unless the run
+                # ends, while steps are being skipped: it would take the place of a sounder one.
                 figures, pending = finish(pending), None
                 if evaluating:
                     evaluation = evaluate_now()
@@ -148,6 +160,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             if ending:
                 break
         checkpoints.wait()
+        if step == start:  # killed between its last checkpoint and its report
+            evaluation = evaluate_now()
 
     # ---- End ----
     if step < config.steps:
@@ -156,13 +170,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         facts = {
             "steps": step,
             "tokens_per_step": tokens_per_step,
-            "tokens_per_second": progress.tokens_per_second,
+            "tokens_per_second": progress.tokens_per_second or None,
             "parameters": count_parameters(shapes.params),
             "expert_parameters": count_expert_parameters(shapes.pools),
             "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),
         }
         report.write_report(folder, evaluation, facts)
         report.print_report(folder)
+
+
+def _refuse_several_processes() -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"JAX runs as {jax.process_count()} processes, but training is for one so far; start "
+            "it on a single host, without jax.distributed"
+        )
 
 
 def _describe(

@@ -58,6 +58,12 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
     write_atomically(workdir / FILE, json.dumps(report, indent=1))
 
 
+def is_of(workdir: epath.Path, step: int) -> bool:
+    """Whether there is a report, and it is of the run as it was after `step`."""
+    path = workdir / FILE
+    return path.exists() and json.loads(path.read_text())["steps"] == step
+
+
 def print_memory(memory: MemoryReport) -> None:
     """Prints what pools keep while training, beside what float32 and AdamW would take."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
@@ -98,9 +104,10 @@ def print_report(workdir: epath.Path) -> None:
     ]
     if rows:
         print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
+    speed = report["tokens_per_second"]
     console.print(
-        f"{report['steps']} steps of {report['tokens_per_step']:,} tokens, "
-        f"{report['tokens_per_second']:,.0f} tokens/s; "
+        f"{report['steps']} steps of {report['tokens_per_step']:,} tokens"
+        f"{f', {speed:,.0f} tokens/s' if speed else ''}; "
         f"{report['parameters']:,} parameters and {report['expert_parameters']:,} in experts"
     )
     for plot in report["plots"]:

@@ -8,7 +8,8 @@ import ml_collections
 import optax
 from jaxtyping import Array, Int, Key
 
-from pallas_kernels.storage import BITS
+from pallas_kernels.expert_update import UpdateState
+from pallas_kernels.storage import BITS, ExpertPool
 from peerjax.config import DENSE_RULES, implementation_of
 from peerjax.layers.monet import BIASES, MATRICES
 from peerjax.model import Decoder
@@ -141,6 +142,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         implementation=implementation_of(config),
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)
+
+
+def state_of_pools(opt_state: Any) -> list[Any]:
+    """What the optimizer keeps for pools; what it keeps for other packed matrices is left out."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, UpdateState | ExpertPool)
+
+    found = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
+    return [leaf for path, leaf in found if jax.tree_util.DictKey(PARAMS) not in path]
 
 
 def _packed(config: ml_collections.ConfigDict, params: Any) -> Any:

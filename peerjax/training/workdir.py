@@ -15,8 +15,14 @@ CONFIG, DATA = "config.json", "data.json"
 
 
 def folder_of(workdir: str) -> epath.Path:
-    """A workdir as a path; absolute, if it is on this machine."""
-    return epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
+    """A workdir as an absolute path.
+
+    Raises:
+        ConfigError: if it is not in the file system: figures are appended to a file, step by step.
+    """
+    if "://" in workdir:
+        raise ConfigError(f"{workdir} is not a folder of this machine; mount it, and name that")
+    return epath.Path(workdir).absolute()
 
 
 def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -60,18 +66,27 @@ def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
     path = workdir / DATA
     if not path.exists():
         return
+    check_trained_here(workdir)
     old = json.loads(path.read_text())
-    if not old["corpus"]:
-        raise DataError(
-            f"the model in {workdir} was not trained here, and has no text of its own; name some "
-            "with --pattern"
-        )
     for name in ("vocabulary", "tokenizer", "corpus"):
         if old[name] != identity[name]:
             raise DataError(
                 f"{workdir} was trained with another {name} ({old[name]}) than the present one "
                 f"({identity[name]}); choose another --workdir, or the old text and tokenizer"
             )
+
+
+def check_trained_here(workdir: epath.Path) -> None:
+    """Refuses a run that was imported, where its own text is needed.
+
+    Raises:
+        DataError: if it has none.
+    """
+    if not json.loads((workdir / DATA).read_text())["corpus"]:
+        raise DataError(
+            f"the model in {workdir} was not trained here, and has no text of its own; name some "
+            "with --pattern"
+        )
 
 
 def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:

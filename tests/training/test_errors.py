@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 
@@ -91,6 +92,15 @@ def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
             {"pool.rule": "eco", "pool.storage": "float32"},
             "pool.rule='eco' needs packed storage, but pool.storage='float32'",
         ),
+        (
+            {
+                "model.layers": (("monet_hd", 2),),
+                "monet.storage": "int4",
+                "pool.storage": "float32",
+                "pool.rule": "adamw",
+            },
+            "monet.storage='int4' needs pool.rule='rowwise', but pool.rule='adamw'",
+        ),
         ({"pool.accumulator_bits": 3}, "pool.accumulator_bits: accumulators have 0 or 2 or 4 or 8"),
         (
             {"pool.accumulator_bits": 2, "model.width": 8, "model.heads": 1},
@@ -113,6 +123,15 @@ def test_an_invalid_configuration_names_the_field(changes, message, corpus):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=re.escape(message)):
         validate(config)
+
+
+def test_where_training_cannot_run_is_said_at_once(corpus, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="gs://bucket/run is not a folder of this machine"):
+        train(tiny_config(corpus), "gs://bucket/run")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="JAX runs as 2 processes, but training is for one"):
+        train(tiny_config(corpus), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

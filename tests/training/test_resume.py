@@ -222,6 +222,22 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, 
     assert metrics_file(workdir).startswith(before)
 
 
+def test_a_run_that_was_killed_before_its_report_gets_one(corpus, undisturbed, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed(0), workdir)
+    whole = json.loads((workdir / "report.json").read_text())
+    for left in (None, {**whole, "steps": SAVE_EVERY}):  # none, or that of an earlier end
+        if left is None:
+            (workdir / "report.json").unlink()
+        else:
+            (workdir / "report.json").write_text(json.dumps(left))
+        train(tiny_config(corpus), str(workdir))
+        found = json.loads((workdir / "report.json").read_text())
+        assert found == {**whole, "tokens_per_second": None}
+        assert f"{STEPS} steps of 256 tokens; " in capsys.readouterr().out
+        assert_same_run(workdir, undisturbed(0))
+
+
 def losses(workdir):
     records = map(json.loads, metrics_file(workdir).splitlines())
     return np.array([record["loss"] for record in records if "loss" in record])
