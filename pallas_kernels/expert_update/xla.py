@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from pallas_kernels import storage as layout
 from pallas_kernels.counter_hash import hash_words
@@ -46,6 +46,11 @@ def update_stack(
 ) -> Carry:
     """Applies one step to every layer of a stack, `chunk` experts at a time."""
     layers = gradient.ids.shape[0]
+    # XLA for CPUs scatters bfloat16 by way of a float32 copy of the whole pool, every time.
+    # Integers it scatters in place.
+    as_integers = storage == "bfloat16"
+    if as_integers:
+        carry = carry._replace(weights=_bits_of(carry.weights, jnp.uint16))
 
     def one_layer(layer: Array, carry: Carry) -> Carry:
         ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
@@ -61,7 +66,10 @@ def update_stack(
 
         return jax.lax.fori_loop(0, num_chunks(pairs, chunk), one_chunk, carry)
 
-    return jax.lax.fori_loop(0, layers, one_layer, carry)
+    carry = jax.lax.fori_loop(0, layers, one_layer, carry)
+    if as_integers:
+        carry = carry._replace(weights=_bits_of(carry.weights, jnp.bfloat16))
+    return carry
 
 
 def rewrite_packed(
@@ -133,12 +141,17 @@ def rewrite_floats(
     step: Any,
     storage: str,
 ) -> Carry:
-    """One step of a chunk of float experts under the same rule; bfloat16 rounds stochastically."""
+    """One step of a chunk of float experts under the same rule; bfloat16 rounds stochastically.
+
+    The weights of bfloat16 pools are given, and given back, as the integers of their bits.
+    """
     num_experts, width = carry.moments.shape[-1], sums.shape[-1]
+    rounds = storage == "bfloat16"
     valid = expert < num_experts
     safe = jnp.where(valid, expert, 0)
     matrix = jnp.arange(2)
-    weights = carry.weights[layer, safe].astype(jnp.float32)
+    rows = carry.weights[layer, safe]
+    weights = _bits_of(rows, jnp.bfloat16).astype(jnp.float32) if rounds else rows
     moments = carry.moments[layer, matrix, safe[:, None]]
     mean_square = jnp.mean(sums * sums, axis=-1)
     hit = valid[:, None] & (mean_square > 0)
@@ -148,16 +161,14 @@ def rewrite_floats(
     steps = steps - rule.learning_rate * rule.weight_decay * weights
     steps = jnp.where(hit[..., None], steps, 0.0)
     new = weights + steps
-    if storage == "bfloat16":
+    if rounds:
         counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
         new = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
     to = (layer, matrix, expert[:, None])
     nothing = jnp.zeros_like(hit)
     counts = RowCounts(hit, nothing, nothing, step_size * hit)
     return carry._replace(
-        weights=carry.weights.at[layer, expert].set(
-            new.astype(carry.weights.dtype), mode="drop", unique_indices=True
-        ),
+        weights=carry.weights.at[layer, expert].set(new, mode="drop", unique_indices=True),
         moments=carry.moments.at[to].set(
             jnp.where(hit, new_moments, moments), mode="drop", unique_indices=True
         ),
@@ -173,11 +184,14 @@ def add_counts(
     return jax.tree.map(lambda total, each: total.at[layer].add(jnp.sum(each)), statistics, more)
 
 
-def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> Float[Array, "*S"]:
+def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> UInt16[Array, "*S"]:
     """Rounds float32 to a neighbouring bfloat16 value, away from zero with the right probability.
 
     Adds 16 random bits below the 16 that are kept, and cuts them off.
     """
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    rounded = (bits + (words >> 16)) & jnp.uint32(0xFFFF0000)
-    return jax.lax.bitcast_convert_type(rounded, jnp.float32)
+    return ((_bits_of(value, jnp.uint32) + (words >> 16)) >> 16).astype(jnp.uint16)
+
+
+def _bits_of(array: Array, kind: Any) -> Array:
+    """The same bits, read as another type of the same size."""
+    return jax.lax.bitcast_convert_type(array, kind)
