@@ -16,6 +16,7 @@ from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update.packed_rows import ROW, RowCounts, RowNumbers, step_rows
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
 from pallas_kernels.factored_gradient import FactoredGradient
+from pallas_kernels.platforms import by_platform
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
 
 # The purpose of random bits, absorbed by their hash: other uses take other numbers.
@@ -46,11 +47,6 @@ def update_stack(
 ) -> Carry:
     """Applies one step to every layer of a stack, `chunk` experts at a time."""
     layers = gradient.ids.shape[0]
-    # XLA for CPUs scatters bfloat16 by way of a float32 copy of the whole pool, every time.
-    # Integers it scatters in place.
-    as_integers = storage == "bfloat16"
-    if as_integers:
-        carry = carry._replace(weights=_bits_of(carry.weights, jnp.uint16))
 
     def one_layer(layer: Array, carry: Carry) -> Carry:
         ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
@@ -66,10 +62,19 @@ def update_stack(
 
         return jax.lax.fori_loop(0, num_chunks(pairs, chunk), one_chunk, carry)
 
-    carry = jax.lax.fori_loop(0, layers, one_layer, carry)
-    if as_integers:
-        carry = carry._replace(weights=_bits_of(carry.weights, jnp.bfloat16))
-    return carry
+    def all_layers(carry: Carry) -> Carry:
+        return jax.lax.fori_loop(0, layers, one_layer, carry)
+
+    def as_integers(carry: Carry) -> Carry:
+        carry = carry._replace(weights=_bits_as(jnp.uint16, carry.weights))
+        carry = all_layers(carry)
+        return carry._replace(weights=_bits_as(jnp.bfloat16, carry.weights))
+
+    if storage != "bfloat16":
+        return all_layers(carry)
+    # XLA for CPUs scatters bfloat16 by way of a float32 copy of the whole pool, chunk by chunk;
+    # integers it scatters in place.
+    return by_platform(carry, cpu=as_integers, default=all_layers)
 
 
 def rewrite_packed(
@@ -143,15 +148,15 @@ def rewrite_floats(
 ) -> Carry:
     """One step of a chunk of float experts under the same rule; bfloat16 rounds stochastically.
 
-    The weights of bfloat16 pools are given, and given back, as the integers of their bits.
+    The weights of a bfloat16 pool may be given, and are then given back, as their bits in uint16.
     """
     num_experts, width = carry.moments.shape[-1], sums.shape[-1]
-    rounds = storage == "bfloat16"
+    as_bits = carry.weights.dtype == jnp.uint16
     valid = expert < num_experts
     safe = jnp.where(valid, expert, 0)
     matrix = jnp.arange(2)
     rows = carry.weights[layer, safe]
-    weights = _bits_of(rows, jnp.bfloat16).astype(jnp.float32) if rounds else rows
+    weights = (_bits_as(jnp.bfloat16, rows) if as_bits else rows).astype(jnp.float32)
     moments = carry.moments[layer, matrix, safe[:, None]]
     mean_square = jnp.mean(sums * sums, axis=-1)
     hit = valid[:, None] & (mean_square > 0)
@@ -161,9 +166,10 @@ def rewrite_floats(
     steps = steps - rule.learning_rate * rule.weight_decay * weights
     steps = jnp.where(hit[..., None], steps, 0.0)
     new = weights + steps
-    if rounds:
+    if storage == "bfloat16":
         counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
-        new = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
+        bits = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
+        new = bits if as_bits else _bits_as(jnp.bfloat16, bits)
     to = (layer, matrix, expert[:, None])
     nothing = jnp.zeros_like(hit)
     counts = RowCounts(hit, nothing, nothing, step_size * hit)
@@ -185,13 +191,13 @@ def add_counts(
 
 
 def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> UInt16[Array, "*S"]:
-    """Rounds float32 to a neighbouring bfloat16 value, away from zero with the right probability.
+    """The bits of a neighbouring bfloat16, the one away from zero with the right probability.
 
     Adds 16 random bits below the 16 that are kept, and cuts them off.
     """
-    return ((_bits_of(value, jnp.uint32) + (words >> 16)) >> 16).astype(jnp.uint16)
+    return ((_bits_as(jnp.uint32, value) + (words >> 16)) >> 16).astype(jnp.uint16)
 
 
-def _bits_of(array: Array, kind: Any) -> Array:
-    """The same bits, read as another type of the same size."""
+def _bits_as(kind: Any, array: Array) -> Array:
+    """The bits of an array, read as another type of the same size."""
     return jax.lax.bitcast_convert_type(array, kind)

@@ -314,24 +314,34 @@ def test_scales_follow_their_rows_and_weights_stay_what_they_are_on_average(size
         np.testing.assert_allclose(np.mean(after, axis=0), start, atol=5 * error)
 
 
+def compiled_update(storage, num_experts):
+    """The update of two layers, compiled; and the bytes of what it rewrites."""
+    pool = jax.eval_shape(lambda: make_pool(storage, num_experts, 256, 2))
+    state = jax.eval_shape(UpdateState.zeros_for, pool)
+    gradient = jax.eval_shape(lambda: make_gradient(tokens=64, chosen=8, width=256))
+
+    def step(pool, state, gradient):
+        return update(pool, state, gradient, RULE, seed=0, step=0)
+
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state)))
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(pool, state, gradient)
+    return lowered.compile(), size
+
+
 @pytest.mark.parametrize("storage", PACKED)
 def test_in_place_and_of_a_cost_that_does_not_know_n(storage):
-    def compiled(num_experts):
-        pool = jax.eval_shape(lambda: make_pool(storage, num_experts, 256, 2))
-        state = jax.eval_shape(UpdateState.zeros_for, pool)
-        gradient = jax.eval_shape(lambda: make_gradient(tokens=64, chosen=8, width=256))
-
-        def step(pool, state, gradient):
-            return update(pool, state, gradient, RULE, seed=0, step=0)
-
-        analysis = jax.jit(step, donate_argnums=(0, 1)).lower(pool, state, gradient).compile()
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state)))
-        return analysis.memory_analysis(), size
-
-    (small, _), (large, size) = compiled(1 << 10), compiled(1 << 18)
+    small = compiled_update(storage, 1 << 10)[0].memory_analysis()
+    compiled, size = compiled_update(storage, 1 << 18)
+    large = compiled.memory_analysis()
     assert large.alias_size_in_bytes >= size  # everything is rewritten in place
     assert large.temp_size_in_bytes <= 1.05 * small.temp_size_in_bytes
     assert large.temp_size_in_bytes < 0.02 * size
+
+
+def test_no_bfloat16_pool_is_made_float32_as_a_whole():
+    compiled, _ = compiled_update("bfloat16", 4099)
+    assert "[2,4099,2,256]" in compiled.as_text()
+    assert "f32[2,4099,2,256]" not in compiled.as_text()
 
 
 def test_what_does_not_fit_is_refused():
