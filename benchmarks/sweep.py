@@ -78,7 +78,7 @@ def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
         keep_series: whether to write down the figures of every evaluation.
 
     Raises:
-        RuntimeError: if training fails in another way than by diverging.
+        RuntimeError: if training fails in another way than by diverging, or is stopped.
     """
     if (found := _look_up(recipe, settings)) is not None:
         return found
@@ -159,6 +159,8 @@ def _train(recipe: str, settings: Settings, folder: Path) -> bool:
         _free_cores.put(core)
     if process.returncode and "lower the learning rates" not in process.stderr:
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
+    if not process.returncode and not (folder / "report.json").exists():
+        raise RuntimeError(f"training in {folder} was stopped; start again to go on")
     return not process.returncode
 
 
