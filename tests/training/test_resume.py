@@ -225,14 +225,15 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, 
 def test_a_run_that_was_killed_before_its_report_gets_one(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed(0), workdir)
-    whole = json.loads((workdir / "report.json").read_text())
-    for left in (None, {**whole, "steps": SAVE_EVERY}):  # none, or that of an earlier end
-        if left is None:
-            (workdir / "report.json").unlink()
-        else:
-            (workdir / "report.json").write_text(json.dumps(left))
+    report = workdir / "report.json"
+    whole = json.loads(report.read_text())
+    for leave in (  # no report, or that of an earlier end
+        report.unlink,
+        lambda: report.write_text(json.dumps({**whole, "steps": SAVE_EVERY})),
+    ):
+        leave()
         train(tiny_config(corpus), str(workdir))
-        found = json.loads((workdir / "report.json").read_text())
+        found = json.loads(report.read_text())
         assert found == {**whole, "tokens_per_second": None}
         assert f"{STEPS} steps of 256 tokens; " in capsys.readouterr().out
         assert_same_run(workdir, undisturbed(0))
