@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from peerjax.analysis.codes import code_statistics
 from peerjax.config import model_config, validate
 from peerjax.model import Decoder
+from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.step import make_eval_step
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted(path.stem for path in Path(REPOSITORY, "configs").glob("*.py"))
@@ -37,3 +40,19 @@ def test_monet_has_as_many_parameters_as_in_the_paper(recipe, kind):
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == MONETS[recipe]
     assert f"{MONETS[recipe]:,}" in importlib.import_module(f"configs.{recipe}").__doc__
+
+
+def test_the_largest_can_be_evaluated():
+    # Its pool has more codes than an int32 counts.
+    config = config_of("peer_60b_one_gpu")
+    model = Decoder(model_config(config, vocab_size=4096))
+    state = jax.eval_shape(lambda: create_state(config, model, make_optimizer(config)))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    names = ("inputs", "targets", "positions", "segments")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["weight"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    sums = jax.eval_shape(make_eval_step(model), state.variables, batch)
+    (run,) = state.variables["pools"]
+    pool = state.variables["pools"][run]["pool"]
+    assert sums["gate_sums"][run].shape == (12, pool.num_experts)
+    assert jax.eval_shape(code_statistics, pool).histogram.shape == (12, 8)

@@ -35,6 +35,7 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
     top = largest_code(BITS[pool.storage])
     layers, num_experts, chunk = pool.weights.shape[0], pool.num_experts, EXPERTS_PER_CHUNK
     chunks = -(-num_experts // chunk)
+    rows = float(num_experts * 2)  # as an integer, the number of codes may not fit 32 bits
 
     def add_chunk(index: Array, totals: CodeStatistics) -> CodeStatistics:
         layer, first = index // chunks, index % chunks * chunk
@@ -46,9 +47,9 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
         counts = jnp.stack([jnp.sum((eighth == each) & valid) for each in range(8)])
         full = jnp.mean(codes >= top, axis=-1) > SATURATED_ABOVE
         return totals._replace(
-            histogram=totals.histogram.at[layer].add(counts / (num_experts * 2 * pool.width)),
+            histogram=totals.histogram.at[layer].add(counts / (rows * pool.width)),
             saturated_rows=totals.saturated_rows.at[layer].add(
-                jnp.sum(full & valid[..., 0]) / (num_experts * 2)
+                jnp.sum(full & valid[..., 0]) / rows
             ),
         )
 
