@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib.resources
 import json as json_module
@@ -53,6 +54,7 @@ class Tokenizer:
         self.end_of_text = -1 if number is None else number
         ends = map(self._tokenizer.token_to_id, self._vocabulary.ends)
         self.ends = frozenset(number for number in ends if number is not None)
+        self._bytes = self._bytes_of_tokens()
         self.digest = hashlib.sha256(json.encode()).hexdigest()
 
     @staticmethod
@@ -117,26 +119,32 @@ class Tokenizer:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token numbers; end-of-text tokens are left out."""
-        return self._tokenizer.decode(list(ids))
+        """The text of token numbers, special tokens left out.
+
+        Bytes that are no UTF-8, such as a character cut off at the end, become "\ufffd"; the
+        library's own decoding of `ByteFallback` tokens makes as much of all bytes beside them.
+        """
+        return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def stream(self) -> Callable[[int], str]:
         """A function that takes tokens one by one and returns the text that each completes.
 
         A character may need several tokens: it comes with the last of them.
         """
-        decoding = decoders.DecodeStream(skip_special_tokens=True)
-        return lambda token: decoding.step(self._tokenizer, token) or ""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(self._bytes[token])
 
     def bytes_per_token(self) -> Int[np.ndarray, " vocab_size"]:
-        """How many bytes of text each token stands for; 0 for those that end it."""
-        lengths = np.zeros(self.vocab_size, np.int32)
+        """How many bytes of text each token stands for; 0 for special ones."""
+        return np.array([*map(len, self._bytes)], np.int32)
+
+    def _bytes_of_tokens(self) -> list[bytes]:
+        found = [b""] * self.vocab_size
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[number] = self._vocabulary.length(token)
+            found[number] = self._vocabulary.bytes_of(token)
         for number, added in self._tokenizer.get_added_tokens_decoder().items():
-            lengths[number] = len(added.content.encode())  # plain text
-        lengths[sorted(self.ends)] = 0
-        return lengths
+            found[number] = b"" if added.special else added.content.encode()
+        return found
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:

@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
+# The alphabet of byte-level vocabularies: printable bytes of Latin-1, and then all others.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(_OTHERS)
+}
 # Between words, at the end of words, and after ends of lines: where texts are cut.
 CUT_WITHIN = re.compile(rf"[^{SPACE}]{SPACE}|\n.", re.DOTALL)
 
@@ -38,8 +43,8 @@ class Vocabulary(Protocol):
     def adapted(self, parts: dict[str, Any]) -> str:
         """The tokenizer's JSON such that a text can be encoded in pieces."""
 
-    def length(self, token: str) -> int:
-        """How many bytes of text a token stands for."""
+    def bytes_of(self, token: str) -> bytes:
+        """The bytes of text that a token stands for."""
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
         """Why tokens would not stand for the text; `None` if they do."""
@@ -60,9 +65,9 @@ class ByteLevel:
         """As it is."""
         return json.dumps(parts)
 
-    def length(self, token: str) -> int:
-        """One a character."""
-        return len(token)
+    def bytes_of(self, token: str) -> bytes:
+        """One a character; none for a token that is written in other characters."""
+        return bytes(BYTE_OF[each] for each in token) if BYTE_OF.keys() >= set(token) else b""
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
         """Why tokens would not stand for the bytes of the text, one for one."""
@@ -70,7 +75,7 @@ class ByteLevel:
         model, first = parts["model"], parts["pre_tokenizer"] or {}
         steps: list[dict[str, Any]] = first.get("pretokenizers", [first])
         kinds = [step.get("type") for step in steps]
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        alphabet = BYTE_OF.keys()
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         added = tokenizer.get_added_tokens_decoder()
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
@@ -96,7 +101,7 @@ class ByteLevel:
         if end_of_text not in added or not added[end_of_text].special:
             return f"its token {END_OF_TEXT!r} is not special, so that texts could contain it"
         for token, number in vocabulary.items():
-            if number not in added and not alphabet.issuperset(token):
+            if number not in added and not alphabet >= set(token):
                 return f"its token {token!r} is not written in the byte-level alphabet"
         return None
 
@@ -113,20 +118,13 @@ class ByteFallback:
     def adapted(self, parts: dict[str, Any]) -> str:
         """The space before a document is put there by whoever encodes it, and stays in decoding."""
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-        decoder = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
-        return json.dumps(
-            parts
-            | {
-                "normalizer": spaces,
-                "decoder": {"type": "Sequence", "decoders": decoder},
-                "post_processor": None,
-            }
-        )
+        return json.dumps(parts | {"normalizer": spaces, "post_processor": None})
 
-    def length(self, token: str) -> int:
-        """One a byte token, and else those of its characters, where "▁" is a space."""
-        return 1 if BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
+    def bytes_of(self, token: str) -> bytes:
+        """That of a byte token, and else those of its characters, where "▁" is a space."""
+        if BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(SPACE, " ").encode()
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
         """Why tokens would not stand for the text as Llama 2's do."""

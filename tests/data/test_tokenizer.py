@@ -1,3 +1,4 @@
+import functools
 import importlib.resources
 import itertools
 import json
@@ -26,6 +27,9 @@ cuttable = st.text(alphabet="  \n\t\r\x1c\x85\xa0\u2028ab'sé漢.0", max_size=60
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.load()
+
+
+from_library = functools.cache(tokenizers.Tokenizer.from_str)
 
 
 def encode(tokenizer, *documents):
@@ -129,7 +133,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(json_text, message, tmp_path
         Tokenizer.load(str(path))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(texts)
 def test_what_else_a_tokenizer_json_asks_for_is_left_out(tokenizer, text):
     # Tokenizers as they are published cut texts short, pad them and add tokens of their own.
@@ -162,15 +166,43 @@ def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(ll
     assert llama.bytes_per_token()[ids].sum() == len(text.encode()) + bool(text)
 
 
-def test_byte_fallback_streams_what_it_decodes_and_knows_where_texts_end(llama, tmp_path):
-    text = " of the people, 漢字 and é"
-    ids = encode(llama, [text[1:]]).tolist()
-    stream = llama.stream()
-    assert "".join(map(stream, ids)) == llama.decode(ids) == text
+def test_byte_fallback_knows_where_texts_end(llama, tmp_path):
     assert llama.end_of_text == 1
     assert llama.ends == {1, 2}
     (tmp_path / "tok.json").write_text(llama.json)
     assert Tokenizer.load(str(tmp_path / "tok.json")).digest == llama.digest
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "llama"])
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_tokens_decode_to_what_the_library_makes_of_their_bytes(request, kind, data):
+    own = request.getfixturevalue(kind)
+    ids = data.draw(st.lists(st.integers(0, own.vocab_size - 1), max_size=30))
+    text, stream = own.decode(ids), own.stream()
+    # A model may stop within a character: what is shown until then is the beginning of the text.
+    assert text.startswith("".join(map(stream, ids)))
+    library = from_library(own.json)
+    if kind == "tokenizer":
+        assert text == library.decode(ids)
+    else:
+        tokens = [library.id_to_token(each) for each in ids]
+        parts = [
+            bytes.fromhex(each[3:5]) if re.fullmatch("<0x..>", each) else each.encode()
+            for each in tokens
+            if each not in ("<s>", "</s>", "<unk>")
+        ]
+        assert text == b"".join(parts).decode(errors="replace").replace("▁", " ")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "llama"])
+def test_a_character_cut_off_costs_only_itself(request, kind):
+    own = request.getfixturevalue(kind)
+    ids = encode(own, ["the people\n漢字漢字漢"]).tolist()
+    text, stream = own.decode(ids[:-1]), own.stream()
+    assert text.strip() == "the people\n漢字漢字�"
+    assert "".join(map(stream, ids[:-1])) == text.removesuffix("�")
+    assert stream(ids[-1]) == "漢"
 
 
 def of_llama(llama, **changes):

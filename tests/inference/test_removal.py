@@ -89,6 +89,35 @@ def test_a_removed_expert_of_a_pool_is_one_whose_weights_are_0():
     assert found != loss(state.variables)
 
 
+@pytest.mark.parametrize("kind", ["peer", "moe", "monet_hd", "monet_vd"])
+def test_every_kind_of_layer_leaves_out_what_is_removed(kind):
+    _, model, _, state = make(
+        **{
+            "model.layers": ((kind, 2),),
+            "pool.storage": "float32",
+            "monet.num_experts": 64,
+            "monet.top_k": 2,
+            "monet.group": 1,
+            "moe.num_experts": 8,
+            "moe.hidden": 8,
+        }
+    )
+    eval_step = jax.jit(make_eval_step(model))
+    batch = make_batch() | {"weight": np.ones(8, np.float32)}
+    (count,) = model.config.experts_by_run().values()
+
+    def loss_without(first, second):
+        experts = {"run_0.0": np.full(count, first), "run_0.1": np.full(count, second)}
+        found = eval_step(state.variables | removed_collection(model, experts), batch)
+        return float(found["nats"])
+
+    whole = float(eval_step(state.variables, batch)["nats"])
+    assert loss_without(False, False) == pytest.approx(whole, rel=1e-6)
+    # The experts of a layer are taken from that layer.
+    losses = {whole, *(loss_without(*each) for each in ((True, False), (False, True)))}
+    assert len({round(each, 3) for each in losses}) == 3
+
+
 def test_what_cannot_be_removed_is_said_before_anything_is_read(texts, tmp_path, finished):
     run = open_run(str(finished))
     with pytest.raises(DataError, match="of one domain, files: .* give several"):
