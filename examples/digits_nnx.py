@@ -34,8 +34,9 @@ def train(seed: int) -> tuple[float, int]:
     params = digits.pack_matrices(nnx.to_pure_dict(state))
 
     def forward(floats: Any, x: jax.Array) -> jax.Array:
-        nnx.replace_by_pure_dict(state, floats)
-        return nnx.merge(model, state)(x)
+        own = jax.tree.map(lambda leaf: leaf, state)  # traced weights must not stay in `state`
+        nnx.replace_by_pure_dict(own, floats)
+        return nnx.merge(model, own)(x)
 
     return digits.train(params, digits.int4_transform(params, seed), forward, seed)
 

@@ -22,7 +22,10 @@ def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:
 
 
 def hash_words(*counters: Int[Array, "..."] | UInt[Array, "..."] | int) -> UInt[Array, "..."]:
-    """Hashes counters, which broadcast against each other, to uniform 32-bit words."""
+    """Hashes counters, which broadcast against each other, to uniform 32-bit words.
+
+    Integers of Python count by their lowest 32 bits.
+    """
     return absorb(jnp.uint32(GOLDEN), *counters)
 
 
@@ -31,6 +34,8 @@ def absorb(
 ) -> UInt[Array, "..."]:
     """Goes on hashing: `absorb(hash_words(a, b), c)` is `hash_words(a, b, c)`."""
     for counter in counters:
+        if isinstance(counter, int):
+            counter = jnp.uint32(counter & 0xFFFFFFFF)
         state = _mix((state + jnp.uint32(GOLDEN)) ^ jnp.asarray(counter).astype(jnp.uint32))
     return state
 

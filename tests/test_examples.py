@@ -1,9 +1,17 @@
 """The examples reach what they promise."""
 
+import operator
+import os
+
+import jax
+import numpy as np
+import optax
 import pytest
 
-pytest.importorskip("sklearn")
+if "CI" not in os.environ:  # where a missing library is a failure
+    pytest.importorskip("sklearn")
 from examples import digits, digits_nnx
+from peerjax import optim
 
 
 @pytest.mark.slow
@@ -13,6 +21,40 @@ def test_int4_matrices_reach_the_accuracy_of_adamw_in_an_eighth_of_its_bytes():
     assert floats > 0.96
     assert packed > floats - 0.005
     assert bytes_ <= float_bytes / 8
-    accuracy, size = digits_nnx.train(seed=0)
-    assert accuracy > floats - 0.015  # one seed
-    assert size == bytes_
+    of_nnx = [digits_nnx.train(seed) for seed in range(3)]
+    assert np.mean([accuracy for accuracy, _ in of_nnx]) > floats - 0.005
+    assert {size for _, size in of_nnx} == {bytes_}
+
+
+def test_masked_and_injected_transforms_train_the_classifier_alike(monkeypatch):
+    monkeypatch.setattr(digits, "STEPS", 40)
+    params = digits.pack_matrices(digits.init(0))
+    packed = jax.tree.map(optim.is_packed_matrix, params, is_leaf=optim.is_packed_matrix)
+    floats = jax.tree.map(operator.not_, packed)
+    schedule = optax.cosine_decay_schedule(3e-3, 40)
+    inject = optax.inject_hyperparams(
+        optim.int4_accumulation, static_args=("accumulator_bits", "implementation")
+    )
+
+    def masked(of_matrices):
+        of_matrices = optax.chain(optax.clip_by_global_norm(1.0), of_matrices)
+        return optax.chain(
+            optax.masked(of_matrices, packed), optax.masked(digits.float_transform(), floats)
+        )
+
+    accuracies = {
+        digits.train(digits.pack_matrices(digits.init(0)), transform, digits.logits, seed=0)[0]
+        for transform in (
+            digits.int4_transform(params, seed=0),
+            masked(optim.int4_accumulation(schedule)),
+            masked(inject(learning_rate=schedule)),
+        )
+    }
+    assert len(accuracies) == 1
+    assert accuracies.pop() > 0.5
+
+
+def test_the_nnx_model_keeps_no_traced_weights(monkeypatch):
+    monkeypatch.setattr(digits, "STEPS", 1)
+    with jax.checking_leaks():
+        digits_nnx.train(seed=0)

@@ -4,6 +4,7 @@ With accumulators of b bits, a weight's code w and accumulator a are the two dig
 `v = 2^b w + a`, a in [-2^(b-1), 2^(b-1)); the value that the optimizer moves is v / 2^b code steps.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,6 +13,8 @@ LARGEST_STEP = float(1 << 20)
 # By the bits of a code, the RMS of a row's codes that its scale aims at, as a share of the largest
 # code: near where rounding and clipping of normal weights together cost least.
 SPREAD = {4: 0.37, 8: 0.25}
+RUNG = 2.0**0.25  # scales move along a ladder of these
+HELD = 0.5  # the share of a row's sum of squares with which few large values tell its scale
 
 
 def largest_code(code_bits: int) -> int:
@@ -29,12 +32,25 @@ def nearest(
 ) -> tuple[Int[Array, "*R D"], Float[Array, "*R"]]:
     """Weights as codes, rounded to nearest, and the scale of each row.
 
-    The few weights beyond the range of codes are clipped.
+    The scale is the one that training aims at, and rungs above it while weights beyond the range of
+    codes, which are clipped, hold most of the row.
     """
-    size = jnp.sqrt(jnp.mean(jnp.square(weights.astype(jnp.float32)), axis=-1))
-    # A row of zeros needs a scale too, to leave zero by.
-    scales = jnp.where(size > 0, size, 1.0) / spread(code_bits)
     top = largest_code(code_bits)
+    squares = jnp.square(weights.astype(jnp.float32))
+
+    def climbs(scales: Float[Array, "*R"]) -> Bool[Array, "*R"]:
+        beyond = squares > jnp.square((top + 0.5) * scales)[..., None]
+        held = jnp.sum(jnp.where(beyond, squares, 0.0), axis=-1)
+        return held > HELD * jnp.sum(squares, axis=-1)
+
+    size = jnp.sqrt(jnp.mean(squares, axis=-1))
+    # A row of zeros needs a scale too, to leave zero by.
+    scales = jnp.where(size == 0, 1.0, size) / spread(code_bits)
+    scales, _ = jax.lax.while_loop(
+        lambda carry: jnp.any(carry[1]),
+        lambda carry: (new := jnp.where(carry[1], RUNG * carry[0], carry[0]), climbs(new)),
+        (scales, climbs(scales)),
+    )
     codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top)
     return codes.astype(jnp.int32), scales
 

@@ -20,11 +20,13 @@ from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
+    is_hit,
     move,
     on_rung,
     precondition,
     rung,
     step_rate,
+    summands,
 )
 from pallas_kernels.expert_update.xla import ROUNDING, Carry
 from pallas_kernels.factored_gradient import FactoredGradient
@@ -190,8 +192,11 @@ def _kernel(
             )
         ]
 
-        squares = [jnp.square(each.astype(jnp.float32)) for each in moved]
-        factors = [rung(sum_of(squares, each), width, bits, bits) for each in segments]
+        by_plane = zip(*(summands(each, bits, bits) for each in moved), strict=True)
+        squares, outer, stopped = ([sum_of(each, s) for s in segments] for each in by_plane)
+        factors = [
+            rung(*each, width, bits, bits) for each in zip(squares, outer, stopped, strict=True)
+        ]
 
         def to_new_scales(moved):
             # Lanes of no segment must not divide by 0.
@@ -201,9 +206,7 @@ def _kernel(
         # Few scales move.
         moves = functools.reduce(jnp.logical_or, [factor != 1 for factor in factors])
         moved = jax.lax.cond(moves, to_new_scales, lambda moved: moved, moved)
-        clips = [jnp.where(integer_step.clips(each, bits, bits), 1.0, 0.0) for each in moved]
-        stopped = [sum_of(clips, each) for each in segments]
-        hit = on_lanes([jnp.where(square > 0, 1.0, 0.0) for square in mean_square]) > 0
+        hit = on_lanes([jnp.where(is_hit(square), 1.0, 0.0) for square in mean_square]) > 0
         low, high = integer_step.limits(bits, bits)
         new = [integer_step.split(jnp.clip(each, low, high), bits) for each in moved]
         for which, (ref, old) in enumerate(((codes_ref, codes), (accumulators_ref, accumulators))):

@@ -10,11 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
+    is_hit,
     move,
     on_rung,
     precondition,
     rung,
     step_rate,
+    summands,
 )
 
 ROW = (-2, -1)  # the axes of a row's columns: planes, and words
@@ -31,7 +33,7 @@ class RowCounts(NamedTuple):
     """What a step did to each row; see `pallas_kernels.expert_update.Statistics`."""
 
     hit: Bool[Array, "*R"]
-    clipped: Int[Array, "*R"]
+    clipped: Float[Array, "*R"]
     grown: Bool[Array, "*R"]
     step_size: Float[Array, "*R"]
 
@@ -48,7 +50,7 @@ def step_rows(
     code_bits: int,
     bits: int,
 ) -> tuple[Int[Array, "*R planes W"], Int[Array, "*R planes W"], RowNumbers, RowCounts]:
-    """Moves every row whose gradient is not zero; the others stay as they are.
+    """Moves every row whose gradient is finite and not zero; the others stay as they are.
 
     Args:
         codes: columns by plane, as words hold them.
@@ -65,7 +67,7 @@ def step_rows(
         Codes, accumulators and numbers after the step, and counts of rows that were hit.
     """
     mean_square = jnp.sum(gradient * gradient, axis=ROW) / width
-    hit = mean_square > 0
+    hit = is_hit(mean_square)
 
     # The integer step, with the old scale.
     moments, by_root = precondition(mean_square, numbers.moments, rule.beta2)
@@ -74,14 +76,15 @@ def step_rows(
     moved = move(values, gradient, jnp.expand_dims(rate, ROW), draw(), rule)
 
     # Few scales move, and chunks in which none does pass this by.
-    square_sum = jnp.sum(jnp.square(moved.astype(jnp.float32)), axis=ROW)
-    factor = jnp.where(hit, rung(square_sum, width, code_bits, bits), 1.0)
+    square_sum, outer, stops = (
+        jnp.sum(each, axis=ROW) for each in summands(moved, code_bits, bits)
+    )
+    factor = jnp.where(hit, rung(square_sum, outer, stops, width, code_bits, bits), 1.0)
 
     def to_new_scales(moved: Array) -> Array:
         return on_rung(moved, jnp.expand_dims(factor, ROW), draw())
 
     moved = jax.lax.cond(jnp.any(factor != 1), to_new_scales, lambda moved: moved, moved)
-    clipped = jnp.sum(integer_step.clips(moved, code_bits, bits), axis=ROW)
     moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
     keep = jnp.expand_dims(hit, ROW)
@@ -92,8 +95,8 @@ def step_rows(
         RowNumbers(*[jnp.where(hit, n, o) for n, o in zip(new, numbers, strict=True)]),
         RowCounts(
             hit=hit,
-            clipped=clipped * hit,
+            clipped=jnp.where(hit, stops, 0.0),
             grown=factor > 1,
-            step_size=rate * jnp.sum(jnp.abs(gradient), axis=ROW) * hit,
+            step_size=jnp.where(hit, rate * jnp.sum(jnp.abs(gradient), axis=ROW), 0.0),
         ),
     )

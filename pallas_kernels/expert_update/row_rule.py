@@ -12,11 +12,13 @@ from pallas_kernels.counter_hash import absorb
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
+    is_hit,
     move,
     on_rung,
     precondition,
     rung,
     step_rate,
+    summands,
 )
 from pallas_kernels.row_layout import RowLayout
 
@@ -87,15 +89,14 @@ def rewrite_rows(
         integer_step.join(codes, accumulators, bits), gradient, on_lanes(rates)[None], random, rule
     )
 
-    squares = sums_of(jnp.square(moved.astype(jnp.float32)))
-    factors = [rung(each, width, bits, bits) for each in squares]
+    squares, outer, stopped = (sums_of(each) for each in summands(moved, bits, bits))
+    factors = [rung(*each, width, bits, bits) for each in zip(squares, outer, stopped, strict=True)]
     # Lanes of no segment must not divide by 0.
     by_lane = jnp.maximum(on_lanes(factors), 0.5)[None]
     moved = on_rung(moved, by_lane, random)
-    stopped = sums_of(integer_step.clips(moved, bits, bits).astype(jnp.float32))
     moved = jnp.clip(moved, *integer_step.limits(bits, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
-    hit = on_lanes([(square > 0).astype(jnp.float32) for square in mean_square])[None] > 0
+    hit = on_lanes([is_hit(square).astype(jnp.float32) for square in mean_square])[None] > 0
     words = [
         _pack(jnp.where(hit, new, old), layout)
         for new, old in ((new_codes, codes), (new_accumulators, accumulators))

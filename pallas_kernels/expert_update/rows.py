@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.expert_update.rule import Hyperparameters, precondition, step_rate
+from pallas_kernels.expert_update.rule import Hyperparameters, is_hit, precondition, step_rate
 from pallas_kernels.expert_update.xla import Carry
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import SortedPairs
@@ -58,7 +58,7 @@ class RowSums(NamedTuple):
         mean_square: of the gradient.
         magnitude: sum of the gradient's absolute values.
         factor: what the scale is multiplied by.
-        stopped: codes that stopped at their limit.
+        stopped: values that went beyond the limits of codes.
     """
 
     mean_square: Float[Array, "experts 2 P"]
@@ -86,7 +86,7 @@ def finish(
     """Scales, second moments and statistics of a layer whose codes have been rewritten."""
     experts = rows.experts(layout)
     scales, moments = (gather(array, layer, experts) for array in (carry.scales, carry.moments))
-    hit = rows.is_last & (sums.mean_square > 0)
+    hit = rows.is_last & is_hit(sums.mean_square)
     new_moments, by_root = precondition(sums.mean_square, moments, rule.beta2)
     step_size = step_rate(by_root, scales, rule, layout.bits) * sums.magnitude
     place = jnp.where(hit, experts[:, None], carry.moments.shape[-1])

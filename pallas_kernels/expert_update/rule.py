@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels.counter_hash import round_stochastically
 from pallas_kernels.expert_update import integer_step
 
 EPSILON = 1e-12
-RUNG = 2.0**0.25  # scales move along a ladder of these
 
 
 class Hyperparameters(NamedTuple):
@@ -32,8 +31,9 @@ class Statistics(NamedTuple):
 
     Attributes:
         experts: experts hit.
-        rows: vectors (`down` or `up`) with a gradient.
-        clipped: codes that stopped at their limit.
+        rows: vectors (`down` or `up`) with a gradient that is finite.
+        clipped: values that went beyond the limits of codes, to stop there unless their row's scale
+            made room.
         grown: rows whose scale went up a rung to make room.
         step_size: sum over the weights of hit rows of |step|, without the part of weight decay, in
             units of the accumulator (packed pools) or of the weight (float pools).
@@ -44,6 +44,11 @@ class Statistics(NamedTuple):
     clipped: Float[Array, " layers"]
     grown: Float[Array, " layers"]
     step_size: Float[Array, " layers"]
+
+
+def is_hit(mean_square: Float[Array, "*C"]) -> Bool[Array, "*C"]:
+    """Which rows move: those with a gradient, unless it, or its square, is not finite."""
+    return (mean_square > 0) & (mean_square < jnp.inf)
 
 
 def precondition(
@@ -90,26 +95,54 @@ def step_rate(
     return rule.learning_rate * factor / scales * 2.0**bits
 
 
+def summands(
+    moved: Int[Array, "*S"], code_bits: int, bits: int
+) -> tuple[Float[Array, "*S"], Float[Array, "*S"], Float[Array, "*S"]]:
+    """What `rung` wants the sums of, over the values of each row.
+
+    Returns:
+        Squares; squares of the outer values, which at a scale two rungs lower would be beyond the
+        limits of codes; and 1 for those that are beyond them now.
+    """
+    squares = jnp.square(moved.astype(jnp.float32))
+    limit = integer_step.limits(code_bits, bits)[1] / integer_step.RUNG**2
+    stops = jnp.where(integer_step.clips(moved, code_bits, bits), 1.0, 0.0)
+    return squares, jnp.where(squares > limit**2, squares, 0.0), stops
+
+
 def rung(
-    square_sum: Float[Array, "*C"], width: int, code_bits: int, bits: int
+    square_sum: Float[Array, "*C"],
+    outer: Float[Array, "*C"],
+    stops: Float[Array, "*C"],
+    width: int,
+    code_bits: int,
+    bits: int,
 ) -> Float[Array, "*C"]:
-    """What a row's scale is multiplied by: `RUNG`, 1 or `1 / RUNG`.
+    """What a row's scale is multiplied by: a rung, 1 or its inverse.
 
     A scale follows the RMS of its row, so that codes make the most of their range while weights
     grow and shrink. It moves once the RMS of the codes is more than a rung from where it should be:
     a row stays a rung away from moving back. A row of zeros keeps its scale, or it would go down to
     0 while nothing moves the row.
 
+    Where few values are most of a row, an RMS says nothing of them: as if the others were noise,
+    codes would clip away what the row is, step by step. While outer values hold half of the sum of
+    squares the scale does not go down, and it goes up if values that stop do.
+
     Args:
         square_sum: of the row's values, in units of the accumulator.
+        outer: likewise, of outer values (`summands`).
+        stops: how many are beyond the limits of codes.
         width: of the row.
         code_bits: of a code.
         bits: of an accumulator.
     """
     wanted = width * integer_step.spread(code_bits, bits) ** 2
-    small = (square_sum > 0) & (square_sum < wanted / RUNG**2)
-    shrinks = jnp.where(small, 1 / RUNG, 1.0)
-    return jnp.where(square_sum > wanted * RUNG**2, RUNG, shrinks)
+    ratio, held = integer_step.RUNG, integer_step.HELD * square_sum
+    small = (square_sum > 0) & (square_sum < wanted / ratio**2) & (outer < held)
+    least = stops * float(integer_step.limits(code_bits, bits)[1]) ** 2  # that those stopped hold
+    large = (square_sum > wanted * ratio**2) | (least > held)
+    return jnp.where(large, ratio, jnp.where(small, 1 / ratio, 1.0))
 
 
 def on_rung(

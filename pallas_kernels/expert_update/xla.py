@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from pallas_kernels import storage as layout
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update.packed_rows import ROW, RowCounts, RowNumbers, step_rows
-from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, precondition
+from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, is_hit, precondition
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.platforms import by_platform
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
@@ -159,7 +159,7 @@ def rewrite_floats(
     weights = (_bits_as(jnp.bfloat16, rows) if as_bits else rows).astype(jnp.float32)
     moments = carry.moments[layer, matrix, safe[:, None]]
     mean_square = jnp.mean(sums * sums, axis=-1)
-    hit = valid[:, None] & (mean_square > 0)
+    hit = valid[:, None] & is_hit(mean_square)
     new_moments, factor = precondition(mean_square, moments, rule.beta2)
     steps = -rule.learning_rate * factor[..., None] * sums
     step_size = rule.learning_rate * factor * jnp.sum(jnp.abs(sums), axis=-1)
@@ -171,8 +171,8 @@ def rewrite_floats(
         bits = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
         new = bits if as_bits else _bits_as(jnp.bfloat16, bits)
     to = (layer, matrix, expert[:, None])
-    nothing = jnp.zeros_like(hit)
-    counts = RowCounts(hit, nothing, nothing, step_size * hit)
+    nothing = jnp.zeros_like(step_size)
+    counts = RowCounts(hit, nothing, nothing > 0, jnp.where(hit, step_size, 0.0))
     return carry._replace(
         weights=carry.weights.at[layer, expert].set(new, mode="drop", unique_indices=True),
         moments=carry.moments.at[to].set(

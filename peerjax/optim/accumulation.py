@@ -83,7 +83,8 @@ def int4_accumulation(
         clip_norm: bound on the norm of the gradient of each pool, or stack of pools. Finding the
             norm takes a second pass over the pairs; every row's step has an RMS of at most 1
             without it. Gradients of matrices can be clipped by any optax transform before this one.
-        seed: with the number of the update, determines every random bit.
+        seed: with the number of the update and of the leaf in the tree, determines every random
+            bit. Give each transform of a partition its own.
         accumulator_bits: of accumulators: 0, 2, 4 or 8; `None` means as many as a code has. With 0,
             steps are rounded straight to codes. Under `optax.inject_hyperparams` name it in
             `static_args`.
@@ -91,7 +92,8 @@ def int4_accumulation(
 
     Returns:
         The transform. Its `init` and `update` raise a ValueError for parameters that are not
-        packed, and `update` for gradients of another kind or shape, or without params.
+        packed, and `update` for gradients or a state of another kind or shape, or without params.
+        Rows whose gradient, or its square, is not finite are passed over.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -139,20 +141,20 @@ def int4_accumulation(
         storage = leaf.storage if isinstance(leaf, ExpertPool) else storage_of(leaf.bits)
         return accumulator_bits_of(storage, accumulator_bits)
 
+    def state_of(leaf: ExpertPool | PackedMatrix) -> UpdateState:
+        if isinstance(leaf, ExpertPool):
+            return UpdateState.zeros_for(leaf, accumulator_bits)
+        return zero_state(leaf, bits_of(leaf))
+
     def init(params: Any) -> AccumulationState:
         leaves, structure = _packed_leaves(params)
-
-        def state_of(leaf: ExpertPool | PackedMatrix) -> UpdateState:
-            if isinstance(leaf, ExpertPool):
-                return UpdateState.zeros_for(leaf, accumulator_bits)
-            return zero_state(leaf, bits_of(leaf))
 
         def statistics_of(leaf: ExpertPool | PackedMatrix) -> Statistics:
             layers = ()
             if isinstance(leaf, ExpertPool) and leaf.is_stack:
                 layers = leaf.weights.shape[:1]
-            zeros = jnp.zeros(layers, jnp.float32)
-            return Statistics(*[zeros] * len(Statistics._fields))
+            # Each of its own, or they could not be donated.
+            return Statistics(*[jnp.zeros(layers, jnp.float32) for _ in Statistics._fields])
 
         return AccumulationState(
             count=jnp.zeros((), jnp.int32),
@@ -180,6 +182,7 @@ def int4_accumulation(
             # The number of the leaf is a part of its seed: they draw different bits.
             options: dict[str, Any] = {"seed": hash_words(seed, number), "step": state.count}
             _check_gradient(leaf, gradient)
+            _check_state(own, jax.eval_shape(state_of, leaf))
             if isinstance(leaf, PackedMatrix):
                 return update_matrix(
                     leaf, own, gradient, hyperparameters, accumulator_bits=bits_of(leaf), **options
@@ -242,6 +245,15 @@ def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:
         raise ValueError(
             f"the gradient of a packed matrix of shape {leaf.shape} is a float array like it, "
             f"not {found}: differentiate with respect to peerjax.optim.dequantize(params)"
+        )
+
+
+def _check_state(state: UpdateState, expected: UpdateState) -> None:
+    found, wanted = (jax.tree.map(jnp.shape, each) for each in (state, expected))
+    if found != wanted:
+        raise ValueError(
+            f"the state has accumulators and moments of shapes {tuple(found)}, the params want "
+            f"{tuple(wanted)}: it was made by the init of other params or another accumulator_bits"
         )
 
 

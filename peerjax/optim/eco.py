@@ -72,8 +72,9 @@ def eco(
     """
 
     def init(params: Any) -> EcoState:
-        zeros = jax.tree.map(_zeros, params, is_leaf=_is_pool)
-        return EcoState(jnp.zeros((), jnp.int32), zeros, zeros)
+        # Each of its own, or they could not be donated.
+        first, second = (jax.tree.map(_zeros, params, is_leaf=_is_pool) for _ in range(2))
+        return EcoState(jnp.zeros((), jnp.int32), first, second)
 
     def update(
         updates: Any, state: EcoState, params: Any = None, **extra: Any

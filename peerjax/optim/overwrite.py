@@ -27,27 +27,39 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
         The new params.
 
     Raises:
-        ValueError: if floats would be added to the codes of a pool or of a packed matrix.
+        ValueError: if floats would be added to the codes of a pool or of a packed matrix, or have
+            taken their place.
     """
 
     def apply(path: Any, param: Any, update: Any) -> Any:
-        if isinstance(update, Overwrite):
+        if isinstance(update, Overwrite) and _are_alike(update.value, param):
             return update.value
-        if isinstance(param, ExpertPool) and param.is_packed:
+        if isinstance(update, Overwrite) or (isinstance(param, ExpertPool) and param.is_packed):
             raise ValueError(
-                f"the update of the packed pool {jax.tree_util.keystr(path)} is no Overwrite; "
-                "int4_accumulation must come last in the chain that updates pools"
+                f"the update of the pool {jax.tree_util.keystr(path)} is no Overwrite by a pool "
+                "like it; int4_accumulation must come last in the chain that updates pools"
             )
         if isinstance(param, PackedMatrix) and not _is_difference(update):
             raise ValueError(
                 f"the update of the packed matrix {jax.tree_util.keystr(path)} is no difference of "
-                "words; int4_accumulation must come last in the chain that updates it"
+                "words; int4_accumulation must come last in the chain that updates it, and what is "
+                "not to be trained stays out of the tree"
             )
         return optax.apply_updates(param, update)
 
     return jax.tree_util.tree_map_with_path(
         apply, params, updates, is_leaf=lambda node: isinstance(node, ExpertPool | PackedMatrix)
     )
+
+
+def _are_alike(new: Any, old: Any) -> bool:
+    """Whether two trees have the same structure, shapes and types."""
+
+    def form(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    return bool(form(new) == form(old))
 
 
 def _is_difference(update: Any) -> bool:

@@ -64,14 +64,16 @@ def is_packed_matrix(node: Any) -> bool:
 def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
     """Packs a matrix, rounded to nearest, each row with the scale that training would give it.
 
-    The few weights beyond the range of codes are clipped.
+    Weights beyond the range of codes are clipped: of int4 codes, beyond 2.9 times the RMS of a row,
+    unless those hold most of its sum of squares.
 
     Args:
         weights: floats; the vectors along the last axis share a scale and a second moment.
         bits: of a code, 4 or 8.
 
     Raises:
-        ValueError: if `weights` has no rows, or for other bits.
+        ValueError: if `weights` has no rows or is empty, for other bits, and, outside of `jax.jit`,
+            if the size of a row is not finite.
     """
     if bits not in (4, 8):
         raise ValueError(f"codes have 4 or 8 bits, not {bits}")
@@ -79,7 +81,11 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
         raise ValueError(
             f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
         )
+    if not weights.size:
+        raise ValueError(f"an array of shape {weights.shape} is empty; leave it as it is")
     codes, scales = nearest(weights, bits)
+    if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scales))):
+        raise ValueError("weights, or the squares of weights, are not finite and cannot be packed")
     words = pack_planes(_by_plane(codes, bits), bits)
     return PackedMatrix(words, scales, weights.shape[-1], bits)
 
@@ -94,13 +100,16 @@ def dequantize(params: Any) -> Any:
 
 
 def zero_state(matrix: PackedMatrix, accumulator_bits: int) -> UpdateState:
-    """What an update keeps beside a matrix; by row: moments [*rows], not [2, N]."""
-    moments = jnp.zeros(matrix.scales.shape, jnp.float32)
+    """What an update keeps beside a matrix; by row: moments [*rows], not [2, N].
+
+    Made of the scales, to lie on the devices that they lie on.
+    """
+    moments = jnp.zeros_like(matrix.scales)
     accumulators = None
     if accumulator_bits:
         padded = matrix.words.shape[-1] * codes_per_word(matrix.bits)
         words = -(-padded // codes_per_word(accumulator_bits))
-        accumulators = jnp.zeros((*matrix.scales.shape, words), jnp.int32)
+        accumulators = moments.astype(jnp.int32)[..., None] * jnp.zeros(words, jnp.int32)
     return UpdateState(accumulators, moments)
 
 
@@ -114,7 +123,7 @@ def update_matrix(
     step: Int[Array, ""],
     accumulator_bits: int,
 ) -> tuple[PackedMatrix, UpdateState, Statistics]:
-    """One step of the row-wise rule; rows without a gradient stay as they are.
+    """One step of the row-wise rule; rows without a gradient that is finite stay as they are.
 
     Returns:
         The *change* of the matrix, whose words and scales are to be added to the old ones, the new
@@ -149,7 +158,7 @@ def update_matrix(
     )
     new_state = UpdateState(new_accumulators, numbers.moments)
     sums = [jnp.sum(each, dtype=jnp.float32) for each in counts]
-    return change, new_state, Statistics(jnp.zeros(()), *sums)
+    return change, new_state, Statistics(jnp.zeros((), jnp.float32), *sums)
 
 
 def _by_plane(rows: Array, bits: int) -> Array:

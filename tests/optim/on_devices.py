@@ -1,4 +1,4 @@
-"""Updates a packed pool from a gradient whose tokens are spread over all devices.
+"""Updates a packed pool from a gradient whose tokens are spread over all devices, and a matrix.
 
 python -m tests.optim.on_devices OUTPUT.npz
 """
@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from pallas_kernels.counter_hash import hash_words, round_stochastically
 from peerjax import optim
@@ -16,6 +17,30 @@ from peerjax.sharding.pools import gather_tokens
 from tests.pallas_kernels.test_expert_update import make_gradient, make_pool
 
 TOKENS, STEPS = 24, 5
+
+
+def matrix_steps(axis_type: jax.sharding.AxisType) -> list[np.ndarray]:
+    """Three steps of a packed matrix whose rows lie on the devices, as optax tests optimizers."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (axis_type,))
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    gradient = jax.device_put(jax.random.normal(jax.random.key(1), (16, 20)), by_row)
+    transform = optim.int4_accumulation(0.05)
+
+    @jax.jit
+    def step(gradient, state, params):
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(optim.pack(jax.random.normal(jax.random.key(0), (16, 20))), by_row)
+        state = transform.init(params)
+        for leaf in jax.tree.leaves(state.pools):  # lies where its rows lie
+            assert leaf.sharding.is_equivalent_to(by_row, leaf.ndim), leaf.sharding
+        for _ in range(3):
+            types = jax.tree.map(jax.typeof, (params, state))
+            params, state = step(gradient, state, params)
+            assert jax.tree.map(jax.typeof, (params, state)) == types
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((params, state.pools))]
 
 
 def main(output: str) -> None:
@@ -44,6 +69,8 @@ def main(output: str) -> None:
             pool, state = step(pool, state, gradient)
         words, integers = rounded(values)
     leaves = jax.tree.leaves((pool, state))
+    for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        leaves += matrix_steps(axis_type)
     named = {f"leaf_{number}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
     np.savez(output, devices=jax.device_count(), words=words, integers=integers, **named)
 

@@ -109,6 +109,36 @@ def test_adding_to_codes_is_refused():
         optim.apply_updates({"pool": pool}, {"pool": jax.tree.map(jnp.zeros_like, pool)})
 
 
+@pytest.mark.parametrize("storage", ["float32", "int4"])
+def test_a_pool_whose_new_words_were_scaled_is_refused(storage):
+    pool = make_pool(storage)
+    late = optax.chain(optim.int4_accumulation(0.02), optax.scale(0.5))
+    updates, _ = late.update(make_gradient(), late.init(pool), pool)
+    if storage == "float32":  # cannot be seen: they are floats before and after
+        optim.apply_updates(pool, updates)
+    else:
+        with pytest.raises(ValueError, match="is no Overwrite by a pool like it"):
+            optim.apply_updates(pool, updates)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_state_of_other_accumulators_is_refused(bits):
+    pool, transform = make_pool("int4"), optim.int4_accumulation(0.02)
+    state = optim.int4_accumulation(0.02, accumulator_bits=bits).init(pool)
+    with pytest.raises(ValueError, match="another accumulator_bits"):
+        transform.update(make_gradient(), state, pool)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**40 + 3])
+def test_any_integer_is_a_seed(seed):
+    pool = make_pool("int4")
+    transform = optim.int4_accumulation(0.02, seed=seed)
+    small = optim.int4_accumulation(0.02, seed=jnp.uint32(seed % 2**32))
+    new, _ = one_step(transform, make_gradient(), transform.init(pool), pool)
+    expected, _ = one_step(small, make_gradient(), small.init(pool), pool)
+    assert_trees_equal(new, expected)
+
+
 def test_bytes_a_parameter_while_training():
     pool = jax.eval_shape(
         lambda: initialize_pool(jax.random.key(0), 1, 1 << 14, 1024, storage="int4")

@@ -84,11 +84,15 @@ def reference(pool, state, gradient, rule, seed, step, bits):
         words = np.asarray(hash_words(seed, 1, step, layer, matrix, expert, jnp.arange(D)))
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = v + (np.floor(u) + up).astype(np.int64)
-        low, high = -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0)
         beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2)) / (
             SPREAD[pool.storage] * top * unit
         )
-        factor = 2 ** (0.25 * (int(beyond > 2**0.25) - int(beyond < 2**-0.25)))
+        squares = moved.astype(np.float64) ** 2
+        low, high = -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0)
+        stopped = np.sum((moved < low) | (moved > high)) * high**2 > np.sum(squares) / 2
+        outer = np.sum(squares[squares > high**2 / 2]) < np.sum(squares) / 2
+        grows, shrinks = beyond > 2**0.25 or stopped, beyond < 2**-0.25 and outer
+        factor = 2 ** (0.25 * (1 if grows else -int(shrinks)))
         scaled = moved / factor
         up = (words % 256 + 0.5) / 256 < scaled - np.floor(scaled)
         moved = np.clip((np.floor(scaled) + up).astype(np.int64), low, high)
