@@ -104,3 +104,32 @@ def test_what_does_not_fit_is_named(tmp_path):
     safetensors.numpy.save_file(tensors, path, {"peerjax": kinds})
     with pytest.raises(UserError, match="has no tensor 'w.codes', which its metadata names"):
         exchange.load(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    tree, path = {"b": jnp.ones(3)}, tmp_path / "a.safetensors"
+    exchange.save(path, tree)
+
+    def full_disk(arrays, to, metadata):
+        to.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
+    for write in (exchange.save, exchange.save_floats):
+        with pytest.raises(UserError, match=r"cannot write .*a.safetensors .* no space left"):
+            write(path, {"b": jnp.zeros(3)})
+        assert_same(exchange.restore(path, tree), tree)
+        assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"cannot write .*no_such_folder/a.safetensors"):
+        exchange.save(tmp_path / "no_such_folder" / "a.safetensors", tree)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no tensors", b"\xff" * 64, b"\x08" + bytes(7) + b"{" * 8]
+)
+def test_a_file_of_another_kind_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*a.safetensors as safetensors: [^\n]*$"):
+        exchange.load(path)
