@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.flax
-from jaxtyping import Array
 
 from pallas_kernels.storage import ExpertPool, read_floats
 from peerjax.errors import UserError
@@ -29,17 +27,22 @@ LAYOUT = (
     "other, `down` then `up`, W words each; weight = code * scale, scales [layers, 2, N]. Matrix: "
     "[rows, W], its width padded to whole words; scales [rows]."
 )
+# What NumPy reads back: safetensors also writes floats of 8 bits, but makes no arrays of them.
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+READABLE = ("bool", *INTEGERS, "bfloat16", "float16", "float32", "float64", "complex64")
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a tree of pools, packed matrices and arrays, bit by bit as they are.
 
-    Names are the paths of the leaves, joined by dots. The file appears when it is whole.
+    Names are the paths of the leaves, joined by dots. Numbers of Python are written as the arrays
+    that NumPy makes of them, 64 bits wide. The file appears when it is whole.
 
     Raises:
-        UserError: if two leaves have the same name.
+        UserError: if two leaves have the same name, a leaf is of a type that cannot be read back,
+            or the file cannot be written.
     """
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Any] = {}
     kinds: dict[str, dict[str, Any]] = {}
     for name, leaf in named_leaves(tree, _is_leaf).items():
         if isinstance(leaf, ExpertPool) and leaf.is_packed:
@@ -52,7 +55,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
             kinds[name] = {"kind": "matrix", **_static_fields(leaf)}
             tensors |= {f"{name}.codes": leaf.words, f"{name}.scales": leaf.scales}
         else:
-            tensors[name] = jnp.asarray(leaf)
+            tensors[name] = _as_numpy(name, leaf)
     metadata = {METADATA: json.dumps(kinds), "layout": LAYOUT}
     write_tensors(path, tensors, metadata)
 
@@ -60,23 +63,25 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads what `save` wrote: pools, packed matrices and arrays by name.
 
-    Files of other tools are read too, as arrays.
+    Files of other tools are read too, as arrays. Arrays are JAX's, except for types that JAX would
+    cut to 32 bits: without `jax_enable_x64`, those of 64 bits are NumPy's.
 
     Raises:
-        UserError: if the file is missing, damaged, or lacks a tensor that its metadata names.
+        UserError: if the file is missing, damaged, lacks a tensor that its metadata names, or has
+            one of a type that NumPy does not know.
     """
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _read(file, name) for name in file.keys()}  # noqa: SIM118
         kinds = json.loads(metadata.get(METADATA, "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {os.fspath(path)} as safetensors: {error}") from None
 
-    def take(name: str) -> Array:
+    def take(name: str) -> Any:
         if name not in tensors:
             raise UserError(f"{os.fspath(path)} has no tensor {name!r}, which its metadata names")
-        return tensors.pop(name)
+        return _as_jax(tensors.pop(name))
 
     packed: dict[str, Any] = {}
     for name, fields in kinds.items():
@@ -87,11 +92,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             packed[name] = ExpertPool(take(f"{name}.codes"), take(f"{name}.scales"), **fields)
         else:
             packed[name] = ExpertPool(take(f"{name}.weights"), **fields)
-    return packed | tensors
+    return packed | {name: _as_jax(array) for name, array in tensors.items()}
 
 
 def restore(path: str | os.PathLike[str], like: Any) -> Any:
     """Reads a file into the structure of a tree, whose leaves say what is expected.
+
+    Leaves of 64 bits are NumPy arrays, as `load` says, and so are numbers of Python.
 
     Raises:
         UserError: as `load`; or if a leaf is missing, left over, or of another kind, shape or type.
@@ -114,26 +121,28 @@ def save_floats(
     """Writes a tree with everything that is packed as plain weights of a float type.
 
     A pool becomes `NAME` [layers, N, 2, D], `down` before `up`, dequantized a part at a time.
+    Other leaves are written as `save` writes them.
+
+    Raises:
+        UserError: as `save`.
     """
 
-    def as_floats(leaf: Any) -> Any:
+    def as_floats(name: str, leaf: Any) -> np.ndarray:
         if isinstance(leaf, PackedMatrix):
-            return leaf.floats().astype(dtype)
+            return np.asarray(leaf.floats()).astype(dtype)
         if not isinstance(leaf, ExpertPool):
-            return leaf
+            return _as_numpy(name, leaf)
         layers = leaf.weights.shape[0] if leaf.is_stack else 1
         parts = []
         for layer in range(layers):
             pool = leaf.at_layer(jnp.int32(layer)) if leaf.is_stack else leaf
             for begin in range(0, leaf.num_experts, experts_at_once):
                 end = min(begin + experts_at_once, leaf.num_experts)
-                parts.append(np.asarray(read_floats(pool, jnp.arange(begin, end)).astype(dtype)))
+                parts.append(np.asarray(read_floats(pool, jnp.arange(begin, end))).astype(dtype))
         weights = np.concatenate(parts).reshape(layers, leaf.num_experts, 2, leaf.width)
         return weights if leaf.is_stack else weights[0]
 
-    tensors = {
-        name: jnp.asarray(as_floats(leaf)) for name, leaf in named_leaves(tree, _is_leaf).items()
-    }
+    tensors = {name: as_floats(name, leaf) for name, leaf in named_leaves(tree, _is_leaf).items()}
     write_tensors(path, tensors, {})
 
 
@@ -149,9 +158,41 @@ def _static_fields(leaf: ExpertPool | PackedMatrix) -> dict[str, Any]:
     }
 
 
+def _as_numpy(name: str, leaf: Any) -> np.ndarray:
+    """A leaf that is no pool and no matrix, never by way of JAX, which cuts 64 bits to 32."""
+    dtype = _dtype(leaf)
+    if dtype.name not in READABLE:
+        raise UserError(
+            f"{name!r} is of type {dtype.name}, which cannot be read back from safetensors; "
+            "convert it, or leave it out"
+        )
+    return np.asarray(leaf)
+
+
+def _as_jax(array: np.ndarray) -> Any:
+    """The same as a JAX array, if JAX does not cut its type."""
+    kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jnp.asarray(array) if kept else array
+
+
+def _read(file: Any, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except AttributeError:  # the library looks for the type in NumPy
+        dtype = file.get_slice(name).get_dtype()
+        raise TypeError(f"{name!r} is of type {dtype}, which NumPy does not know") from None
+
+
+def _dtype(leaf: Any) -> Any:
+    """The type of what is, or is to become, an array; abstract and random keys too."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
 def _form(leaf: Any) -> str:
     """What a leaf is, for comparison and for people."""
-    arrays = " and ".join(f"{each.dtype}{list(each.shape)}" for each in jax.tree.leaves(leaf))
+    arrays = " and ".join(
+        f"{_dtype(each).name}{list(np.shape(each))}" for each in jax.tree.leaves(leaf)
+    )
     if not _is_leaf(leaf):
         return arrays
     fields = ", ".join(f"{name}={value!r}" for name, value in _static_fields(leaf).items())

@@ -47,6 +47,57 @@ def test_the_round_trip_is_bit_equal(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+NUMBERS = [
+    np.array([1 / 3, 1e300]),
+    np.array(2**40 + 5),
+    np.array([2**64 - 1], np.uint64),
+    np.array([[1, -2.5, 3e-39]], jnp.bfloat16),
+    np.array([1 / 3], np.float16),
+    np.zeros((0, 3), np.float32),
+    np.array([True, False]),
+    np.arange(6, dtype=">i4").reshape(2, 3).T,
+    3,
+    2**40 + 5,
+    1 / 3,
+    True,
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_numbers_of_any_width_come_back_bit_by_bit(tmp_path, number):
+    tree, path = {"a": number, "w": optim.pack(jnp.ones((2, 8)))}, tmp_path / "a.safetensors"
+    expected = np.asarray(number).astype(np.asarray(number).dtype.newbyteorder("="))
+    exchange.save(path, tree)
+    exchange.save_floats(tmp_path / "floats.safetensors", tree)
+    for found in (
+        exchange.restore(path, tree)["a"],
+        exchange.load(path)["a"],
+        exchange.load(tmp_path / "floats.safetensors")["a"],
+    ):
+        assert isinstance(found, np.ndarray if expected.dtype.name.endswith("64") else jax.Array)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert np.asarray(found).tobytes() == expected.tobytes()
+
+
+def test_types_that_do_not_come_back_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for leaf, name in [
+        (jax.random.key(0), "key<fry>"),
+        ("text", "str"),
+        (1j, "complex128"),
+        (2**70, "object"),
+        (jnp.ones(2, jnp.float8_e4m3fn), "float8_e4m3fn"),
+        (jnp.ones(2, jnp.int4), "int4"),
+    ]:
+        for write in (exchange.save, exchange.save_floats):
+            with pytest.raises(UserError, match=f"'a' is of type {name}.*, which cannot be read"):
+                write(path, {"a": leaf})
+    assert not any(tmp_path.iterdir())
+    safetensors.numpy.save_file({"a": np.ones(2, jnp.float8_e5m2)}, path)
+    with pytest.raises(UserError, match="cannot read .*: 'a' is of type F8_E5M2, which NumPy"):
+        exchange.load(path)
+
+
 def test_another_tool_can_read_codes_by_what_the_file_says(tmp_path):
     pool, path = make_pool("int4"), tmp_path / "pool.safetensors"
     exchange.save(path, {"p": pool})
@@ -78,6 +129,8 @@ def test_floats_are_codes_times_scales(tmp_path):
     np.testing.assert_array_equal(found["layers.0.w"], tree["layers"][0]["w"].floats())
     exchange.save_floats(path, {"p": make_pool("int4", layers=1)}, dtype=jnp.bfloat16)
     assert exchange.load(path)["p"].dtype == jnp.bfloat16
+    exchange.save_floats(path, {"w": tree["layers"][0]["w"]}, dtype=np.float64)
+    assert exchange.load(path)["w"].dtype == np.float64
 
 
 def test_what_does_not_fit_is_named(tmp_path):
