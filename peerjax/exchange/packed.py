@@ -39,23 +39,31 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     that NumPy makes of them, 64 bits wide. The file appears when it is whole.
 
     Raises:
-        UserError: if two leaves have the same name, a leaf is of a type that cannot be read back,
-            or the file cannot be written.
+        UserError: if two leaves or their tensors have the same name, a leaf is of a type that
+            cannot be read back, or the file cannot be written.
     """
     tensors: dict[str, Any] = {}
+    owners: dict[str, str] = {}
     kinds: dict[str, dict[str, Any]] = {}
     for name, leaf in named_leaves(tree, _is_leaf).items():
         if isinstance(leaf, ExpertPool) and leaf.is_packed:
             kinds[name] = {"kind": "pool", **_static_fields(leaf)}
-            tensors |= {f"{name}.codes": leaf.weights, f"{name}.scales": leaf.scales}
+            parts = {f"{name}.codes": leaf.weights, f"{name}.scales": leaf.scales}
         elif isinstance(leaf, ExpertPool):
             kinds[name] = {"kind": "pool", **_static_fields(leaf)}
-            tensors[f"{name}.weights"] = leaf.weights
+            parts = {f"{name}.weights": leaf.weights}
         elif isinstance(leaf, PackedMatrix):
             kinds[name] = {"kind": "matrix", **_static_fields(leaf)}
-            tensors |= {f"{name}.codes": leaf.words, f"{name}.scales": leaf.scales}
+            parts = {f"{name}.codes": leaf.words, f"{name}.scales": leaf.scales}
         else:
-            tensors[name] = _as_numpy(name, leaf)
+            parts = {name: _as_numpy(name, leaf)}
+        for tensor in parts.keys() & owners.keys():
+            raise UserError(
+                f"{owners[tensor]!r} and {name!r} of the tree would both be tensor {tensor!r} of "
+                "the file; rename one of them"
+            )
+        owners |= dict.fromkeys(parts, name)
+        tensors |= parts
     metadata = {METADATA: json.dumps(kinds), "layout": LAYOUT}
     write_tensors(path, tensors, metadata)
 

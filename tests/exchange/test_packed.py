@@ -146,6 +146,14 @@ def test_what_does_not_fit_is_named(tmp_path):
         exchange.restore(path, {"w": tree["w"]})
     with pytest.raises(UserError, match="two leaves of the tree have the name 'a.b'"):
         exchange.save(path, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+    matrix = optim.pack(jnp.ones((2, 8)))
+    for tree in ({"w": matrix, "w.codes": jnp.zeros(1)}, {"w.scales": 1.0, "w": matrix}):
+        first, second = sorted(tree)
+        both = rf"'{first}' and '{second}' of the tree would both be tensor '{second}'"
+        with pytest.raises(UserError, match=both):
+            exchange.save(path, tree)
+    with pytest.raises(UserError, match="'p' and 'p.weights' of the tree would both be tensor"):
+        exchange.save(path, {"p": make_pool("float32"), "p.weights": 1})
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cannot read .*a.safetensors as safetensors"):
