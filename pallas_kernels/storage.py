@@ -133,6 +133,24 @@ def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, int]:
     return rows * units_per_row(width, storage), UNIT
 
 
+def array_forms(storage: str, num_experts: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a pool by attribute; in a stack, they have leading axes of layers.
+
+    Raises:
+        ValueError: if no pool is stored like that.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"pools are stored as {', '.join(STORAGES)}, not as {storage}")
+    if storage in FLOAT_DTYPES:
+        shape = (num_experts, 2, width)
+        return {"weights": jax.ShapeDtypeStruct(shape, FLOAT_DTYPES[storage])}
+    words = packed_shape(num_experts, width, storage)
+    return {
+        "weights": jax.ShapeDtypeStruct(words, jnp.int32),
+        "scales": jax.ShapeDtypeStruct((2, num_experts), jnp.float32),
+    }
+
+
 def read_codes(
     words: Int[Array, "*layers units 128"],
     layer: Int[Array, ""] | None,

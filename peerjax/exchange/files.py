@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from peerjax.atomic import replace_whole
@@ -31,6 +32,13 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
 def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Writes a safetensors file; one that was there stays whole if this fails."""
+    """Writes a safetensors file; one that was there stays whole if this fails.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    replace_whole(path, lambda to: safetensors.numpy.save_file(arrays, to, metadata))
+    try:
+        replace_whole(path, lambda to: safetensors.numpy.save_file(arrays, to, metadata))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {os.fspath(path)} as safetensors: {error}") from None

@@ -22,6 +22,7 @@ from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
 # The purpose of random bits, absorbed by their hash: pools take another number.
 ROUNDING = 2
+CODE_BITS = (4, 8)
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,21 @@ class PackedMatrix:
         return self.codes() * self.scales[..., None]
 
 
+def array_forms(width: int, bits: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a matrix by attribute; in one, they have leading axes of rows.
+
+    Raises:
+        ValueError: if no matrix is packed like that.
+    """
+    if bits not in CODE_BITS:
+        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+    words = -(-width // codes_per_word(bits))
+    return {
+        "words": jax.ShapeDtypeStruct((words,), jnp.int32),
+        "scales": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+
+
 def is_packed_matrix(node: Any) -> bool:
     """Whether a node of a tree is a `PackedMatrix`; an `is_leaf` of `jax.tree.map`."""
     return isinstance(node, PackedMatrix)
@@ -75,7 +91,7 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
         ValueError: if `weights` has no rows or is empty, for other bits, and, outside of `jax.jit`,
             if the size of a row is not finite.
     """
-    if bits not in (4, 8):
+    if bits not in CODE_BITS:
         raise ValueError(f"codes have 4 or 8 bits, not {bits}")
     if weights.ndim < 2:
         raise ValueError(
