@@ -80,7 +80,7 @@ def test_shards_and_files_hold_the_same_documents(pattern, prepared):
         assert sorted(documents_of(own)) == sorted(documents_of(other))
     index = ShardIndex.load(prepared)
     documents = without_duplicates(read_files(pattern, "text"))
-    assert index.corpus == corpus_digest(documents) == from_files.digest
+    assert index.corpus == corpus_digest(documents)
     assert sum(shard.documents for shard in index.shards) == len(documents)
     text_bytes = sum(len(document.text.encode()) for document in documents)
     assert sum(shard.text_bytes for shard in index.shards) == text_bytes
