@@ -56,7 +56,8 @@ def default_config() -> ml_collections.ConfigDict:
     # "web=corpus/**/*.txt;notes=notes/*.jsonl". Of source "shards": their folder.
     data.pattern = ""
     data.text_field = "text"  # of source "files": where the objects of JSON lines hold the text
-    # A tokenizer JSON; empty means the one that comes with peerjax, or with the shards.
+    # A tokenizer JSON, which a run copies; empty means the one that comes with peerjax, or with the
+    # shards.
     data.tokenizer = ""
     data.validation_fraction = 0.05  # of the documents
     data.sequence_length = 256  # tokens a row

@@ -73,16 +73,14 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
             "name the model's own with --tokenizer"
         )
     config = config_of(published)
-    config.data.tokenizer = str(folder / TOKENIZER)
     validate(config)
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if unfinished.exists():
         unfinished.rmtree()
     unfinished.mkdir(parents=True)
-    (unfinished / TOKENIZER).write_text(words.json)
     (unfinished / PUBLISHED).write_text(json.dumps(published, indent=1))
-    record(unfinished, config, identity_of_imported(words))
+    record(unfinished, config, words, identity_of_imported(words))
     with Checkpoints(unfinished, config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, stacked(tree, published["moe_groups"]), next_batch=0)
     unfinished.rename(folder)

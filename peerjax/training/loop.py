@@ -39,8 +39,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     Args:
         config: see `peerjax.config`.
-        workdir: a folder. It gets `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`,
-            `tensorboard/`, and at the end `report.json` and plots.
+        workdir: a folder. It gets `config.json`, `data.json`, `tokenizer.json`, `checkpoints/`,
+            `metrics.jsonl`, `tensorboard/`, and at the end `report.json` and plots.
 
     One process with all devices; several are refused.
 
@@ -84,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         else:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
             batches = train_batches(config, corpus.train, next_batch)
-        record(folder, config, corpus.identity)
+        record(folder, config, corpus.tokenizer, corpus.identity)
 
         # ---- What is computed and shown ----
         train_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)

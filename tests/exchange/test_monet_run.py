@@ -63,8 +63,9 @@ def test_a_published_checkpoint_runs_and_comes_back(
     config, tree = read_hf(tmp_path / "published")
     read_run(str(tmp_path / "published"), str(tmp_path / "run"))
     (tmp_path / "published").rename(tmp_path / "away")
+    (tmp_path / "run").rename(tmp_path / "moved")
 
-    run = open_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "moved"))
     tokens = np.random.default_rng(0).integers(config["vocab_size"], size=(2, 9))
     found = logits(run, tokens)
     expected = logits_of(config, jax.tree.map(jnp.asarray, tree), tokens)
