@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.data.meter import Meter
 from peerjax.data.plan import Documents, Plan, check_splits, make_plan, read_planned, scan
 from peerjax.data.shards import (
@@ -86,6 +86,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     Raises:
         ConfigError: if a setting is out of range.
         DataError: if text or tokenizer cannot be used, or the folder holds something else.
+        UserError: if the folder cannot be made or written to.
     """
     if not 0 < settings.validation_fraction < 1:
         raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")
@@ -98,7 +99,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     recorded = {**dataclasses.asdict(settings), "tokenizer": tokenizer.digest}
     files = find_files(settings.pattern, outside=folder)
     with contextlib.ExitStack() as stack:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stack.enter_context(_alone_in(folder))
         known = _known_plan(folder, recorded)
         meter = stack.enter_context(Meter())

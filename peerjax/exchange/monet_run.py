@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.config import default_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
@@ -60,11 +60,13 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
         tokenizer: path of its JSON; by default `tokenizer.json` in `source`.
 
     Raises:
-        UserError: if the workdir is there, or checkpoint or tokenizer cannot be used.
+        UserError: if the workdir is there or cannot be made, or checkpoint or tokenizer cannot be
+            used.
     """
     folder = folder_of(workdir)
     if folder.exists():
         raise ConfigError(f"{folder} is there already; choose another --workdir")
+    make_folder(folder.parent)
     words = Tokenizer.load(tokenizer or str(Path(source) / TOKENIZER))
     published, tree = read_hf(source)
     if words.vocab_size != published["vocab_size"]:
@@ -96,6 +98,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
 
     Raises:
         ConfigError: if the model is no Monet throughout.
+        UserError: if the folder cannot be made or written to.
     """
     kinds = {kind: name for name, kind in KINDS.items()}
     layers = run.config.model.layers
@@ -113,6 +116,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
     }
     if (run.folder / PUBLISHED).exists():
         published = json.loads((run.folder / PUBLISHED).read_text()) | published
+    make_folder(target)
     variables = dequantize(restore(run, make_mesh(jax.local_devices()[:1])))
     write_hf(target, published, unstacked(variables, monet.group), dtype)
     write_atomically(epath.Path(target) / TOKENIZER, run.tokenizer.json)

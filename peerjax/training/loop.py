@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from peerjax.analysis.flops import forward_flops
+from peerjax.atomic import make_folder
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
@@ -54,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
+    make_folder(folder)
     model = Decoder(model_config(config, corpus.tokenizer.vocab_size))
     optimizer = make_optimizer(config)
     mesh = make_mesh()

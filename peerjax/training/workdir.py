@@ -115,7 +115,6 @@ def record(
     identity: dict[str, Any],
 ) -> None:
     """Writes down what the run is made of; its tokenizer too, so that the folder can be moved."""
-    workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / TOKENIZER, tokenizer.json)
     write_atomically(workdir / CONFIG, json.dumps(config.to_dict(), indent=1))
     write_atomically(workdir / DATA, json.dumps(identity, indent=1))

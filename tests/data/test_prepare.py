@@ -20,7 +20,7 @@ from peerjax.data.plan import read_planned, scan
 from peerjax.data.prepare import prepare
 from peerjax.data.shards import ShardIndex
 from peerjax.data.text_files import find_files
-from peerjax.errors import ConfigError, DataError
+from peerjax.errors import ConfigError, DataError, UserError
 from tests.conftest import REPOSITORY
 from tests.data.own_text import FRACTION, own_settings, write_own_text
 from tests.training.tiny import tiny_config
@@ -197,6 +197,8 @@ def test_a_folder_that_is_not_ours_is_refused(pattern, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(DataError, match="is not empty and holds no shards"):
         prepare(own_settings(pattern), str(tmp_path))
+    with pytest.raises(UserError, match="thesis.tex cannot be a folder to write to"):
+        prepare(own_settings(pattern), str(tmp_path / "thesis.tex"))
     (tmp_path / "thesis.tex").unlink()
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

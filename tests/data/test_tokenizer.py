@@ -15,7 +15,7 @@ from peerjax.data import tokenizer as tokenizer_module
 from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, without_duplicates
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
-from peerjax.errors import ConfigError, DataError
+from peerjax.errors import ConfigError, DataError, UserError
 from tests.data.llama import llama_tokenizer
 
 BUILTIN = importlib.resources.files("peerjax.data") / "bpe_4096.json"
@@ -97,6 +97,17 @@ def test_training_on_own_text_sees_the_training_split_once(tmp_path):
     assert Tokenizer.load(str(tmp_path / "tok.json")).vocab_size <= 300
     with pytest.raises(ConfigError, match="vocab_size=256 is less than 257"):
         train_tokenizer(str(tmp_path / "tok.json"), f"{tmp_path}/*.txt", 256)
+
+
+def test_where_a_tokenizer_goes_is_tried_before_text_is_read(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for output, message in ((tmp_path, "is a folder; name"), (tmp_path / "file" / "t", "cannot")):
+        with pytest.raises(UserError, match=message):
+            train_tokenizer(str(output), "no such text")
+    with pytest.raises(DataError, match="no file matches"):
+        train_tokenizer(str(tmp_path / "deep" / "down" / "tok.json"), "no such text")
+    train_tokenizer(str(tmp_path / "deep" / "tok.json"), str(tmp_path / "file"), 300, "text", 1e-9)
+    assert Tokenizer.load(str(tmp_path / "deep" / "tok.json")).vocab_size <= 300
 
 
 def changed(**changes):

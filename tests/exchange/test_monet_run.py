@@ -110,6 +110,8 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     source, run = str(tmp_path / "published"), str(tmp_path / "run")
     with pytest.raises(ConfigError, match="is there already"):
         read_run(source, str(finished))
+    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+        read_run(source, str(tmp_path / "published" / "config.json" / "run"))
     (tmp_path / "other.json").write_text(llama_tokenizer([WORDS], 280))
     with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, the model \d+; name"):
         read_run(source, run, str(tmp_path / "other.json"))
@@ -125,6 +127,15 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     ):
         write_run(open_run(str(finished)), str(tmp_path / "out"))
     assert {each.name for each in tmp_path.iterdir()} == {"other.json"}
+
+
+def test_where_a_model_goes_is_tried_before_it_is_read(tokenizer, tmp_path, monkeypatch):
+    publish(tmp_path / "published", "horizontal", tokenizer, monkeypatch)
+    read_run(str(tmp_path / "published"), str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
+    shutil.rmtree(run.checkpoint)
+    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+        write_run(run, str(tmp_path / "published" / "config.json"))
 
 
 def test_one_command_reads_and_another_writes(tokenizer, tmp_path, monkeypatch):
