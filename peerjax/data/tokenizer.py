@@ -163,8 +163,9 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
     for block in blocks:
         text, start = text[start:] + block, 0
         while True:
-            cut = CUT.search(text, start + PIECE)
             end = start + LONGEST_PIECE
+            # Two characters tell of a cut at the end; to look further takes quadratic time.
+            cut = CUT.search(text, start + PIECE, end + 2)
             if cut is not None and cut.start() <= end:
                 end = cut.start()
             elif len(text) < end + 2:  # what would tell of a cut at the end may not be there yet

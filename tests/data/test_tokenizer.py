@@ -58,6 +58,45 @@ def test_pieces_encode_as_the_whole_does(tokenizer, blocks, piece):
     assert [*itertools.chain(*(whole.encode(each).ids for each in found))] == whole.encode(text).ids
 
 
+def pieces_by_definition(text):
+    """Cuts as `pieces` does, looking for each cut as far as the text goes."""
+    start = 0
+    while True:
+        end = start + tokenizer_module.LONGEST_PIECE
+        cut = tokenizer_module.CUT.search(text, start + tokenizer_module.PIECE)
+        if cut is not None and cut.start() <= end:
+            end = cut.start()
+        elif len(text) < end + 2:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.text("a \n"), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 9))
+def test_pieces_are_cut_where_the_text_allows(blocks, piece, more):
+    sizes = {"PIECE": piece, "LONGEST_PIECE": piece + more}
+    with unittest.mock.patch.multiple(tokenizer_module, **sizes):
+        assert [*pieces(blocks)] == [*pieces_by_definition("".join(blocks))]
+
+
+def test_text_without_a_place_to_cut_is_looked_through_once(monkeypatch):
+    looked = 0
+
+    class Counted:
+        def search(self, text, first, stop=None):
+            nonlocal looked
+            looked += (len(text) if stop is None else min(stop, len(text))) - first
+            return cut.search(text, first, len(text) if stop is None else stop)
+
+    cut = tokenizer_module.CUT
+    monkeypatch.setattr(tokenizer_module, "CUT", Counted())
+    text = "x" * (9 * LONGEST_PIECE)
+    assert len([*pieces([text])]) == 9
+    assert looked <= len(text)
+
+
 def test_a_long_document_encodes_as_if_it_were_not_cut(tokenizer):
     text = "".join(document.text for document in read_packages(["speeches"])[:40])
     assert len([*pieces([text])]) > 5
