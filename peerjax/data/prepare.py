@@ -48,6 +48,7 @@ from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
 PLAN = "plan.json"
+LARGEST_SHARD = 1e18  # bytes; one that is never full
 # Files that are scanned in one go: so many, or so many bytes.
 SCAN_FILES, SCAN_BYTES = 512, 1 << 24
 POLL_SECONDS = 0.5
@@ -90,8 +91,11 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     """
     if not 0 < settings.validation_fraction < 1:
         raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")
-    if settings.shard_mb <= 0:
-        raise ConfigError(f"shard_mb={settings.shard_mb} is not positive")
+    if not 0.5 < settings.shard_mb * 1e6 < LARGEST_SHARD:  # half a byte is rounded to none
+        raise ConfigError(
+            f"shard_mb={settings.shard_mb} is not between one byte (0.000001) and "
+            f"{LARGEST_SHARD / 1e6:g}; give megabytes, such as 64"
+        )
     if workers < 0:
         raise ConfigError(f"workers={workers} is negative")
     folder, start = Path(output), time.monotonic()

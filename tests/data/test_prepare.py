@@ -171,7 +171,10 @@ def test_a_finished_one_says_so_and_touches_nothing(pattern, prepared, capsys):
     [
         ({"shard_mb": 0.02}, r"other settings: shard_mb \(was 0.001, is 0.02\)"),
         ({"validation_fraction": 0.5}, r"validation_fraction \(was 0.25, is 0.5\)"),
-        ({"shard_mb": 0.0}, "shard_mb=0.0 is not positive"),
+        ({"shard_mb": 0.0}, "shard_mb=0.0 is not between one byte"),
+        ({"shard_mb": 5e-7}, "shard_mb=5e-07 is not between one byte"),
+        ({"shard_mb": float("nan")}, "shard_mb=nan is not between one byte"),
+        ({"shard_mb": float("inf")}, "shard_mb=inf is not between one byte .* and 1e"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1.0 is not in \(0, 1\)"),
     ],
 )
@@ -180,6 +183,11 @@ def test_other_settings_are_refused(changes, message, pattern, prepared):
     with pytest.raises((ConfigError, DataError), match=message):
         prepare(own_settings(pattern, **changes), str(prepared))
     assert files_of(prepared) == before
+
+
+def test_the_smallest_shards_hold_a_document_each(pattern, tmp_path):
+    prepare(own_settings(pattern, shard_mb=6e-7), str(tmp_path))
+    assert {shard.documents for shard in ShardIndex.load(tmp_path).shards} == {1}
 
 
 def test_other_text_is_refused(tmp_path):
