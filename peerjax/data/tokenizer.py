@@ -101,7 +101,7 @@ class Tokenizer:
         size = 0
         for blocks in documents:
             for number, piece in enumerate(pieces(blocks)):
-                batch.append(piece if number or not piece else self._vocabulary.prefix + piece)
+                batch.append(piece if number else self._vocabulary.begun(piece))
                 begins.append(number == 0)
                 size += len(piece)
                 if size >= BATCH or len(batch) == MOST_PIECES:

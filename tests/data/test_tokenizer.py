@@ -16,7 +16,7 @@ from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, w
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
 from peerjax.errors import ConfigError, DataError, UserError
-from tests.data.llama import llama_tokenizer
+from tests.data.llama import llama_tokenizer, newer_form
 
 BUILTIN = importlib.resources.files("peerjax.data") / "bpe_4096.json"
 texts = st.lists(st.text() | st.just(END_OF_TEXT)).map("".join)
@@ -203,6 +203,11 @@ def llama():
     return Tokenizer(llama_tokenizer(documents, 1000))
 
 
+@pytest.fixture(scope="module")
+def newer(llama):
+    return Tokenizer(newer_form(llama.json))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
 def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(llama, blocks, piece):
@@ -216,11 +221,33 @@ def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(ll
     assert llama.bytes_per_token()[ids].sum() == len(text.encode()) + bool(text)
 
 
-def test_byte_fallback_knows_where_texts_end(llama, tmp_path):
+@settings(deadline=None, max_examples=100)
+@given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
+def test_the_newer_form_of_llamas_encodes_as_it_is_published(newer, blocks, piece):
+    text = "".join(blocks)
+    with unittest.mock.patch.object(tokenizer_module, "PIECE", piece):
+        ids = encode(newer, [text])
+    published = tokenizers.Tokenizer.from_str(newer.json)
+    published.encode_special_tokens = True
+    assert ids.tolist() == published.encode(text).ids
+    # Unlike the older form, it adds a space only where there is none.
+    spaces = text.replace("▁", " ")
+    assert newer.decode(ids.tolist()) == (" " if text and spaces[0] != " " else "") + spaces
+
+
+@pytest.mark.parametrize("text", ["", " ", "one", " one", "  one", "▁one", "\n one"])
+def test_the_space_before_a_document_is_that_of_its_form(newer, llama, text):
+    for own in (newer, llama):
+        published = tokenizers.Tokenizer.from_str(own.json)
+        assert encode(own, [text]).tolist() == published.encode(text).ids
+
+
+def test_byte_fallback_knows_where_texts_end(llama, newer, tmp_path):
     assert llama.end_of_text == 1
     assert llama.ends == {1, 2}
-    (tmp_path / "tok.json").write_text(llama.json)
-    assert Tokenizer.load(str(tmp_path / "tok.json")).digest == llama.digest
+    for own in (llama, newer):
+        (tmp_path / "tok.json").write_text(own.json)
+        assert Tokenizer.load(str(tmp_path / "tok.json")).digest == own.digest
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "llama"])
@@ -264,8 +291,18 @@ def test_what_is_not_quite_llamas_is_refused(llama, tmp_path):
     wide = parts["model"] | {"vocab": parts["model"]["vocab"] | {"e▁t": 1000}}
     few = {token: n for token, n in parts["model"]["vocab"].items() if token != "<0x0A>"}
     special = [{**token, "special": False} for token in parts["added_tokens"]]
+    metaspace = json.loads(newer_form(llama.json))["pre_tokenizer"]
+    pad = {**parts["added_tokens"][0], "id": 1000, "content": "<pad>", "special": False}
+    newer = {"normalizer": None, "pre_tokenizer": metaspace}
     for changes, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "it has a pre_tokenizer (Whitespace)"),
+        (newer | {"pre_tokenizer": metaspace | {"split": True}}, "(Metaspace) that is not Llama's"),
+        ({"pre_tokenizer": metaspace}, "its normalizer does not just write spaces"),
+        ({"normalizer": None}, "its normalizer does not just write spaces"),
+        (
+            newer | {"added_tokens": [*parts["added_tokens"], pad]},
+            "its added token '<pad>' is not special",
+        ),
         ({"normalizer": {"type": "NFC"}}, "its normalizer does not just write spaces"),
         ({"model": wide}, "its token 'e▁t' reaches over the end of a word"),
         ({"model": parts["model"] | {"vocab": few}}, "lacks 1 of the 256 bytes"),
