@@ -138,6 +138,13 @@ class Tokenizer:
         """How many bytes of text each token stands for; 0 for special ones."""
         return np.array([*map(len, self._bytes)], np.int32)
 
+    def stays_below(self, size: int) -> bool:
+        """Whether no text is encoded to tokens from `size` on: those are special, and added."""
+        own = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        beyond = [extra for number, extra in added if number >= size]
+        return max(own) < size and self.end_of_text < size and all(x.special for x in beyond)
+
     def _bytes_of_tokens(self) -> list[bytes]:
         found = [b""] * self.vocab_size
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():

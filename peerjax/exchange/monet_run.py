@@ -57,7 +57,8 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
     Args:
         source: the folder of the checkpoint, as `peerjax.exchange.monet.read_hf` reads it.
         workdir: of the run; must not be there yet.
-        tokenizer: path of its JSON; by default `tokenizer.json` in `source`.
+        tokenizer: path of its JSON; by default `tokenizer.json` in `source`. Beside the model's
+            vocabulary it may have special tokens that were added later, such as one for padding.
 
     Raises:
         UserError: if the workdir is there or cannot be made, or checkpoint or tokenizer cannot be
@@ -69,9 +70,10 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
     make_folder(folder.parent)
     words = Tokenizer.load(tokenizer or str(Path(source) / TOKENIZER))
     published, tree = read_hf(source)
-    if words.vocab_size != published["vocab_size"]:
+    size = published["vocab_size"]
+    if words.vocab_size < size or not words.stays_below(size):
         raise ConfigError(
-            f"the tokenizer has {words.vocab_size} entries, the model {published['vocab_size']}; "
+            f"the tokenizer has {words.vocab_size} entries, the model {size}; "
             "name the model's own with --tokenizer"
         )
     config = config_of(published)
@@ -82,7 +84,7 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
         unfinished.rmtree()
     unfinished.mkdir(parents=True)
     (unfinished / PUBLISHED).write_text(json.dumps(published, indent=1))
-    record(unfinished, config, words, identity_of_imported(words))
+    record(unfinished, config, words, identity_of_imported(words, size))
     with Checkpoints(unfinished, config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, stacked(tree, published["moe_groups"]), next_batch=0)
     unfinished.rename(folder)
@@ -109,7 +111,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
     (kind, depth), monet = layers[0], run.config.monet
     published = {
         **{name: attrgetter(field)(run.config) for name, field in FIELDS.items()},
-        "vocab_size": run.tokenizer.vocab_size,
+        "vocab_size": run.model.config.vocab_size,
         "num_hidden_layers": depth,
         "moe_experts": keys_per_side(monet.num_experts),
         "moe_decompose": kinds[kind],

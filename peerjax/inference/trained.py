@@ -17,7 +17,13 @@ from peerjax.model import Decoder
 from peerjax.sharding import state_shardings
 from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
 from peerjax.training.state import create_state, make_optimizer
-from peerjax.training.workdir import TOKENIZER, check_tokenizer, folder_of, read_config
+from peerjax.training.workdir import (
+    TOKENIZER,
+    check_tokenizer,
+    folder_of,
+    read_config,
+    vocabulary_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     # Runs of earlier versions have none.
     tokenizer = Tokenizer.load(str(own)) if own.exists() else load_tokenizer(config)
     check_tokenizer(folder, tokenizer)
-    model = Decoder(model_config(config, tokenizer.vocab_size))
+    model = Decoder(model_config(config, vocabulary_size(folder)))
     return Run(config, tokenizer, model, folder, find_checkpoint(folder, step))
 
 

@@ -103,9 +103,14 @@ def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def identity_of_imported(tokenizer: Tokenizer) -> dict[str, Any]:
+def vocabulary_size(workdir: epath.Path) -> int:
+    """Entries of the vocabulary of a run's model; its tokenizer may have more, that no text has."""
+    return json.loads((workdir / DATA).read_text())["vocabulary"]
+
+
+def identity_of_imported(tokenizer: Tokenizer, vocabulary: int) -> dict[str, Any]:
     """What a run is made of that was trained elsewhere; the rest is in `Corpus.identity`."""
-    return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": tokenizer.vocab_size}
+    return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": vocabulary}
 
 
 def record(
