@@ -122,6 +122,7 @@ def default_config() -> ml_collections.ConfigDict:
     kernels = config.kernels = ml_collections.ConfigDict()
     # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla",
     # "mosaic_tpu", "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
+    # Sampling and evaluation of a run take "auto".
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

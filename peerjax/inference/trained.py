@@ -53,6 +53,9 @@ class Run:
 def open_run(workdir: str, step: int | None = None) -> Run:
     """Finds a run's checkpoint, and reads what is small; nothing outside its folder is needed.
 
+    Kernels are those of the present device, whatever the run was trained with: one that is not of
+    it would be interpreted.
+
     Args:
         workdir: of the run, which may still be going on.
         step: of the checkpoint; the newest intact one by default.
@@ -65,6 +68,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     folder = folder_of(workdir)
     config = read_config(folder)
     validate(config)
+    config.kernels.implementation = "auto"
     own = folder / TOKENIZER
     # Runs of earlier versions have none.
     tokenizer = Tokenizer.load(str(own)) if own.exists() else load_tokenizer(config)

@@ -157,6 +157,17 @@ def test_a_run_brings_its_tokenizer(elsewhere, finished, tmp_path):
     assert open_run(str(copy)).tokenizer.digest == run.tokenizer.digest
 
 
+def test_kernels_are_those_of_the_present_device(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["kernels"]["implementation"] = "mosaic_gpu"
+    (copy / "config.json").write_text(json.dumps(config))
+    run = open_run(str(copy))
+    assert run.model.config.implementation is None
+    assert run.config.kernels.implementation == "auto"
+
+
 def test_checkpoints_are_found_and_left_as_they_are(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
