@@ -3,6 +3,7 @@
 from absl import flags
 
 from peerjax import script
+from peerjax.atomic import make_folder
 from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
 from peerjax.inference.trained import open_run
 from peerjax.training.workdir import folder_of
@@ -22,8 +23,9 @@ OUTPUT = flags.DEFINE_string("output", None, "A folder; by default evaluation/ i
 def main() -> None:
     """Prints loss by domain and expert usage, with all experts or without a domain's."""
     run = open_run(WORKDIR.value, STEP.value)
-    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value)
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
+    make_folder(folder)
+    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value)
     facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
     write_evaluation(folder, evaluation, facts, removals)
     print_evaluation(folder)

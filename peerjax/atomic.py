@@ -1,13 +1,33 @@
-"""Files that are never seen half written."""
+"""Files that are never seen half written, and folders for them that are tried beforehand."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from peerjax.errors import UserError
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes a folder, if it is not there, and tries to write to it: before there is work to lose.
+
+    Raises:
+        UserError: if that cannot be done.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be a folder to write to ({error.strerror}); name another"
+        ) from None
 
 
 def write_atomically(path: epath.Path | Path, text: str) -> None:

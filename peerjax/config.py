@@ -56,7 +56,8 @@ def default_config() -> ml_collections.ConfigDict:
     # "web=corpus/**/*.txt;notes=notes/*.jsonl". Of source "shards": their folder.
     data.pattern = ""
     data.text_field = "text"  # of source "files": where the objects of JSON lines hold the text
-    # A tokenizer JSON; empty means the one that comes with peerjax, or with the shards.
+    # A tokenizer JSON, which a run copies; empty means the one that comes with peerjax, or with the
+    # shards.
     data.tokenizer = ""
     data.validation_fraction = 0.05  # of the documents
     data.sequence_length = 256  # tokens a row
@@ -121,6 +122,7 @@ def default_config() -> ml_collections.ConfigDict:
     kernels = config.kernels = ml_collections.ConfigDict()
     # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla",
     # "mosaic_tpu", "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
+    # Sampling and evaluation of a run take "auto".
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

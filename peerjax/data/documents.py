@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from peerjax.data.text_files import documents_in, empty_file, find_files, read_blocks
@@ -136,6 +136,12 @@ def without_duplicates(documents: Sequence[Document]) -> list[Document]:
     return list(first_of.values())
 
 
+def by_digest(documents: Sequence[Document]) -> list[Document]:
+    """Orders documents by domain, as they come, and then by digest: names do not matter."""
+    domains = [*dict.fromkeys(document.domain for document in documents)]
+    return sorted(documents, key=lambda each: (domains.index(each.domain), each.digest))
+
+
 def split_of(document: Document, validation_fraction: float) -> str:
     """Puts a document in a split by its own hash, so that no other document matters."""
     draw = int.from_bytes(document.digest[:8], "big") / 2**64
@@ -148,3 +154,18 @@ def corpus_digest(documents: Sequence[Document]) -> str:
     for entry in sorted((document.domain.encode(), document.digest) for document in documents):
         total.update(b"\0".join(entry))
     return total.hexdigest()
+
+
+def digest_in_order(corpus: str, order: str) -> str:
+    """SHA-256 of a corpus with its order, on which rows depend.
+
+    Args:
+        corpus: as `corpus_digest` computes it.
+        order: SHA-256 of the documents' digests in order.
+    """
+    return hashlib.sha256((corpus + order).encode()).hexdigest()
+
+
+def order_digest(documents: Iterable[Document]) -> str:
+    """SHA-256 of the documents' digests in order."""
+    return hashlib.sha256(b"".join(document.digest for document in documents)).hexdigest()

@@ -14,7 +14,10 @@ from peerjax.data.documents import (
     TRAIN,
     VALIDATION,
     Document,
+    by_digest,
     corpus_digest,
+    digest_in_order,
+    order_digest,
     read_files,
     read_packages,
     split_of,
@@ -36,7 +39,7 @@ class Corpus:
         tokenizer: what the tokens mean.
         train: rows of all domains mixed.
         validation: rows by domain.
-        digest: SHA-256 of the documents; for shards, of their order too.
+        digest: SHA-256 of the documents; unless they are of packages, of their order too.
     """
 
     tokenizer: Tokenizer
@@ -58,7 +61,8 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
     """Opens the text that `config.data` names as packed rows.
 
     Text in packages and files is read, split and tokenized into memory; shards, which
-    `prepare.py` has made, are read as training goes on.
+    `prepare.py` has made, are read as training goes on. Files may be renamed, moved and copied
+    within their domain: rows stay the same.
 
     Raises:
         DataError: if text or tokenizer is missing or unreadable, or a split too small for a row.
@@ -84,8 +88,10 @@ def _read_text(config: ml_collections.ConfigDict) -> Corpus:
     tokenizer = load_tokenizer(config)
     if data.source == "packages":
         documents = without_duplicates(read_packages(data.domains))
+        digest = corpus_digest(documents)
     else:
-        documents = without_duplicates(read_files(data.pattern, data.text_field))
+        documents = by_digest(without_duplicates(read_files(data.pattern, data.text_field)))
+        digest = digest_in_order(corpus_digest(documents), order_digest(documents))
     parts: dict[str, list[Document]] = {TRAIN: [], VALIDATION: []}
     for document in documents:
         parts[split_of(document, data.validation_fraction)].append(document)
@@ -103,7 +109,7 @@ def _read_text(config: ml_collections.ConfigDict) -> Corpus:
         for domain in domains
     }
     train = pack([parts[TRAIN][index] for index in order], TRAINING_TEXT)
-    return Corpus(tokenizer, train, validation, corpus_digest(documents))
+    return Corpus(tokenizer, train, validation, digest)
 
 
 def load_text(

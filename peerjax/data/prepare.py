@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.data.meter import Meter
 from peerjax.data.plan import Documents, Plan, check_splits, make_plan, read_planned, scan
 from peerjax.data.shards import (
@@ -48,6 +48,7 @@ from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
 PLAN = "plan.json"
+LARGEST_SHARD = 1e18  # bytes; one that is never full
 # Files that are scanned in one go: so many, or so many bytes.
 SCAN_FILES, SCAN_BYTES = 512, 1 << 24
 POLL_SECONDS = 0.5
@@ -86,11 +87,15 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     Raises:
         ConfigError: if a setting is out of range.
         DataError: if text or tokenizer cannot be used, or the folder holds something else.
+        UserError: if the folder cannot be made or written to.
     """
     if not 0 < settings.validation_fraction < 1:
         raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")
-    if settings.shard_mb <= 0:
-        raise ConfigError(f"shard_mb={settings.shard_mb} is not positive")
+    if not 0.5 < settings.shard_mb * 1e6 < LARGEST_SHARD:  # half a byte is rounded to none
+        raise ConfigError(
+            f"shard_mb={settings.shard_mb} is not between one byte (0.000001) and "
+            f"{LARGEST_SHARD / 1e6:g}; give megabytes, such as 64"
+        )
     if workers < 0:
         raise ConfigError(f"workers={workers} is negative")
     folder, start = Path(output), time.monotonic()
@@ -98,7 +103,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     recorded = {**dataclasses.asdict(settings), "tokenizer": tokenizer.digest}
     files = find_files(settings.pattern, outside=folder)
     with contextlib.ExitStack() as stack:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stack.enter_context(_alone_in(folder))
         known = _known_plan(folder, recorded)
         meter = stack.enter_context(Meter())

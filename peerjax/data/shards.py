@@ -7,7 +7,6 @@ equal length. Shards of one split and domain are one stream of tokens, one after
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int
 
+from peerjax.data.documents import digest_in_order
 from peerjax.errors import DataError
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
@@ -72,8 +72,8 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the corpus with its order, on which rows depend."""
-        return hashlib.sha256((self.corpus + self.order).encode()).hexdigest()
+        """Of the corpus with its order."""
+        return digest_in_order(self.corpus, self.order)
 
     def to_json(self) -> str:
         """The content of the index file."""

@@ -101,7 +101,7 @@ class Tokenizer:
         size = 0
         for blocks in documents:
             for number, piece in enumerate(pieces(blocks)):
-                batch.append(piece if number or not piece else self._vocabulary.prefix + piece)
+                batch.append(piece if number else self._vocabulary.begun(piece))
                 begins.append(number == 0)
                 size += len(piece)
                 if size >= BATCH or len(batch) == MOST_PIECES:
@@ -138,6 +138,13 @@ class Tokenizer:
         """How many bytes of text each token stands for; 0 for special ones."""
         return np.array([*map(len, self._bytes)], np.int32)
 
+    def stays_below(self, size: int) -> bool:
+        """Whether no text is encoded to tokens from `size` on: those are special, and added."""
+        own = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        beyond = [extra for number, extra in added if number >= size]
+        return max(own) < size and self.end_of_text < size and all(x.special for x in beyond)
+
     def _bytes_of_tokens(self) -> list[bytes]:
         found = [b""] * self.vocab_size
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
@@ -163,8 +170,9 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
     for block in blocks:
         text, start = text[start:] + block, 0
         while True:
-            cut = CUT.search(text, start + PIECE)
             end = start + LONGEST_PIECE
+            # Two characters tell of a cut at the end; to look further takes quadratic time.
+            cut = CUT.search(text, start + PIECE, end + 2)
             if cut is not None and cut.start() <= end:
                 end = cut.start()
             elif len(text) < end + 2:  # what would tell of a cut at the end may not be there yet

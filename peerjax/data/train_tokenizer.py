@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.data.documents import (
     TEXT_PACKAGES,
     TRAIN,
@@ -40,7 +40,7 @@ def train_tokenizer(
     Text of the validation split and later copies of equal documents are left out.
 
     Args:
-        output: path of the JSON.
+        output: path of the JSON; its folder is made if it is not there.
         pattern: see `find_files`; empty for the text packages.
         vocab_size: entries; `None` for 4096 from the packages and 8192 from files. Little text
             may give fewer.
@@ -48,19 +48,24 @@ def train_tokenizer(
         validation_fraction: share of the documents that validation will be given.
 
     Raises:
-        ConfigError: if `vocab_size` is too small for the bytes.
+        ConfigError: if `vocab_size` is too small for the bytes, or `output` is a folder.
         DataError: if text is missing or cannot be used.
+        UserError: if `output` cannot be written.
     """
+    target = Path(output)
     size = vocab_size or (OWN_SIZE if pattern else BUILTIN_SIZE)
     if size < SMALLEST_SIZE:
         raise ConfigError(f"vocab_size={size} is less than {SMALLEST_SIZE}, 256 bytes and one more")
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not in (0, 1)")
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder; name a file in it")
+    make_folder(target.parent)
     if pattern:
         texts = _files(pattern, text_field, validation_fraction)
     else:
         texts = _packages(validation_fraction)
-    write_atomically(Path(output), train_bpe(texts, size))
+    write_atomically(target, train_bpe(texts, size))
 
 
 def _packages(validation_fraction: float) -> Iterator[str]:

@@ -16,6 +16,8 @@ import tokenizers
 END_OF_TEXT = "<|endoftext|>"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
+# What newer tokenizers of Llama's have in place of a normalizer.
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
 # The alphabet of byte-level vocabularies: printable bytes of Latin-1, and then all others.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
@@ -33,15 +35,16 @@ class Vocabulary(Protocol):
     Attributes:
         begin: the token that begins every document.
         ends: tokens after which a model's text has ended.
-        prefix: what is put before the text of a document.
     """
 
     begin: str
     ends: tuple[str, ...]
-    prefix: str
 
     def adapted(self, parts: dict[str, Any]) -> str:
         """The tokenizer's JSON such that a text can be encoded in pieces."""
+
+    def begun(self, piece: str) -> str:
+        """What is encoded of the first piece of a document."""
 
     def bytes_of(self, token: str) -> bytes:
         """The bytes of text that a token stands for."""
@@ -52,18 +55,25 @@ class Vocabulary(Protocol):
 
 def vocabulary_of(parts: Mapping[str, Any]) -> Vocabulary:
     """The kind of a tokenizer, by the fields of its JSON."""
-    return ByteFallback() if parts["model"].get("byte_fallback") else ByteLevel()
+    if not parts["model"].get("byte_fallback"):
+        return ByteLevel()
+    first = parts.get("pre_tokenizer") or {}
+    return ByteFallback(metaspace=first.get("type") == METASPACE["type"])
 
 
 class ByteLevel:
     """Every byte is a character of the vocabulary's own alphabet."""
 
-    begin, prefix = END_OF_TEXT, ""
+    begin = END_OF_TEXT
     ends: tuple[str, ...] = (END_OF_TEXT,)
 
     def adapted(self, parts: dict[str, Any]) -> str:
         """As it is."""
         return json.dumps(parts)
+
+    def begun(self, piece: str) -> str:
+        """As it is."""
+        return piece
 
     def bytes_of(self, token: str) -> bytes:
         """One a character; none for a token that is written in other characters."""
@@ -110,15 +120,28 @@ class ByteFallback:
     """Characters, spaces written as "▁"; what has no token is spelt in tokens of one byte each.
 
     A document gets a space before it. A text's own "▁" are read as spaces.
+
+    Attributes:
+        metaspace: whether it is of the newer form: a document that begins with a space gets no
+            other before it.
     """
 
-    begin, prefix = "<s>", " "
+    begin = "<s>"
     ends: tuple[str, ...] = ("<s>", "</s>")
+
+    def __init__(self, metaspace: bool):
+        self.metaspace = metaspace
 
     def adapted(self, parts: dict[str, Any]) -> str:
         """The space before a document is put there by whoever encodes it, and stays in decoding."""
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        return json.dumps(parts | {"normalizer": spaces, "post_processor": None})
+        rest = {"pre_tokenizer": None, "post_processor": None}
+        return json.dumps(parts | {"normalizer": spaces} | rest)
+
+    def begun(self, piece: str) -> str:
+        """With its space; an empty document has none."""
+        has_one = self.metaspace and piece.startswith((" ", SPACE))
+        return piece if has_one or not piece else " " + piece
 
     def bytes_of(self, token: str) -> bytes:
         """That of a byte token, and else those of its characters, where "▁" is a space."""
@@ -133,16 +156,19 @@ class ByteFallback:
         added = tokenizer.get_added_tokens_decoder()
         if problem := _fault_of_model(parts["model"]):
             return problem
-        if parts["pre_tokenizer"]:
-            return f"it has a pre_tokenizer ({parts['pre_tokenizer']['type']})"
-        normalizer = parts["normalizer"] or {}
+        first, normalizer = parts["pre_tokenizer"], parts["normalizer"] or {}
+        if first and first != METASPACE:
+            return f"it has a pre_tokenizer ({first['type']}) that is not Llama's"
         steps = {
             (step["type"], step.get("prepend") or step.get("content"))
             for step in normalizer.get("normalizers", [normalizer])
             if step
         }
-        if steps != {("Prepend", SPACE), ("Replace", SPACE)}:
+        if steps != (set() if first else {("Prepend", SPACE), ("Replace", SPACE)}):
             return f"its normalizer does not just write spaces as {SPACE!r} and put one in front"
+        for extra in added.values():
+            if self.metaspace and not extra.special:  # a text that begins with it gets no space
+                return f"its added token {extra.content!r} is not special"
         lacking = 256 - sum(bool(BYTE.fullmatch(token)) for token in vocabulary)
         if lacking:
             return f"its vocabulary lacks {lacking} of the 256 bytes"

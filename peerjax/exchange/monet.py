@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 from flax.traverse_util import unflatten_dict
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.errors import UserError
 from peerjax.exchange.files import named_leaves, write_tensors
 from peerjax.routing.running_norm import STATS, Moments
@@ -151,7 +151,8 @@ def write_hf(
 
     Raises:
         UserError: if `config` is of a model that peerjax does not compute, or leaves of the tree
-            are missing, misshapen or left over: all are named.
+            are missing, misshapen or left over: all are named; or if the folder cannot be made
+            or written to.
     """
     folder = Path(folder)
     config = _complete({**FIXED, **config}, "the configuration")
@@ -167,6 +168,7 @@ def write_hf(
         raise UserError(
             "the tree is not the model that the configuration describes: " + "; ".join(problems)
         )
+    make_folder(folder)
     tensors: dict[str, np.ndarray] = {}
     for name, place in places.items():
         tensors[name] = place.written(leaves[place.name]).astype(jnp.dtype(dtype))
@@ -174,7 +176,6 @@ def write_hf(
             count = name.removesuffix("running_var") + "num_batches_tracked"
             tensors[count] = np.zeros((), np.int64)
     described = {**config, "architectures": ["MonetForCausalLM"], "torch_dtype": dtype}
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SINGLE, tensors, {"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / CONFIG, text)

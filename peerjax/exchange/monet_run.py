@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.config import default_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
@@ -57,32 +57,34 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
     Args:
         source: the folder of the checkpoint, as `peerjax.exchange.monet.read_hf` reads it.
         workdir: of the run; must not be there yet.
-        tokenizer: path of its JSON; by default `tokenizer.json` in `source`.
+        tokenizer: path of its JSON; by default `tokenizer.json` in `source`. Beside the model's
+            vocabulary it may have special tokens that were added later, such as one for padding.
 
     Raises:
-        UserError: if the workdir is there, or checkpoint or tokenizer cannot be used.
+        UserError: if the workdir is there or cannot be made, or checkpoint or tokenizer cannot be
+            used.
     """
     folder = folder_of(workdir)
     if folder.exists():
         raise ConfigError(f"{folder} is there already; choose another --workdir")
+    make_folder(folder.parent)
     words = Tokenizer.load(tokenizer or str(Path(source) / TOKENIZER))
     published, tree = read_hf(source)
-    if words.vocab_size != published["vocab_size"]:
+    size = published["vocab_size"]
+    if words.vocab_size < size or not words.stays_below(size):
         raise ConfigError(
-            f"the tokenizer has {words.vocab_size} entries, the model {published['vocab_size']}; "
+            f"the tokenizer has {words.vocab_size} entries, the model {size}; "
             "name the model's own with --tokenizer"
         )
     config = config_of(published)
-    config.data.tokenizer = str(folder / TOKENIZER)
     validate(config)
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if unfinished.exists():
         unfinished.rmtree()
     unfinished.mkdir(parents=True)
-    (unfinished / TOKENIZER).write_text(words.json)
     (unfinished / PUBLISHED).write_text(json.dumps(published, indent=1))
-    record(unfinished, config, identity_of_imported(words))
+    record(unfinished, config, words, identity_of_imported(words, size))
     with Checkpoints(unfinished, config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, stacked(tree, published["moe_groups"]), next_batch=0)
     unfinished.rename(folder)
@@ -98,6 +100,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
 
     Raises:
         ConfigError: if the model is no Monet throughout.
+        UserError: if the folder cannot be made or written to.
     """
     kinds = {kind: name for name, kind in KINDS.items()}
     layers = run.config.model.layers
@@ -108,13 +111,14 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
     (kind, depth), monet = layers[0], run.config.monet
     published = {
         **{name: attrgetter(field)(run.config) for name, field in FIELDS.items()},
-        "vocab_size": run.tokenizer.vocab_size,
+        "vocab_size": run.model.config.vocab_size,
         "num_hidden_layers": depth,
         "moe_experts": keys_per_side(monet.num_experts),
         "moe_decompose": kinds[kind],
     }
     if (run.folder / PUBLISHED).exists():
         published = json.loads((run.folder / PUBLISHED).read_text()) | published
+    make_folder(target)
     variables = dequantize(restore(run, make_mesh(jax.local_devices()[:1])))
     write_hf(target, published, unstacked(variables, monet.group), dtype)
     write_atomically(epath.Path(target) / TOKENIZER, run.tokenizer.json)

@@ -13,7 +13,7 @@ import rich.console
 from etils import epath
 
 from peerjax.analysis.plots import plot_expert_usage, plot_losses_by_domain, plot_removals
-from peerjax.atomic import write_atomically
+from peerjax.atomic import make_folder, write_atomically
 from peerjax.data.packing import PackedRows
 from peerjax.data.pipeline import load_corpus, load_text, validation_rows
 from peerjax.inference.removal import Removal, checked_domains, remove_domains
@@ -99,7 +99,7 @@ def write_evaluation(
         facts: further fields of the file.
         removals: what was found without the experts of some domains.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     losses = {"all": evaluation.overall, **evaluation.losses}
     record = {
         **facts,

@@ -17,7 +17,13 @@ from peerjax.model import Decoder
 from peerjax.sharding import state_shardings
 from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
 from peerjax.training.state import create_state, make_optimizer
-from peerjax.training.workdir import check_tokenizer, folder_of, read_config
+from peerjax.training.workdir import (
+    TOKENIZER,
+    check_tokenizer,
+    folder_of,
+    read_config,
+    vocabulary_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,10 @@ class Run:
 
 
 def open_run(workdir: str, step: int | None = None) -> Run:
-    """Finds a run's checkpoint, and reads what is small.
+    """Finds a run's checkpoint, and reads what is small; nothing outside its folder is needed.
+
+    Kernels are those of the present device, whatever the run was trained with: one that is not of
+    it would be interpreted.
 
     Args:
         workdir: of the run, which may still be going on.
@@ -59,9 +68,12 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     folder = folder_of(workdir)
     config = read_config(folder)
     validate(config)
-    tokenizer = load_tokenizer(config)
+    config.kernels.implementation = "auto"
+    own = folder / TOKENIZER
+    # Runs of earlier versions have none.
+    tokenizer = Tokenizer.load(str(own)) if own.exists() else load_tokenizer(config)
     check_tokenizer(folder, tokenizer)
-    model = Decoder(model_config(config, tokenizer.vocab_size))
+    model = Decoder(model_config(config, vocabulary_size(folder)))
     return Run(config, tokenizer, model, folder, find_checkpoint(folder, step))
 
 

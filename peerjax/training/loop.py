@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from peerjax.analysis.flops import forward_flops
+from peerjax.atomic import make_folder
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
@@ -39,8 +40,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     Args:
         config: see `peerjax.config`.
-        workdir: a folder. It gets `config.json`, `data.json`, `checkpoints/`, `metrics.jsonl`,
-            `tensorboard/`, and at the end `report.json` and plots.
+        workdir: a folder. It gets `config.json`, `data.json`, `tokenizer.json`, `checkpoints/`,
+            `metrics.jsonl`, `tensorboard/`, and at the end `report.json` and plots.
 
     One process with all devices; several are refused.
 
@@ -54,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
+    make_folder(folder)
     model = Decoder(model_config(config, corpus.tokenizer.vocab_size))
     optimizer = make_optimizer(config)
     mesh = make_mesh()
@@ -84,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         else:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
             batches = train_batches(config, corpus.train, next_batch)
-        record(folder, config, corpus.identity)
+        record(folder, config, corpus.tokenizer, corpus.identity)
 
         # ---- What is computed and shown ----
         train_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)

@@ -11,7 +11,7 @@ from peerjax.config import differences, from_json
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
-CONFIG, DATA = "config.json", "data.json"
+CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
 
 
 def folder_of(workdir: str) -> epath.Path:
@@ -99,19 +99,27 @@ def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
     if tokenizer.digest != expected:
         raise DataError(
             f"{workdir} was trained with another tokenizer ({expected}) than the one there is now "
-            f"({tokenizer.digest}); put the old one back where data.tokenizer says"
+            f"({tokenizer.digest}); put the old one back as {workdir / TOKENIZER}"
         )
 
 
-def identity_of_imported(tokenizer: Tokenizer) -> dict[str, Any]:
+def vocabulary_size(workdir: epath.Path) -> int:
+    """Entries of the vocabulary of a run's model; its tokenizer may have more, that no text has."""
+    return json.loads((workdir / DATA).read_text())["vocabulary"]
+
+
+def identity_of_imported(tokenizer: Tokenizer, vocabulary: int) -> dict[str, Any]:
     """What a run is made of that was trained elsewhere; the rest is in `Corpus.identity`."""
-    return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": tokenizer.vocab_size}
+    return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": vocabulary}
 
 
 def record(
-    workdir: epath.Path, config: ml_collections.ConfigDict, identity: dict[str, Any]
+    workdir: epath.Path,
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
 ) -> None:
-    """Writes down what the run is made of."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Writes down what the run is made of; its tokenizer too, so that the folder can be moved."""
+    write_atomically(workdir / TOKENIZER, tokenizer.json)
     write_atomically(workdir / CONFIG, json.dumps(config.to_dict(), indent=1))
     write_atomically(workdir / DATA, json.dumps(identity, indent=1))

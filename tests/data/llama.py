@@ -9,6 +9,12 @@ from tokenizers import models, pre_tokenizers, trainers
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
+def newer_form(json_text: str) -> str:
+    """The same tokenizer as newer versions of `transformers` write it."""
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    return json.dumps(json.loads(json_text) | {"normalizer": None, "pre_tokenizer": metaspace})
+
+
 def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """Trains one, and returns its JSON, with the fields of the published one."""
     trained = tokenizers.Tokenizer(models.BPE())

@@ -2,10 +2,19 @@ import jax
 import numpy as np
 import pytest
 
+from peerjax.data import pipeline
+from peerjax.data.documents import (
+    TRAIN,
+    Document,
+    corpus_digest,
+    read_files,
+    split_of,
+    without_duplicates,
+)
 from peerjax.data.packing import PackedRows
-from peerjax.data.pipeline import train_batches, validation_rows
+from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.data.shards import Shard, ShardedTokens, write_shard
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, write_corpus
 
 
 @pytest.fixture
@@ -87,3 +96,54 @@ def test_validation_rows_are_spread_evenly(rows):
     chosen = validation_rows(rows, 5)
     assert len(set(chosen)) == 5
     assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+
+
+def tokens_of(corpus):
+    rows = {"train": corpus.train, **corpus.validation}
+    return {name: each.tokens[0 : len(each.tokens)].tolist() for name, each in rows.items()}
+
+
+def test_rows_of_files_do_not_depend_on_their_names(tmp_path):
+    write_corpus(tmp_path / "web")
+    (tmp_path / "log.jsonl").write_text('{"text": "a log of one router"}\n' * 2)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.writelines(f'{{"text": "token {number} of the pool"}}\n' for number in range(99))
+    config = tiny_config(f"web={tmp_path}/web/**/*.txt;log={tmp_path}/*.jsonl")
+    before = load_corpus(config)
+    for number, path in enumerate(sorted((tmp_path / "web").iterdir(), reverse=True)):
+        if number % 3 == 0:
+            (tmp_path / "web" / f"a copy of {path.name}").write_text(path.read_text())
+        path.rename(path.with_name(f"{number:02d} renamed.txt"))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "another.jsonl").write_text("\n".join(reversed(lines)))
+    (tmp_path / "log.jsonl").unlink()
+    after = load_corpus(config)
+    assert after.identity == before.identity
+    assert list(after.validation) == ["web", "log"]
+    assert tokens_of(after) == tokens_of(before)
+
+    # Domains stand in the order of the pattern: in another one, they are another corpus.
+    config.data.pattern = f"log={tmp_path}/*.jsonl;web={tmp_path}/web/**/*.txt"
+    other = load_corpus(config)
+    assert tokens_of(other) != tokens_of(before)
+    assert other.digest != before.digest
+
+
+def test_a_run_of_files_in_the_order_of_their_names_is_another(corpus):
+    config = tiny_config(corpus)
+    documents = without_duplicates(read_files(corpus, "text"))
+    assert load_corpus(config).digest != corpus_digest(documents)
+
+
+def test_packages_keep_the_order_of_their_documents(monkeypatch):
+    texts = [f"document {number} of a package " * 9 for number in range(60)]
+    documents = [Document("d", str(number), text) for number, text in enumerate(texts)]
+    monkeypatch.setattr(pipeline, "read_packages", lambda domains: documents)
+    config = tiny_config("unused")
+    config.data.source = "packages"
+    found = load_corpus(config)
+    assert found.digest == corpus_digest(documents)
+    train = [each.text for each in documents if split_of(each, 0.2) == TRAIN]
+    order = np.random.default_rng(config.seed).permutation(len(train))
+    expected = found.tokenizer.encode([train[index]] for index in order)
+    np.testing.assert_array_equal(found.train.tokens, np.concatenate([*expected]))

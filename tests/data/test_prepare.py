@@ -20,7 +20,7 @@ from peerjax.data.plan import read_planned, scan
 from peerjax.data.prepare import prepare
 from peerjax.data.shards import ShardIndex
 from peerjax.data.text_files import find_files
-from peerjax.errors import ConfigError, DataError
+from peerjax.errors import ConfigError, DataError, UserError
 from tests.conftest import REPOSITORY
 from tests.data.own_text import FRACTION, own_settings, write_own_text
 from tests.training.tiny import tiny_config
@@ -80,7 +80,7 @@ def test_shards_and_files_hold_the_same_documents(pattern, prepared):
         assert sorted(documents_of(own)) == sorted(documents_of(other))
     index = ShardIndex.load(prepared)
     documents = without_duplicates(read_files(pattern, "text"))
-    assert index.corpus == corpus_digest(documents) == from_files.digest
+    assert index.corpus == corpus_digest(documents)
     assert sum(shard.documents for shard in index.shards) == len(documents)
     text_bytes = sum(len(document.text.encode()) for document in documents)
     assert sum(shard.text_bytes for shard in index.shards) == text_bytes
@@ -171,7 +171,10 @@ def test_a_finished_one_says_so_and_touches_nothing(pattern, prepared, capsys):
     [
         ({"shard_mb": 0.02}, r"other settings: shard_mb \(was 0.001, is 0.02\)"),
         ({"validation_fraction": 0.5}, r"validation_fraction \(was 0.25, is 0.5\)"),
-        ({"shard_mb": 0.0}, "shard_mb=0.0 is not positive"),
+        ({"shard_mb": 0.0}, "shard_mb=0.0 is not between one byte"),
+        ({"shard_mb": 5e-7}, "shard_mb=5e-07 is not between one byte"),
+        ({"shard_mb": float("nan")}, "shard_mb=nan is not between one byte"),
+        ({"shard_mb": float("inf")}, "shard_mb=inf is not between one byte .* and 1e"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1.0 is not in \(0, 1\)"),
     ],
 )
@@ -180,6 +183,11 @@ def test_other_settings_are_refused(changes, message, pattern, prepared):
     with pytest.raises((ConfigError, DataError), match=message):
         prepare(own_settings(pattern, **changes), str(prepared))
     assert files_of(prepared) == before
+
+
+def test_the_smallest_shards_hold_a_document_each(pattern, tmp_path):
+    prepare(own_settings(pattern, shard_mb=6e-7), str(tmp_path))
+    assert {shard.documents for shard in ShardIndex.load(tmp_path).shards} == {1}
 
 
 def test_other_text_is_refused(tmp_path):
@@ -197,6 +205,8 @@ def test_a_folder_that_is_not_ours_is_refused(pattern, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(DataError, match="is not empty and holds no shards"):
         prepare(own_settings(pattern), str(tmp_path))
+    with pytest.raises(UserError, match="thesis.tex cannot be a folder to write to"):
+        prepare(own_settings(pattern), str(tmp_path / "thesis.tex"))
     (tmp_path / "thesis.tex").unlink()
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

@@ -15,8 +15,8 @@ from peerjax.data import tokenizer as tokenizer_module
 from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, without_duplicates
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
-from peerjax.errors import ConfigError, DataError
-from tests.data.llama import llama_tokenizer
+from peerjax.errors import ConfigError, DataError, UserError
+from tests.data.llama import llama_tokenizer, newer_form
 
 BUILTIN = importlib.resources.files("peerjax.data") / "bpe_4096.json"
 texts = st.lists(st.text() | st.just(END_OF_TEXT)).map("".join)
@@ -58,6 +58,45 @@ def test_pieces_encode_as_the_whole_does(tokenizer, blocks, piece):
     assert [*itertools.chain(*(whole.encode(each).ids for each in found))] == whole.encode(text).ids
 
 
+def pieces_by_definition(text):
+    """Cuts as `pieces` does, looking for each cut as far as the text goes."""
+    start = 0
+    while True:
+        end = start + tokenizer_module.LONGEST_PIECE
+        cut = tokenizer_module.CUT.search(text, start + tokenizer_module.PIECE)
+        if cut is not None and cut.start() <= end:
+            end = cut.start()
+        elif len(text) < end + 2:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.text("a \n"), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 9))
+def test_pieces_are_cut_where_the_text_allows(blocks, piece, more):
+    sizes = {"PIECE": piece, "LONGEST_PIECE": piece + more}
+    with unittest.mock.patch.multiple(tokenizer_module, **sizes):
+        assert [*pieces(blocks)] == [*pieces_by_definition("".join(blocks))]
+
+
+def test_text_without_a_place_to_cut_is_looked_through_once(monkeypatch):
+    looked = 0
+
+    class Counted:
+        def search(self, text, first, stop=None):
+            nonlocal looked
+            looked += (len(text) if stop is None else min(stop, len(text))) - first
+            return cut.search(text, first, len(text) if stop is None else stop)
+
+    cut = tokenizer_module.CUT
+    monkeypatch.setattr(tokenizer_module, "CUT", Counted())
+    text = "x" * (9 * LONGEST_PIECE)
+    assert len([*pieces([text])]) == 9
+    assert looked <= len(text)
+
+
 def test_a_long_document_encodes_as_if_it_were_not_cut(tokenizer):
     text = "".join(document.text for document in read_packages(["speeches"])[:40])
     assert len([*pieces([text])]) > 5
@@ -97,6 +136,17 @@ def test_training_on_own_text_sees_the_training_split_once(tmp_path):
     assert Tokenizer.load(str(tmp_path / "tok.json")).vocab_size <= 300
     with pytest.raises(ConfigError, match="vocab_size=256 is less than 257"):
         train_tokenizer(str(tmp_path / "tok.json"), f"{tmp_path}/*.txt", 256)
+
+
+def test_where_a_tokenizer_goes_is_tried_before_text_is_read(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for output, message in ((tmp_path, "is a folder; name"), (tmp_path / "file" / "t", "cannot")):
+        with pytest.raises(UserError, match=message):
+            train_tokenizer(str(output), "no such text")
+    with pytest.raises(DataError, match="no file matches"):
+        train_tokenizer(str(tmp_path / "deep" / "down" / "tok.json"), "no such text")
+    train_tokenizer(str(tmp_path / "deep" / "tok.json"), str(tmp_path / "file"), 300, "text", 1e-9)
+    assert Tokenizer.load(str(tmp_path / "deep" / "tok.json")).vocab_size <= 300
 
 
 def changed(**changes):
@@ -153,6 +203,11 @@ def llama():
     return Tokenizer(llama_tokenizer(documents, 1000))
 
 
+@pytest.fixture(scope="module")
+def newer(llama):
+    return Tokenizer(newer_form(llama.json))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
 def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(llama, blocks, piece):
@@ -166,11 +221,33 @@ def test_byte_fallback_encodes_in_pieces_what_the_published_tokenizer_encodes(ll
     assert llama.bytes_per_token()[ids].sum() == len(text.encode()) + bool(text)
 
 
-def test_byte_fallback_knows_where_texts_end(llama, tmp_path):
+@settings(deadline=None, max_examples=100)
+@given(st.lists(cuttable | texts, min_size=1, max_size=3), st.integers(1, 9))
+def test_the_newer_form_of_llamas_encodes_as_it_is_published(newer, blocks, piece):
+    text = "".join(blocks)
+    with unittest.mock.patch.object(tokenizer_module, "PIECE", piece):
+        ids = encode(newer, [text])
+    published = tokenizers.Tokenizer.from_str(newer.json)
+    published.encode_special_tokens = True
+    assert ids.tolist() == published.encode(text).ids
+    # Unlike the older form, it adds a space only where there is none.
+    spaces = text.replace("▁", " ")
+    assert newer.decode(ids.tolist()) == (" " if text and spaces[0] != " " else "") + spaces
+
+
+@pytest.mark.parametrize("text", ["", " ", "one", " one", "  one", "▁one", "\n one"])
+def test_the_space_before_a_document_is_that_of_its_form(newer, llama, text):
+    for own in (newer, llama):
+        published = tokenizers.Tokenizer.from_str(own.json)
+        assert encode(own, [text]).tolist() == published.encode(text).ids
+
+
+def test_byte_fallback_knows_where_texts_end(llama, newer, tmp_path):
     assert llama.end_of_text == 1
     assert llama.ends == {1, 2}
-    (tmp_path / "tok.json").write_text(llama.json)
-    assert Tokenizer.load(str(tmp_path / "tok.json")).digest == llama.digest
+    for own in (llama, newer):
+        (tmp_path / "tok.json").write_text(own.json)
+        assert Tokenizer.load(str(tmp_path / "tok.json")).digest == own.digest
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "llama"])
@@ -214,8 +291,18 @@ def test_what_is_not_quite_llamas_is_refused(llama, tmp_path):
     wide = parts["model"] | {"vocab": parts["model"]["vocab"] | {"e▁t": 1000}}
     few = {token: n for token, n in parts["model"]["vocab"].items() if token != "<0x0A>"}
     special = [{**token, "special": False} for token in parts["added_tokens"]]
+    metaspace = json.loads(newer_form(llama.json))["pre_tokenizer"]
+    pad = {**parts["added_tokens"][0], "id": 1000, "content": "<pad>", "special": False}
+    newer = {"normalizer": None, "pre_tokenizer": metaspace}
     for changes, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "it has a pre_tokenizer (Whitespace)"),
+        (newer | {"pre_tokenizer": metaspace | {"split": True}}, "(Metaspace) that is not Llama's"),
+        ({"pre_tokenizer": metaspace}, "its normalizer does not just write spaces"),
+        ({"normalizer": None}, "its normalizer does not just write spaces"),
+        (
+            newer | {"added_tokens": [*parts["added_tokens"], pad]},
+            "its added token '<pad>' is not special",
+        ),
         ({"normalizer": {"type": "NFC"}}, "its normalizer does not just write spaces"),
         ({"model": wide}, "its token 'e▁t' reaches over the end of a word"),
         ({"model": parts["model"] | {"vocab": few}}, "lacks 1 of the 256 bytes"),

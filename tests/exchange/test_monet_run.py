@@ -15,7 +15,7 @@ from peerjax.errors import ConfigError, DataError, UserError
 from peerjax.exchange.monet import read_hf, write_hf
 from peerjax.exchange.monet_run import read_run, write_run
 from peerjax.inference.evaluating import evaluate_run
-from peerjax.inference.prompts import continue_prompts
+from peerjax.inference.prompts import continue_prompts, encode
 from peerjax.inference.sampling import Sampling
 from peerjax.inference.trained import open_run, restore
 from peerjax.optim import dequantize
@@ -63,8 +63,9 @@ def test_a_published_checkpoint_runs_and_comes_back(
     config, tree = read_hf(tmp_path / "published")
     read_run(str(tmp_path / "published"), str(tmp_path / "run"))
     (tmp_path / "published").rename(tmp_path / "away")
+    (tmp_path / "run").rename(tmp_path / "moved")
 
-    run = open_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "moved"))
     tokens = np.random.default_rng(0).integers(config["vocab_size"], size=(2, 9))
     found = logits(run, tokens)
     expected = logits_of(config, jax.tree.map(jnp.asarray, tree), tokens)
@@ -85,6 +86,31 @@ def test_a_published_checkpoint_runs_and_comes_back(
         np.testing.assert_array_equal(back[name], tensor)
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_text() == (tmp_path / "away" / name).read_text()
+
+
+def with_padding(tokenizer, special=True):
+    """The tokenizer with a token that the model does not know."""
+    parts = json.loads(tokenizer)
+    added = parts["added_tokens"]
+    added.append({**added[0], "id": VOCABULARY, "content": "<pad>", "special": special})
+    return json.dumps(parts)
+
+
+def test_a_tokenizer_may_have_special_tokens_that_the_model_has_not(
+    tokenizer, tmp_path, monkeypatch
+):
+    publish(tmp_path / "published", "horizontal", with_padding(tokenizer), monkeypatch)
+    read_run(str(tmp_path / "published"), str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
+    assert (run.model.config.vocab_size, run.tokenizer.vocab_size) == (VOCABULARY, VOCABULARY + 1)
+    assert max(encode(run, ["<pad>"])[0]) < VOCABULARY
+    write_run(run, str(tmp_path / "back"))
+    for name in ("config.json", "tokenizer.json"):
+        back, published = (tmp_path / folder / name for folder in ("back", "published"))
+        assert back.read_text() == published.read_text()
+    (tmp_path / "tok.json").write_text(with_padding(tokenizer, special=False))
+    with pytest.raises(ConfigError, match="the tokenizer has 301 entries, the model 300; name"):
+        read_run(str(tmp_path / "published"), str(tmp_path / "other"), str(tmp_path / "tok.json"))
 
 
 def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
@@ -109,6 +135,8 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     source, run = str(tmp_path / "published"), str(tmp_path / "run")
     with pytest.raises(ConfigError, match="is there already"):
         read_run(source, str(finished))
+    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+        read_run(source, str(tmp_path / "published" / "config.json" / "run"))
     (tmp_path / "other.json").write_text(llama_tokenizer([WORDS], 280))
     with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, the model \d+; name"):
         read_run(source, run, str(tmp_path / "other.json"))
@@ -124,6 +152,15 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     ):
         write_run(open_run(str(finished)), str(tmp_path / "out"))
     assert {each.name for each in tmp_path.iterdir()} == {"other.json"}
+
+
+def test_where_a_model_goes_is_tried_before_it_is_read(tokenizer, tmp_path, monkeypatch):
+    publish(tmp_path / "published", "horizontal", tokenizer, monkeypatch)
+    read_run(str(tmp_path / "published"), str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
+    shutil.rmtree(run.checkpoint)
+    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+        write_run(run, str(tmp_path / "published" / "config.json"))
 
 
 def test_one_command_reads_and_another_writes(tokenizer, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from peerjax.data.tokenizer import Tokenizer, train_bpe
 from peerjax.errors import CheckpointError, ConfigError, DataError
 from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_evaluation
 from peerjax.inference.prompts import check, continue_prompts, encode, read_prompts
@@ -130,6 +131,41 @@ def test_what_is_no_prompt_is_named(run, tmp_path):
     ):
         with pytest.raises(ConfigError, match=told):
             check(sampling, count)
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"tokenizer": "tok.json"}, {"source": "shards", "pattern": "shards"}],
+    ids=["relative", "of shards"],
+)
+def test_a_run_brings_its_tokenizer(elsewhere, finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] |= elsewhere  # as seen from the folder that training was started in
+    (copy / "config.json").write_text(json.dumps(config))
+    run = open_run(str(copy))
+    assert run.tokenizer.digest == Tokenizer.load().digest
+
+    (copy / "tokenizer.json").write_text(train_bpe(["some other text"], 300))
+    with pytest.raises(DataError, match=r"another tokenizer .* back as .*run/tokenizer.json"):
+        open_run(str(copy))
+    (copy / "tokenizer.json").unlink()  # as in runs of earlier versions
+    with pytest.raises(DataError, match="does not exist"):
+        open_run(str(copy))
+    shutil.copy(finished / "config.json", copy)
+    assert open_run(str(copy)).tokenizer.digest == run.tokenizer.digest
+
+
+def test_kernels_are_those_of_the_present_device(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["kernels"]["implementation"] = "mosaic_gpu"
+    (copy / "config.json").write_text(json.dumps(config))
+    run = open_run(str(copy))
+    assert run.model.config.implementation is None
+    assert run.config.kernels.implementation == "auto"
 
 
 def test_checkpoints_are_found_and_left_as_they_are(finished, tmp_path):

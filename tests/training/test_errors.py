@@ -12,7 +12,7 @@ from etils import epath
 
 from peerjax.config import validate
 from peerjax.data import tokenizer as tokenizer_module
-from peerjax.errors import ConfigError, DataError, DivergenceError
+from peerjax.errors import ConfigError, DataError, DivergenceError, UserError
 from peerjax.training.loop import train
 from peerjax.training.metrics import read_metrics
 from tests.conftest import REPOSITORY, config_of_finished
@@ -132,6 +132,22 @@ def test_where_training_cannot_run_is_said_at_once(corpus, tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="JAX runs as 2 processes, but training is for one"):
         train(tiny_config(corpus), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file cannot be a folder to write to"):
+        train(tiny_config(corpus), str(tmp_path / "file"))
+
+
+@pytest.mark.slow
+def test_where_an_evaluation_goes_is_tried_before_it_is_made(finished, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    flags = [f"--workdir={finished}", f"--output={tmp_path / 'file'}", "--pattern=no_such_text"]
+    result = run_script("evaluate.py", *flags)
+    assert result.returncode == 2
+    assert "file cannot be a folder to write to" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
