@@ -38,11 +38,17 @@ def write_atomically(path: epath.Path | Path, text: str) -> None:
 
 
 def replace_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file under another name, and renames it when it is whole."""
+    """Lets `write` make a file under another name, and renames it when it is whole.
+
+    It can be read by whom any new file can: some libraries make theirs for their user alone.
+    """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         write(unfinished)
+        unfinished.chmod(mode)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

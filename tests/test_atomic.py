@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from peerjax.atomic import make_folder
+from peerjax.atomic import make_folder, replace_whole
 from peerjax.errors import UserError
 
 
@@ -16,3 +18,15 @@ def test_what_cannot_be_written_to_is_named(name, tmp_path):
     with pytest.raises(UserError, match=f"{name} cannot be a folder to write to .*; name another"):
         make_folder(tmp_path / name)
     assert (tmp_path / "a file").read_text() == "precious"
+
+
+def test_a_file_is_for_whom_new_files_are(tmp_path):
+    def write(path):
+        path.unlink()  # as libraries that rename a file of their own into place
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write("whole")
+
+    (tmp_path / "new").touch()
+    replace_whole(tmp_path / "own", write)
+    assert (tmp_path / "own").read_text() == "whole"
+    assert (tmp_path / "own").stat().st_mode == (tmp_path / "new").stat().st_mode

@@ -119,7 +119,10 @@ def record(
     tokenizer: Tokenizer,
     identity: dict[str, Any],
 ) -> None:
-    """Writes down what the run is made of; its tokenizer too, so that the folder can be moved."""
+    """Writes down what the run is made of; its tokenizer too, so that the folder can be moved.
+
+    The configuration comes last: a folder that has one has all.
+    """
     write_atomically(workdir / TOKENIZER, tokenizer.json)
-    write_atomically(workdir / CONFIG, json.dumps(config.to_dict(), indent=1))
     write_atomically(workdir / DATA, json.dumps(identity, indent=1))
+    write_atomically(workdir / CONFIG, json.dumps(config.to_dict(), indent=1))
