@@ -14,6 +14,7 @@ BENCHMARKS = {
     "kernels": "lookup and update on the device at hand, against the bandwidth of a copy",
     "device_step": "steps of the recipe for one accelerator, executed on the one at hand",
     "kernels_aot": "every kernel compiled for TPUs and GPUs that are not here: memory and traffic",
+    "digits": "the examples: accuracy and bytes of a classifier in int4, beside float32 AdamW",
     "prepare": "a gigabyte of text through prepare.py: peak memory and speed",
     "int4_quality": "what int4 costs in loss, beside other storages, rules and buffers (a night)",
     "isoflop": "dense layers, mixtures and pools at equal FLOPs a token, tuned (a night)",

@@ -35,6 +35,13 @@ from pallas_kernels.packing import (
 )
 from pallas_kernels.platforms import by_platform
 
+# The layout of pools in words, for files that are read elsewhere; another layout, another version.
+LAYOUT_VERSION = "1"
+LAYOUT = (
+    "int32 words; code c of a vector of D codes of b bits, two's complement, is in word c mod W, "
+    "W = D b / 32, from bit b (c div W) upwards. Pool: [layers, units, 128], experts one after the "
+    "other, `down` then `up`, W words each; weight = code * scale, scales [layers, 2, N]."
+)
 DOWN, UP = 0, 1
 UNIT = 128  # words
 BITS = {"int8": 8, "int4": 4, "int2": 2}

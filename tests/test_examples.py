@@ -32,9 +32,7 @@ def test_masked_and_injected_transforms_train_the_classifier_alike(monkeypatch):
     packed = jax.tree.map(optim.is_packed_matrix, params, is_leaf=optim.is_packed_matrix)
     floats = jax.tree.map(operator.not_, packed)
     schedule = optax.cosine_decay_schedule(3e-3, 40)
-    inject = optax.inject_hyperparams(
-        optim.int4_accumulation, static_args=("accumulator_bits", "implementation")
-    )
+    inject = optax.inject_hyperparams(optim.int4_accumulation, static_args=("accumulator_bits",))
 
     def masked(of_matrices):
         of_matrices = optax.chain(optax.clip_by_global_norm(1.0), of_matrices)

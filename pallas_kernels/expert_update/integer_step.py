@@ -38,7 +38,7 @@ def nearest(
     top = largest_code(code_bits)
     squares = jnp.square(weights.astype(jnp.float32))
 
-    def climbs(scales: Float[Array, "*R"]) -> Bool[Array, "*R"]:
+    def too_low(scales: Float[Array, "*R"]) -> Bool[Array, "*R"]:
         beyond = squares > jnp.square((top + 0.5) * scales)[..., None]
         held = jnp.sum(jnp.where(beyond, squares, 0.0), axis=-1)
         return held > HELD * jnp.sum(squares, axis=-1)
@@ -46,10 +46,14 @@ def nearest(
     size = jnp.sqrt(jnp.mean(squares, axis=-1))
     # A row of zeros needs a scale too, to leave zero by.
     scales = jnp.where(size == 0, 1.0, size) / spread(code_bits)
+
+    def climb(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        scales, low = carry
+        scales = jnp.where(low, RUNG * scales, scales)
+        return scales, too_low(scales)
+
     scales, _ = jax.lax.while_loop(
-        lambda carry: jnp.any(carry[1]),
-        lambda carry: (new := jnp.where(carry[1], RUNG * carry[0], carry[0]), climbs(new)),
-        (scales, climbs(scales)),
+        lambda carry: jnp.any(carry[1]), climb, (scales, too_low(scales))
     )
     codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top)
     return codes.astype(jnp.int32), scales

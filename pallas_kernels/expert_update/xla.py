@@ -171,8 +171,12 @@ def rewrite_floats(
         bits = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
         new = bits if as_bits else _bits_as(jnp.bfloat16, bits)
     to = (layer, matrix, expert[:, None])
-    nothing = jnp.zeros_like(step_size)
-    counts = RowCounts(hit, nothing, nothing > 0, jnp.where(hit, step_size, 0.0))
+    counts = RowCounts(
+        hit=hit,
+        clipped=jnp.zeros_like(step_size),
+        grown=jnp.zeros_like(hit),
+        step_size=jnp.where(hit, step_size, 0.0),
+    )
     return carry._replace(
         weights=carry.weights.at[layer, expert].set(new, mode="drop", unique_indices=True),
         moments=carry.moments.at[to].set(

@@ -18,14 +18,9 @@ KINDS: dict[str, tuple[Any, Callable[..., dict[str, jax.ShapeDtypeStruct]]]] = {
     "pool": (ExpertPool, storage.array_forms),
 }
 DESCRIPTIONS, VERSION = "peerjax", "layout_version"
-CURRENT = "1"  # also of files that do not say
+UNSAID = "1"  # the version of files that do not say
 # In the file, for whoever reads it without peerjax.
-LAYOUT = (
-    "int32 words; code c of a vector of D codes of b bits, two's complement, is in word c mod W, "
-    "W = D b / 32, from bit b (c div W) upwards. Pool: [layers, units, 128], experts one after the "
-    "other, `down` then `up`, W words each; weight = code * scale, scales [layers, 2, N]. Matrix: "
-    "[rows, W], its width padded to whole words; scales [rows]."
-)
+LAYOUT = f"{storage.LAYOUT} {packed_matrix.LAYOUT}"
 
 
 def is_described(node: Any) -> bool:
@@ -47,7 +42,11 @@ def make_leaf(description: dict[str, Any], arrays: dict[str, Any]) -> Any:
 
 def write_descriptions(descriptions: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The metadata of a file with these leaves."""
-    return {DESCRIPTIONS: json.dumps(descriptions), VERSION: CURRENT, "layout": LAYOUT}
+    return {
+        DESCRIPTIONS: json.dumps(descriptions),
+        VERSION: storage.LAYOUT_VERSION,
+        "layout": LAYOUT,
+    }
 
 
 def read_descriptions(metadata: dict[str, str], where: str) -> dict[str, Any]:
@@ -58,10 +57,10 @@ def read_descriptions(metadata: dict[str, str], where: str) -> dict[str, Any]:
     """
     if DESCRIPTIONS not in metadata:
         return {}
-    version = metadata.get(VERSION, CURRENT)
-    if version != CURRENT:
+    version, own = metadata.get(VERSION, UNSAID), storage.LAYOUT_VERSION
+    if version != own:
         raise UserError(
-            f"{where} has layout version {version}, and this peerjax reads version {CURRENT}; "
+            f"{where} has layout version {version}, and this peerjax reads version {own}; "
             "read it with the peerjax that wrote it"
         )
     try:

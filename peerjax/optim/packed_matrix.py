@@ -22,7 +22,10 @@ from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
 # The purpose of random bits, absorbed by their hash: pools take another number.
 ROUNDING = 2
-CODE_BITS = (4, 8)
+# Beside `pallas_kernels.storage.LAYOUT`, which says how codes lie in words.
+LAYOUT = "Matrix: [rows, W], its width padded to whole words; scales [rows]."
+# Compiled once for a shape; its loop would be anew at every call.
+_nearest = jax.jit(nearest, static_argnames="code_bits")
 
 
 @jax.tree_util.register_dataclass
@@ -63,8 +66,7 @@ def array_forms(width: int, bits: int) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         ValueError: if no matrix is packed like that.
     """
-    if bits not in CODE_BITS:
-        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+    _check_bits(bits)
     words = -(-width // codes_per_word(bits))
     return {
         "words": jax.ShapeDtypeStruct((words,), jnp.int32),
@@ -91,15 +93,14 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
         ValueError: if `weights` has no rows or is empty, for other bits, and, outside of `jax.jit`,
             if the size of a row is not finite.
     """
-    if bits not in CODE_BITS:
-        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+    _check_bits(bits)
     if weights.ndim < 2:
         raise ValueError(
             f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
         )
     if not weights.size:
         raise ValueError(f"an array of shape {weights.shape} is empty; leave it as it is")
-    codes, scales = nearest(weights, bits)
+    codes, scales = _nearest(weights, code_bits=bits)
     if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scales))):
         raise ValueError("weights, or the squares of weights, are not finite and cannot be packed")
     words = pack_planes(_by_plane(codes, bits), bits)
@@ -175,6 +176,11 @@ def update_matrix(
     new_state = UpdateState(new_accumulators, numbers.moments)
     sums = [jnp.sum(each, dtype=jnp.float32) for each in counts]
     return change, new_state, Statistics(jnp.zeros((), jnp.float32), *sums)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
 
 
 def _by_plane(rows: Array, bits: int) -> Array:

@@ -72,6 +72,6 @@ class Warnings:
                 self._warned = True
                 yield (
                     f"warning: {share:.1%} of the codes that step {pending.step} moved in "
-                    f"{name.split('/')[1]} stopped at the end of their range; "
+                    f"{name.split('/')[1]} went beyond the end of their range; "
                     f"pool.learning_rate={self._config.pool.learning_rate} may be too large"
                 )

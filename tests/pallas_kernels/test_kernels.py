@@ -15,7 +15,7 @@ from pallas_kernels.expert_lookup import mosaic_gpu as lookup_gpu
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.row_layout import RowLayout
-from pallas_kernels.storage import read_codes
+from pallas_kernels.storage import read_codes, write_codes
 from peerjax.pool import initialize_pool
 
 KERNELS = ["mosaic_tpu", "mosaic_gpu"]
@@ -228,9 +228,17 @@ def test_the_update_is_bit_equal_where_sums_are_exact(kernel):
     num_experts, width, chosen = 64, 256, 8
     pool = make_pool("int4", width, num_experts)
     rng = np.random.default_rng(0)
+    # Of every second expert, few weights are large and all others 0.
+    few = jnp.arange(0, num_experts, 2)
+    large = 7 * rng.choice([-1, 1], (len(few), 2, width)) * (rng.random(width) < 0.03)
+    words = pool.weights
+    for layer in range(2):
+        words = write_codes(words, jnp.int32(layer), few, jnp.array(large, jnp.int32), "int4")
+    pool = dataclasses.replace(pool, weights=words)
     ids = np.stack([rng.permutation(num_experts).reshape(-1, chosen) for _ in range(2)])
     signs = [rng.choice([-1.0, 1.0], (*ids.shape[:2], width)) for _ in range(2)]
     coefficients = [2.0 ** rng.integers(-3, 4, ids.shape) for _ in range(2)]
+    coefficients[0][:, 3, 1] = np.inf  # rows that are passed over
     floats = [jnp.array(each, jnp.float32) for each in (*coefficients, *signs)]
     gradient = FactoredGradient(jnp.array(ids, jnp.int32), *floats)
     for learning_rate in (0.02, 0.5):
@@ -239,6 +247,16 @@ def test_the_update_is_bit_equal_where_sums_are_exact(kernel):
         found = after_steps(kernel, pool, gradient, rule, steps=1)
         np.testing.assert_array_equal(found[0].weights, expected[0].weights)
         np.testing.assert_array_equal(found[1].accumulators, expected[1].accumulators)
+        np.testing.assert_array_equal(found[0].scales, expected[0].scales)
+        np.testing.assert_array_equal(found[1].moments, expected[1].moments)
+        passed_over = ids[:, 3, 1]
+        for layer, expert in enumerate(passed_over):
+            assert found[1].moments[layer, 0, expert] == 0
+            assert found[0].scales[layer, 0, expert] == pool.scales[layer, 0, expert]
+        ratio = (found[0].scales / pool.scales)[:, :, few]
+        assert np.all(ratio >= 1)  # by their RMS they would go down
+        assert np.any(ratio > 1)
+        assert all(np.all(np.isfinite(each)) for each in found[2][0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -166,7 +166,7 @@ def test_a_learning_rate_at_which_codes_clip_is_warned_of_once(corpus, tmp_path,
     config.pool.learning_rate = 1.0
     train(config, str(tmp_path / "large"))
     told = capsys.readouterr().out
-    assert told.count("stopped at the end of their range") == 1
+    assert told.count("went beyond the end of their range") == 1
     assert "pool.learning_rate=1.0 may be too large" in told
     config.pool.learning_rate = 1e-2
     train(config, str(tmp_path / "usual"))
