@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import scipy.stats
 
@@ -30,6 +31,7 @@ from benchmarks.result import FOLDER, REPOSITORY, Figure, commit, device
 ROOT = REPOSITORY / "runs" / "benchmarks"
 COMPILED = ROOT / "compiled"
 LEDGER = FOLDER / "runs.jsonl"
+BACKENDS = ("cpu", "gpu", "tpu")
 Settings = dict[str, Any]
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
@@ -69,18 +71,21 @@ class Run(NamedTuple):
     series: list[dict[str, float]] = []  # noqa: RUF012, never changed
 
 
-def train(recipe: str, settings: Settings, keep_series: bool = False) -> Run:
+def train(
+    recipe: str, settings: Settings, keep_series: bool = False, backend: str | None = None
+) -> Run:
     """Trains, or looks up what an earlier call found.
 
     Args:
         recipe: the name of a file in `configs/`.
         settings: fields that differ from it, such as `{"pool.learning_rate": 1e-2}`.
         keep_series: whether to write down the figures of every evaluation.
+        backend: of JAX ("cpu", "gpu", "tpu"); what was found on others does not count then.
 
     Raises:
         RuntimeError: if training fails in another way than by diverging, or is stopped.
     """
-    if (found := _look_up(recipe, settings)) is not None:
+    if (found := _look_up(recipe, settings, backend)) is not None:
         return found
     folder = ROOT / recipe / _name_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +110,9 @@ def _name_of(settings: Settings) -> str:
     return f"{name[:200]},{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def _look_up(recipe: str, settings: Settings) -> Run | None:
+def _look_up(recipe: str, settings: Settings, backend: str | None) -> Run | None:
     wanted = json.loads(json.dumps({"recipe": recipe, "settings": settings}))
+    wanted |= {} if backend is None else {"backend": backend}
     lines = LEDGER.read_text().splitlines() if LEDGER.exists() else []
     for record in map(json.loads, lines):
         if wanted.items() <= record.items():
@@ -134,6 +140,7 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
         **{name: value for name, value in found._asdict().items() if name != "series" or value},
         "nats_per_token": loss,
         "commit": commit(),
+        "backend": jax.default_backend(),
         "device": device(),
     }
     with LEDGER.open("a") as ledger:
@@ -175,6 +182,9 @@ def from_seeds(
 ) -> dict[Any, list[Run]]:
     """Trains every arm from every seed, as many at once as there are cores.
 
+    Runs that are compared are of one backend: of one on which an earlier call found all of them,
+    or else of that at hand.
+
     Args:
         recipe: the name of a file in `configs/`.
         arms: the settings of each, by any key; those of equal settings are trained once.
@@ -185,7 +195,17 @@ def from_seeds(
     """
     every = {key: [{**settings, "seed": seed} for seed in seeds] for key, settings in arms.items()}
     distinct = {_name_of(settings): settings for of_arm in every.values() for settings in of_arm}
-    found = at_once([partial(train, recipe, settings) for settings in distinct.values()])
+    backend = next(
+        (
+            each
+            for each in BACKENDS
+            if all(_look_up(recipe, settings, each) for settings in distinct.values())
+        ),
+        jax.default_backend(),
+    )
+    found = at_once(
+        [partial(train, recipe, settings, backend=backend) for settings in distinct.values()]
+    )
     runs = dict(zip(distinct, found, strict=True))
     return {key: [runs[_name_of(settings)] for settings in of_arm] for key, of_arm in every.items()}
 

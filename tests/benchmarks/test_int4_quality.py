@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from benchmarks import int4_quality, int4_quality_plots, sweep
-from benchmarks.int4_quality import ADAMW, ECO, FLOAT32, INT4, LARGE, LONG_STEPS, SMALL_MODEL
+from benchmarks.int4_arms import ADAMW, ARMS, ECO, FLOAT32, INT4
+from benchmarks.int4_buffers import LONG_STEPS, SMALL_MODEL
+from benchmarks.int4_quality import LARGE
 from benchmarks.protocol import OF_POOLS, RECIPE, SEEDS, SHARED
 
 
@@ -28,7 +30,7 @@ def _series():
 def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     trained = []
 
-    def pretend(recipe, settings, keep_series=False):
+    def pretend(recipe, settings, keep_series=False, backend=None):
         trained.append(settings)
         return sweep.Run(_loss(settings), {}, 0.0, _series() if keep_series else [])
 
@@ -40,7 +42,7 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
 
     # Every arm has its own rate of pools; all but AdamW share int4's rate of the rest.
     assert {name: rates[OF_POOLS] for name, rates in result.details["rates"].items()} == {
-        name: 0.1 if name == ADAMW else 0.03 for name in int4_quality.ARMS
+        name: 0.1 if name == ADAMW else 0.03 for name in ARMS
     }
     shared = {rates[SHARED] for name, rates in result.details["rates"].items() if name != ADAMW}
     assert len(shared) == 1

@@ -1,6 +1,7 @@
 import json
 import math
 
+import jax
 import pytest
 
 from benchmarks import sweep
@@ -68,7 +69,7 @@ def test_jobs_keep_their_order():
 def test_arms_of_equal_settings_are_trained_once(monkeypatch):
     trained = []
 
-    def pretend(recipe, settings):
+    def pretend(recipe, settings, backend):
         trained.append(settings)
         return sweep.Run(settings["rate"] + settings["seed"], {}, 0.0)
 
@@ -79,3 +80,30 @@ def test_arms_of_equal_settings_are_trained_once(monkeypatch):
     losses = {key: [run.nats_per_token for run in each] for key, each in runs.items()}
     assert losses == {"a": [11, 13], 2: [21, 23], "b": [11, 13]}
     assert len(trained) == 4
+
+
+def test_runs_that_are_compared_are_of_one_backend(tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(recipe, settings, folder):
+        trained.append((jax.default_backend(), settings["seed"]))
+        loss = {"cpu": 4.0, "gpu": 5.0}[jax.default_backend()]
+        report = {"validation": {"all": {"nats_per_token": {"after": loss}}}, "experts": {}}
+        (folder / "report.json").write_text(json.dumps(report))
+        return True
+
+    def losses(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        (runs,) = sweep.from_seeds("quickstart", {"a": {"rate": 1}}, [0, 1]).values()
+        return [run.nats_per_token for run in runs]
+
+    monkeypatch.setattr(sweep, "LEDGER", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(sweep, "ROOT", tmp_path / "runs")
+    monkeypatch.setattr(sweep, "_train", pretend)
+    sweep.train("quickstart", {"rate": 1, "seed": 0})
+    # One of two was found on the CPU: the GPU trains both, and the CPU takes them then.
+    assert losses("gpu") == [5.0, 5.0]
+    assert losses("cpu") == [5.0, 5.0]
+    assert trained == [("cpu", 0), ("gpu", 0), ("gpu", 1)]
+    # A rate may be tuned anywhere.
+    assert sweep.train("quickstart", {"rate": 1, "seed": 0}).nats_per_token == 4.0

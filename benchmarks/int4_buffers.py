@@ -1,0 +1,72 @@
+"""What accumulators of every width and ECO cost in loss, where steps are large, small, and many.
+
+The quickstart's pools at the best learning rate and at a tenth of it, and those of a smaller model
+at a tenth for twenty times as many steps; each beside 4-bit accumulators at the same rate, seed by
+seed.
+"""
+
+from benchmarks.int4_arms import COLUMNS, ECO, INT4, against, at_best_rates, tuned
+from benchmarks.protocol import OF_POOLS, QUICK_STEPS, RECIPE, SEEDS, STEPS
+from benchmarks.result import Result
+from benchmarks.sweep import Settings, from_seeds, paired, rung
+
+LONG_STEPS = 10_000
+BUFFERS = (0, 2, 4, 8)
+SMALL_MODEL = "a small model"  # that can be trained for long
+BEST, TENTH = "best rate", "a tenth of it"
+LONG: Settings = {
+    "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64),
+    "peer.key_width": 32, "peer.query_norm": "batchnorm", "data.sequence_length": 128,
+    "data.batch_size": 4,
+    "eval.rows": 32, "checkpoint.every": 500,
+}  # fmt: skip
+WHERE = ((RECIPE, BEST), (RECIPE, TENTH), (SMALL_MODEL, TENTH))
+
+
+def run(quick: bool) -> Result:
+    """Trains what no earlier call trained."""
+    steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
+    arms = at_best_rates(tuned(steps), steps)
+    every = {
+        (*where, name): settings
+        for where in WHERE
+        for name, settings in buffers(arms, *where, QUICK_STEPS if quick else LONG_STEPS).items()
+    }
+    found = {
+        key: [each.nats_per_token for each in runs]
+        for key, runs in from_seeds(RECIPE, every, seeds).items()
+    }
+    figures = []
+    for where in WHERE:
+        difference = paired(found[*where, _bits(0)], found[*where, _bits(4)])
+        figures += difference.figures(f"{', '.join(where)}: 0 bits - 4 bits (nats/token)")
+    return Result(
+        COLUMNS,
+        [
+            against(", ".join(key), settings, found[key], found[*key[:2], _bits(4)])
+            for key, settings in every.items()
+        ],
+        figures,
+        {"losses": {", ".join(key): losses for key, losses in found.items()}},
+    )
+
+
+def buffers(
+    arms: dict[str, Settings], model: str, rate: str, long_steps: int
+) -> dict[str, Settings]:
+    """Accumulators of every width, and ECO, somewhere of `WHERE`."""
+    there: dict[str, Settings] = {}
+    for name in (INT4, ECO):
+        settings = dict(arms[name])
+        if rate == TENTH:  # steps small enough to need a buffer, if any are
+            settings[OF_POOLS] = rung(settings[OF_POOLS], -2)
+        if model == SMALL_MODEL:
+            settings |= {**LONG, "steps": long_steps, "eval.every": long_steps}
+        there[name] = settings
+    # 4 bits are what the recipe has.
+    widths = {bits: {} if bits == 4 else {"pool.accumulator_bits": bits} for bits in BUFFERS}
+    return {_bits(bits): there[INT4] | more for bits, more in widths.items()} | {ECO: there[ECO]}
+
+
+def _bits(count: int) -> str:
+    return f"{count} bits"
