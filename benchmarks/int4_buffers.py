@@ -27,28 +27,22 @@ def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = at_best_rates(tuned(steps), steps)
-    every = {
-        (*where, name): settings
-        for where in WHERE
-        for name, settings in buffers(arms, *where, QUICK_STEPS if quick else LONG_STEPS).items()
-    }
-    found = {
-        key: [each.nats_per_token for each in runs]
-        for key, runs in from_seeds(RECIPE, every, seeds).items()
-    }
-    figures = []
+    rows, figures, losses = [], [], {}
     for where in WHERE:
-        difference = paired(found[*where, _bits(0)], found[*where, _bits(4)])
+        there = buffers(arms, *where, QUICK_STEPS if quick else LONG_STEPS)
+        found = {
+            name: [each.nats_per_token for each in runs]
+            for name, runs in from_seeds(RECIPE, there, seeds).items()
+        }
+        of_four = found[_bits(4)]
+        rows += [
+            against(", ".join((*where, name)), settings, found[name], of_four)
+            for name, settings in there.items()
+        ]
+        difference = paired(found[_bits(0)], of_four)
         figures += difference.figures(f"{', '.join(where)}: 0 bits - 4 bits (nats/token)")
-    return Result(
-        COLUMNS,
-        [
-            against(", ".join(key), settings, found[key], found[*key[:2], _bits(4)])
-            for key, settings in every.items()
-        ],
-        figures,
-        {"losses": {", ".join(key): losses for key, losses in found.items()}},
-    )
+        losses[", ".join(where)] = found
+    return Result(COLUMNS, rows, figures, {"losses": losses})
 
 
 def buffers(
