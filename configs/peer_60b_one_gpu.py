@@ -21,5 +21,7 @@ def get_config():
     config.peer.experts_per_head = 16
     config.peer.key_width = 128
     config.optimizer.learning_rate = 1e-3
+    # 64 GB each, and three of them on disk while one is written.
+    config.checkpoint.every = config.steps
     config.checkpoint.keep = 2
     return config

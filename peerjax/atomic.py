@@ -1,10 +1,12 @@
-"""Files that are never seen half written, and folders for them that are tried beforehand."""
+"""Files that are never seen half written, and folders for them: tried beforehand, and locked."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
         raise UserError(
             f"{path} cannot be a folder to write to ({error.strerror}); name another"
         ) from None
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike[str], taken: UserError) -> Iterator[None]:
+    """Keeps other processes that ask for it out of a folder, for as long as this process lives.
+
+    Raises:
+        UserError: `taken`, if another one is in it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: epath.Path | Path, text: str) -> None:

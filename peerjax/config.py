@@ -1,7 +1,7 @@
 """Every field of a configuration, its default, and what makes a configuration valid."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -172,6 +172,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "monet.expert_width", "monet.heads", "monet.top_k", "monet.group")
     _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
+    _require_positive(config, "model.rope_base")
+    _require_not_negative(config, "optimizer.learning_rate", "optimizer.warmup_steps")
+    _require_not_negative(config, "optimizer.weight_decay", "pool.learning_rate", "pool.clip_norm")
+    _require_not_negative(config, "moe.balance_weight")
+    _require_not_negative(config, "monet.uniformity_weight", "monet.ambiguity_weight")
+    for name in ("optimizer.beta1", "optimizer.beta2", "pool.beta2"):
+        _require(config, name, lambda decay: 0 <= decay < 1, "is not in [0, 1)")
+    _require(config, "optimizer.final_fraction", lambda part: 0 <= part <= 1, "is not in [0, 1]")
     _require_choice(config, "data.source", ("packages", "files", "shards"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
     _require_choice(config, "model.activation", ACTIVATIONS)
@@ -191,10 +199,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "data.source is 'shards', which bring their tokenizer: leave data.tokenizer empty"
         )
-    if not 0 < data.validation_fraction < 1:
-        raise ConfigError(f"data.validation_fraction={data.validation_fraction} is not in (0, 1)")
-    if data.workers < 0:
-        raise ConfigError(f"data.workers={data.workers} is negative")
+    _require(config, "data.validation_fraction", lambda part: 0 < part < 1, "is not in (0, 1)")
+    _require_not_negative(config, "data.workers")
     if data.batch_size % config.optimizer.microbatches:
         raise ConfigError(
             f"data.batch_size={data.batch_size} is not divisible by "
@@ -205,15 +211,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"data.sequence_length={data.sequence_length} is longer than the model allows "
             f"(model.max_length={model.max_length})"
         )
-    if not 0 < model.routing_momentum <= 1:
-        raise ConfigError(f"model.routing_momentum={model.routing_momentum} is not in (0, 1]")
+    _require(config, "model.routing_momentum", lambda part: 0 < part <= 1, "is not in (0, 1]")
     if model.width % (2 * model.heads):
         raise ConfigError(
             f"model.width={model.width} is not divisible by 2 * model.heads={2 * model.heads} "
             "(rotary positions turn pairs of features)"
         )
     _validate_layers(model.layers)
-    if len(peer.num_experts) != 2 or min(peer.num_experts) < 1:
+    if len(peer.num_experts) != 2 or not all(
+        isinstance(size, int) and size >= 1 for size in peer.num_experts
+    ):
         raise ConfigError(f"peer.num_experts={peer.num_experts} is not a pair of positive sizes")
     total = peer.num_experts[0] * peer.num_experts[1]
     if total < peer.experts_per_head:
@@ -227,8 +234,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"moe.experts_per_token={moe.experts_per_token} is more than "
             f"moe.num_experts={moe.num_experts}"
         )
-    if moe.balance_weight < 0:
-        raise ConfigError(f"moe.balance_weight={moe.balance_weight} is negative; 0 means none")
     _validate_pool(config)
     _validate_monet(config)
     if config.checkpoint.keep < 2:
@@ -271,8 +276,6 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 def _validate_pool(config: ml_collections.ConfigDict) -> None:
     storage = config.pool.storage
-    if config.pool.clip_norm < 0:
-        raise ConfigError(f"pool.clip_norm={config.pool.clip_norm} is negative; 0 means none")
     if storage not in BITS:
         if config.pool.rule == "eco":
             raise ConfigError(
@@ -338,11 +341,22 @@ def _validate_layers(layers: tuple) -> None:
             raise ConfigError(f"model.layers gives {kind!r} the count {count!r}; it must be >= 1")
 
 
+def _require(
+    config: ml_collections.ConfigDict, name: str, holds: Callable[[Any], bool], otherwise: str
+) -> None:
+    value = _flatten(config)[name]
+    if not holds(value):  # as nothing does that is not a number
+        raise ConfigError(f"{name}={value} {otherwise}")
+
+
 def _require_positive(config: ml_collections.ConfigDict, *names: str) -> None:
-    fields = _flatten(config)
     for name in names:
-        if fields[name] <= 0:
-            raise ConfigError(f"{name}={fields[name]} is not positive")
+        _require(config, name, lambda value: value > 0, "is not positive")
+
+
+def _require_not_negative(config: ml_collections.ConfigDict, *names: str) -> None:
+    for name in names:
+        _require(config, name, lambda value: value >= 0, "is negative")
 
 
 def _require_choice(config: ml_collections.ConfigDict, name: str, choices: Iterable[str]) -> None:

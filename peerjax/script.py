@@ -57,6 +57,8 @@ def _silence_background_saves() -> None:
     When a save fails, the writes that it then drops complain, each with a traceback.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
+    for ours in ("peerjax", "pallas_kernels"):
+        logging.getLogger(ours).setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from peerjax.atomic import make_folder, write_atomically
+from peerjax.atomic import alone_in, make_folder, write_atomically
 from peerjax.data.meter import Meter
 from peerjax.data.plan import Documents, Plan, check_splits, make_plan, read_planned, scan
 from peerjax.data.shards import (
@@ -104,7 +103,8 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     files = find_files(settings.pattern, outside=folder)
     with contextlib.ExitStack() as stack:
         make_folder(folder)
-        stack.enter_context(_alone_in(folder))
+        taken = DataError(f"another run is preparing {folder}; let it finish")
+        stack.enter_context(alone_in(folder, taken))
         known = _known_plan(folder, recorded)
         meter = stack.enter_context(Meter())
         counter = multiprocessing.get_context("spawn").Value("q")
@@ -186,19 +186,6 @@ def _known_plan(folder: Path, recorded: dict[str, Any]) -> dict[str, Any] | None
             "choose another --output, or the old values"
         )
     return known
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder for as long as this process lives."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"another run is preparing {folder}; let it finish") from None
-    finally:
-        os.close(handle)
 
 
 def _index(

@@ -250,7 +250,7 @@ def _move(step: epath.Path, aside: epath.Path, why: str) -> None:
     target = next(aside / name for name in names if not (aside / name).exists())
     aside.mkdir(parents=True, exist_ok=True)
     step.rename(target)
-    message = "the checkpoint of step %s %s; it was moved to %s and the one before it is used"
+    message = "the checkpoint of step %s %s; it was moved to %s"
     logging.getLogger(__name__).warning(message, step.name, why, target)
 
 

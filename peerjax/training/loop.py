@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from peerjax.analysis.flops import forward_flops
-from peerjax.atomic import make_folder
+from peerjax.atomic import alone_in, make_folder
 from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
@@ -60,7 +60,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     optimizer = make_optimizer(config)
     mesh = make_mesh()
 
+    taken = ConfigError(f"another process trains in {folder}; stop it, or choose another --workdir")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone_in(folder, taken))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignals())
 

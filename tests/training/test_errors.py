@@ -10,6 +10,7 @@ import jax
 import pytest
 from etils import epath
 
+from peerjax.atomic import alone_in
 from peerjax.config import validate
 from peerjax.data import tokenizer as tokenizer_module
 from peerjax.errors import ConfigError, DataError, DivergenceError, UserError
@@ -28,6 +29,28 @@ def run_script(*arguments):
         text=True,
         check=False,
     )
+
+
+def test_warnings_of_ours_reach_the_terminal_and_no_others():
+    shows = run_script(
+        "-c",
+        "import logging; from peerjax import script\n"
+        "def main():\n"
+        "    for name in ('peerjax.training.checkpoint', 'orbax', 'absl'):\n"
+        "        logging.getLogger(name).warning('%s warns', name)\n"
+        "script.run(main)",
+    )
+    assert not shows.returncode
+    assert "peerjax.training.checkpoint warns" in shows.stderr
+    assert "orbax warns" not in shows.stderr
+    assert "absl warns" not in shows.stderr
+
+
+def test_one_process_trains_in_a_folder(corpus, tmp_path):
+    other = UserError("here")
+    with alone_in(tmp_path, other), pytest.raises(ConfigError, match="another process trains in"):
+        train(tiny_config(corpus), str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -112,9 +135,14 @@ def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
         ({"data.source": "shards", "data.tokenizer": "x"}, "leave data.tokenizer empty"),
         ({"data.validation_fraction": 1.5}, "data.validation_fraction=1.5 is not in (0, 1)"),
         ({"model.routing_momentum": 0.0}, "model.routing_momentum=0.0 is not in (0, 1]"),
+        ({"optimizer.learning_rate": -1e-3}, "optimizer.learning_rate=-0.001 is negative"),
+        ({"pool.learning_rate": float("nan")}, "pool.learning_rate=nan is"),
+        ({"optimizer.beta1": 1.0}, "optimizer.beta1=1.0 is not in [0, 1)"),
+        ({"optimizer.final_fraction": 1.1}, "optimizer.final_fraction=1.1 is not in [0, 1]"),
+        ({"peer.num_experts": (8, "8")}, "peer.num_experts=(8, '8') is not a pair of positive"),
         ({"steps": 0}, "steps=0 is not positive"),
         ({"optimizer.microbatches": 3}, "not divisible by optimizer.microbatches=3"),
-        ({"pool.clip_norm": -1.0}, "pool.clip_norm=-1.0 is negative; 0 means none"),
+        ({"pool.clip_norm": -1.0}, "pool.clip_norm=-1.0 is negative"),
         ({"checkpoint.keep": 1}, "checkpoint.keep=1 is less than 2"),
     ],
 )
