@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from pallas_kernels.platforms import by_platform, is_here
+from pallas_kernels.platforms import by_platform, cannot_run_kernels, is_here
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "mosaic_gpu")
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
@@ -62,15 +62,15 @@ def dispatch(
         return xla(*operands)
     if implementation is not None:
         kernel = kernels[implementation]
-        if kernel.cannot:
-            raise ValueError(f"{implementation} cannot {operation}: {kernel.cannot}")
+        if why := kernel.cannot or cannot_run_kernels(PLATFORMS[implementation]):
+            raise ValueError(f"{implementation} cannot {operation}: {why}")
         return kernel.run(*operands, interpret=not is_here(PLATFORMS[implementation]))
     able = {}
     for name, kernel in kernels.items():
-        if kernel.cannot is None:
-            able[PLATFORMS[name]] = kernel.run
+        if why := kernel.cannot or cannot_run_kernels(PLATFORMS[name]):
+            _say_once(operation, name, why)
         else:
-            _say_once(operation, name, kernel.cannot)
+            able[PLATFORMS[name]] = kernel.run
     return by_platform(*operands, default=xla, **able)
 
 

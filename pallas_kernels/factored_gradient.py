@@ -59,7 +59,7 @@ class FactoredGradient(NamedTuple):
         )
 
     def clip(self, max_norm: float | Float[Array, ""], num_experts: int) -> FactoredGradient:
-        """Scales the coefficients so that the exact norm is at most `max_norm`."""
+        """Scales the coefficients so that `norm` is at most `max_norm`."""
         factor = jnp.minimum(1.0, max_norm / jnp.maximum(self.norm(num_experts), 1e-30))
         return self._replace(c_down=self.c_down * factor, c_up=self.c_up * factor)
 
@@ -120,7 +120,8 @@ class FactoredGradient(NamedTuple):
     def norm(self, num_experts: int) -> Float[Array, ""]:
         """The exact Euclidean norm of the dense gradient, of all layers together.
 
-        A second pass over the row sums; nothing of the size of the rows is made.
+        Rows that an update passes over, their squares not being finite, do not count. A second pass
+        over the row sums; nothing of the size of the rows is made.
         """
         stack = self if self.ids.ndim == 3 else jax.tree.map(lambda leaf: leaf[None], self)
 
@@ -129,7 +130,8 @@ class FactoredGradient(NamedTuple):
             pairs = sort_pairs(ids, c_down, c_up, num_experts)
 
             def add_chunk(chunk: Array, total: Array) -> Array:
-                return total + jnp.sum(jnp.square(row_sums(pairs, x, dy, chunk, CHUNK)))
+                squares = jnp.sum(jnp.square(row_sums(pairs, x, dy, chunk, CHUNK)), axis=-1)
+                return total + jnp.sum(jnp.where(jnp.isfinite(squares), squares, 0))
 
             return jax.lax.fori_loop(0, num_chunks(pairs, CHUNK), add_chunk, total)
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 # Packages of which one must be installed to compile for a platform that is not here.
+MOSAIC_GPU_NEEDS = 9.0  # Hopper
 COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
 
 
@@ -40,6 +41,19 @@ def can_compile_for(platform: str) -> bool:
         or platform == "cpu"
         or any(importlib.util.find_spec(package) for package in COMPILERS[platform])
     )
+
+
+@functools.cache
+def cannot_run_kernels(platform: str) -> str | None:
+    """Why the devices of a platform that are here cannot run its kernels; `None` if they can."""
+    if platform != "cuda" or not is_here("cuda"):
+        return None
+    device = jax.devices()[0]
+    capability = str(device.compute_capability)  # of AMD's GPUs "gfx..."
+    if capability.startswith("gfx") or float(capability) < MOSAIC_GPU_NEEDS:
+        needed = f"Mosaic needs compute capability {MOSAIC_GPU_NEEDS}"
+        return f"{needed}; {device.device_kind} has {capability}"
+    return None
 
 
 def is_here(platform: str) -> bool:

@@ -20,7 +20,8 @@ class SortedPairs(NamedTuple):
         c_up: likewise.
         rank: which of the hit experts each pair belongs to, ascending.
         expert: the experts hit, ascending; the sentinel N in places left over.
-        first: where each hit expert's pairs begin, and the number of pairs in places left over.
+        first: where each hit expert's pairs begin; after the last, the number of pairs that are
+            kept, in all places but the very last, which is not read.
         rest: the pairs that are not the first of their expert, in order.
         num_hit: how many experts are hit.
     """

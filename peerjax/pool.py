@@ -19,6 +19,7 @@ from pallas_kernels.storage import (
     STORAGES,
     UP,
     ExpertPool,
+    array_forms,
     experts_per_row,
     pack_experts,
 )
@@ -32,7 +33,7 @@ __all__ = [
     "memory_report",
 ]
 
-EXPERTS_PER_DRAW = 4096
+EXPERTS_PER_DRAW, FEWEST_PER_DRAW = 4096, 256
 
 
 def initialize_pool(
@@ -62,14 +63,16 @@ def initialize_pool(
         residual_scale: of `up`, as of the output projections of dense layers.
         storage: "float32", "bfloat16", "int8" or "int4". Packed pools are drawn packed, and are the
             float pool of the same key rounded to nearest, each row of `down` and `up` with the
-            scale that training aims at.
+            scale that training aims at; of the same key where N fills whole rows of words, as
+            multiples of 16 do.
 
     Returns:
         A stack of pools.
 
     Raises:
-        ValueError: if the width does not pack.
+        ValueError: if the width does not pack, or the storage is unknown.
     """
+    units = array_forms(storage, num_experts, width)["weights"].shape[0]
     std = jnp.array([[0.0], [0.0]])
     std = std.at[DOWN].set(width**-0.5)
     std = std.at[UP].set(residual_scale * width**-0.5)
@@ -78,7 +81,10 @@ def initialize_pool(
     # Places that are left over in the last row are drawn too, and never read.
     places = -(-num_experts // together) * together
     per_draw = math.gcd(places, EXPERTS_PER_DRAW)
-    keys = jax.random.split(key, num_layers * places // per_draw)
+    if per_draw < FEWEST_PER_DRAW:  # too many draws: rather one with some that are cut off
+        per_draw = EXPERTS_PER_DRAW
+    draws = -(-places // per_draw)
+    keys = jax.random.split(key, num_layers * draws)
 
     def draw_floats(key: Array) -> Array:
         return std * jax.random.normal(key, (per_draw, 2, width))
@@ -86,15 +92,16 @@ def initialize_pool(
     if not packed:
         dtype = FLOAT_DTYPES[storage]
         weights = jax.lax.map(lambda key: draw_floats(key).astype(dtype), keys)
-        return ExpertPool.of_floats(weights.reshape(num_layers, num_experts, 2, width))
+        weights = weights.reshape(num_layers, -1, 2, width)[:, :units]
+        return ExpertPool.of_floats(weights)
 
     def draw_packed(key: Array) -> tuple[Array, Array]:
         codes, scales = nearest(draw_floats(key), BITS[storage])
         return pack_experts(codes, storage), scales
 
     words, scales = jax.lax.map(draw_packed, keys)
-    words = words.reshape(num_layers, -1, *words.shape[2:])
-    scales = jnp.moveaxis(scales.reshape(num_layers, places, 2), 2, 1)[:, :, :num_experts]
+    words = words.reshape(num_layers, -1, *words.shape[2:])[:, :units]
+    scales = jnp.moveaxis(scales.reshape(num_layers, -1, 2), 2, 1)[:, :, :num_experts]
     return ExpertPool(words, scales, None, storage, num_experts, width)
 
 

@@ -1,5 +1,8 @@
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.expert_update import UpdateState
@@ -62,3 +65,13 @@ def test_a_pool_is_drawn_packed_and_in_chunks(storage):
     scales = 2 * large * 2 * 4
     # Beside the chunk, which does not grow, only the scales are held once more.
     assert temporary(large) - temporary(small) <= 2 * scales
+
+
+@pytest.mark.parametrize("storage", ["int4", "float32"])
+def test_numbers_of_experts_that_share_no_factor_with_a_draw_are_drawn_together(storage):
+    text = str(jax.make_jaxpr(lambda: make(storage, 64, 4099))())
+    assert max(map(int, re.findall(r"length=(\d+)", text))) == 4  # two draws a layer
+    weights = make(storage, 64, 4099).weights
+    rows = np.asarray(weights).reshape(-1, *weights.shape[-2:])
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert make(storage, 64, 4099).num_experts == 4099

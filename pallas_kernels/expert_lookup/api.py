@@ -29,7 +29,8 @@ def lookup(
 ) -> Float[Array, "T D"]:
     """Sums the chosen experts: `y_t = sum_k gates_tk * act(down_k . x_t + hidden_bias_tk) * up_k`.
 
-    Nothing of size [T, K, D] is ever in memory, forward or backward.
+    Nothing of size [T, K, D] is ever in memory, forward or backward. Differentiate it under
+    `jax.jit`, which leaves gradients out that nobody wants: of all weights, for one.
 
     Differentiable with respect to `gates`, `x` and `hidden_bias`, and to the pool in two ways:
 
@@ -43,7 +44,7 @@ def lookup(
     Args:
         pool: the experts.
         ids: expert numbers. N is the sentinel "nothing"; it and any number outside [0, N)
-            contribute nothing, whatever their gates.
+            contribute nothing, whatever their gates and biases.
         gates: mixing weights, float32.
         x: inputs, float32 or bfloat16; products are accumulated in float32.
         activation: "gelu" (exact), "relu" or "relu2".
@@ -78,7 +79,9 @@ def lookup(
     elif hidden_bias.shape != ids.shape:
         raise ValueError(f"hidden_bias {hidden_bias.shape} does not fit ids {ids.shape}")
     # Not by multiplication: whatever stands beside the sentinel must not count.
-    gates = jnp.where((ids >= 0) & (ids < pool.num_experts), gates, 0)
+    valid = (ids >= 0) & (ids < pool.num_experts)
+    gates, hidden_bias = jnp.where(valid, gates, 0), jnp.where(valid, hidden_bias, 0)
+    ids = ids.astype(jnp.int32)  # numbers of units and words may be much larger
     if tap is None:
         tap = Tap.zeros_for(ids, x)
     static = _Static(activation, pool.storage, pool.num_experts, pool.width, implementation)

@@ -82,6 +82,9 @@ def update(
     rounded stochastically to units of the accumulator; scales follow the RMS of their row's codes,
     a quarter of an octave at a time. Float pools move by the same delta.
 
+    A row whose gradient is not finite, or its square, is passed over; where a token's x or dy is
+    not, kernels pass over experts that lie in one row with those it hits, too.
+
     Donate `pool` and `state` to have them rewritten in place: the cost is that of the pairs,
     whatever N is. Experts that are not hit stay bit-identical.
 
@@ -101,16 +104,12 @@ def update(
         The new pool, the new state, and counts by layer.
 
     Raises:
-        ValueError: if gradient and pool do not fit together, or the implementation is unknown or
+        ValueError: if gradient or state do not fit the pool, or the implementation is unknown or
             cannot do it.
     """
     check_implementation(implementation)
-    if (gradient.ids.ndim == 3) != pool.is_stack:
-        raise ValueError(f"a gradient with ids {gradient.ids.shape} does not fit the pool")
-    if gradient.x.shape[-1] != pool.width:
-        raise ValueError(
-            f"the gradient has width {gradient.x.shape[-1]} but the experts {pool.width}"
-        )
+    _check_shapes(pool, state, gradient, accumulator_bits)
+    gradient = gradient._replace(ids=gradient.ids.astype(jnp.int32))
     if not pool.is_stack:
         stacks = jax.tree.map(lambda leaf: leaf[None], (pool, state, gradient))
         pool, state, gradient = stacks
@@ -149,3 +148,29 @@ def update(
     new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
     new_state = UpdateState(carry.accumulators, carry.moments)
     return new_pool, new_state, carry.statistics
+
+
+def _check_shapes(
+    pool: ExpertPool, state: UpdateState, gradient: FactoredGradient, bits: int | None
+) -> None:
+    """Kernels read and write wherever they are told to."""
+    if (gradient.ids.ndim == 3) != pool.is_stack:
+        raise ValueError(f"a gradient with ids {gradient.ids.shape} does not fit the pool")
+    if gradient.x.shape[-1] != pool.width:
+        raise ValueError(
+            f"the gradient has width {gradient.x.shape[-1]} but the experts {pool.width}"
+        )
+    layers = pool.weights.shape[:1] if pool.is_stack else ()
+    pairs = (*layers, *gradient.ids.shape[-2:])
+    vectors = (*pairs[:-1], pool.width)
+    for name, expected in zip(gradient._fields, [pairs] * 3 + [vectors] * 2, strict=True):
+        if (found := getattr(gradient, name).shape) != expected:
+            raise ValueError(f"{name} of the gradient has shape {found} where {expected} belongs")
+    expected = jax.eval_shape(lambda: UpdateState.zeros_for(pool, bits))
+    for name in state._fields:
+        found, wanted = (
+            None if leaf is None else leaf.shape
+            for leaf in (getattr(state, name), getattr(expected, name))
+        )
+        if found != wanted:
+            raise ValueError(f"the state's {name} have shape {found} where {wanted} belongs")

@@ -80,6 +80,8 @@ class PEER(nn.Module):
             query_THd = nn.LayerNorm(name="query_norm")(query_THd)
         elif self.query_norm == "batchnorm":
             query_THd = RunningNorm((0,), self.statistics, name="query_norm")(query_THd)
+        elif self.query_norm != "none":
+            raise ValueError(f"unknown query_norm {self.query_norm!r}")
 
         def scores(name: str, query: Array, num_keys: int) -> Array:
             init = nn.initializers.normal(self.key_width**-0.5)

@@ -58,6 +58,8 @@ class RunningNorm(nn.Module):
             sow_last(self, MOMENTS, "moments", jax.lax.stop_gradient(of_batch))
             if self.statistics == IN_BATCH:
                 moments = of_batch
+            elif self.statistics != RUNNING:
+                raise ValueError(f"unknown statistics {self.statistics!r}")
         return (z - moments.mean) * jax.lax.rsqrt(moments.variance + self.eps)
 
 

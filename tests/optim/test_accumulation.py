@@ -65,6 +65,21 @@ def test_clipping_acts_on_the_gradient_before_the_rule():
     np.testing.assert_allclose(state.pools.moments, expected.pools.moments / 16, rtol=1e-4)
 
 
+def test_rows_that_are_passed_over_do_not_clip_the_others():
+    pool, gradient = make_pool("float32"), make_gradient()
+    huge = int(gradient.ids[0, 0, 0])
+    bad = gradient._replace(
+        c_down=jnp.where((gradient.ids == huge).at[1].set(False), 1e30, gradient.c_down)
+    )
+    clipping = optim.int4_accumulation(0.1, clip_norm=float(gradient.norm(pool.num_experts)) / 4)
+    new, state = one_step(clipping, bad, clipping.init(pool), pool)
+    moved = np.any(np.asarray(new.weights != pool.weights), axis=-1)
+    assert not moved[0, huge, 0]
+    assert moved[0, :, 1].sum() > 1
+    assert moved[1].sum() > 1
+    assert np.all(np.isfinite(state.pools.moments))
+
+
 def test_no_recompilation_on_a_second_call_and_schedules_count():
     pool = make_pool("int4")
     transform = optim.int4_accumulation(optax.linear_schedule(0.0, 0.1, 4))

@@ -40,6 +40,7 @@ def make_inputs(num_experts, tokens, chosen, width, seed=0, dtype=jnp.float32):
     gates = rng.uniform(0, 1, (tokens, chosen)).astype(np.float32)
     gates[tokens // 4] = 0
     bias = rng.standard_normal((tokens, chosen)).astype(np.float32)
+    gates[ids == num_experts] = bias[ids == num_experts] = np.nan  # which nobody is to see
     x = rng.standard_normal((tokens, width)).astype(np.float32)
     return jnp.array(ids, jnp.int32), jnp.array(gates), jnp.array(x, dtype), jnp.array(bias)
 
@@ -128,7 +129,7 @@ def test_only_sentinels_give_nothing(implementation):
     pool = make_pool("int4", 256, 50).at_layer(jnp.int32(0))
     _, gates, x, bias = make_inputs(50, 6, 8, 256)
     ids = jnp.full(gates.shape, 50)
-    gates = gates.at[0].set(jnp.nan)
+    gates, bias = gates.at[0].set(jnp.nan), bias.at[1].set(jnp.nan)
     y, gradients = value_and_gradients(implementation, pool, ids, gates, x, bias)
     assert not np.any(y)
     d_gates, d_x, d_bias, tap = gradients

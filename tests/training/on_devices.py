@@ -1,6 +1,6 @@
 """Trains a few steps of a mixture, beside a pool, whose rows are spread over all devices.
 
-It is evaluated with all experts, and without every second one.
+It is evaluated with all experts, and without every second one. A pool under AdamW is trained too.
 
 python -m tests.training.on_devices OUTPUT.npz
 """
@@ -40,9 +40,16 @@ def main(output: str) -> None:
         eval_step, weighted = jax.jit(make_eval_step(model)), put_batch(mesh, weighted)
         without = state.variables | removed_collection(model, removed)
         sums = [eval_step(variables, weighted) for variables in (state.variables, without)]
+        config, model, optimizer, state = make(
+            "float32", "adamw", **{"model.layers": (("peer", 1),), "optimizer.warmup_steps": 1}
+        )
+        step = jax.jit(make_train_step(config, model, optimizer))
+        for batch in batches:
+            state, _ = step(state, batch)
+    everything = (gradients.params, steps, sums, state.pools)
     leaves = {
         jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path((gradients.params, steps, sums))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(everything)
     }
     np.savez(output, devices=jax.device_count(), **leaves)
 
