@@ -5,10 +5,12 @@ at a tenth for twenty times as many steps; each beside 4-bit accumulators at the
 seed.
 """
 
+import itertools
+
 from benchmarks.int4_arms import COLUMNS, ECO, INT4, against, at_best_rates, tuned
 from benchmarks.protocol import OF_POOLS, QUICK_STEPS, RECIPE, SEEDS, STEPS
 from benchmarks.result import Result
-from benchmarks.sweep import Settings, from_seeds, paired, rung
+from benchmarks.sweep import Settings, from_seeds, made_by, paired, rung
 
 LONG_STEPS = 10_000
 BUFFERS = (0, 2, 4, 8)
@@ -25,13 +27,11 @@ def run(quick: bool) -> Result:
     """Trains what no earlier call trained."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = at_best_rates(tuned(steps), steps)
-    rows, figures, losses = [], [], {}
+    rows, figures, details = [], [], {}
     for where in WHERE:
         there = buffers(arms, *where, QUICK_STEPS if quick else LONG_STEPS)
-        found = {
-            name: [each.nats_per_token for each in runs]
-            for name, runs in from_seeds(RECIPE, there, seeds).items()
-        }
+        runs = from_seeds(RECIPE, there, seeds)
+        found = {name: [run.nats_per_token for run in each] for name, each in runs.items()}
         of_four = found[_bits(4)]
         rows += [
             against(", ".join((*where, name)), settings, found[name], of_four)
@@ -39,8 +39,9 @@ def run(quick: bool) -> Result:
         ]
         difference = paired(found[_bits(0)], of_four)
         figures += difference.figures(f"{', '.join(where)}: 0 bits - 4 bits (nats/token)")
-        losses[", ".join(where)] = found
-    return Result(COLUMNS, rows, figures, {"losses": losses})
+        made = made_by(itertools.chain(*runs.values()))
+        details[", ".join(where)] = {"losses": found, "runs_of": made}
+    return Result(COLUMNS, rows, figures, details)
 
 
 def buffers(

@@ -5,8 +5,9 @@ a third of the length. Then every arm trains at full length from the same seeds,
 seed by seed.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,13 +29,14 @@ from benchmarks.int4_arms import (
 )
 from benchmarks.int4_buffers import LONG, LONG_STEPS
 from benchmarks.int4_quality_plots import plot
-from benchmarks.protocol import QUICK_STEPS, RECIPE, SEEDS, STEPS
+from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, STEPS
 from benchmarks.result import Figure, Result
-from benchmarks.sweep import from_seeds, paired, train
+from benchmarks.sweep import from_seeds, made_by, paired, train, tune_rates
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
 
 WIDTH = 128
+Size = tuple[str, tuple[int, int]]  # a name in `ARMS`, and how many experts
 SMALL, MIDDLE, DOUBLE, LARGE = (128, 128), (256, 256), (256, 512), (512, 512)
 # Storages at other numbers of experts than the quickstart's, which is the middle one.
 SIZES = (
@@ -65,10 +67,12 @@ def run(quick: bool) -> Result:
         (name, root): {**arms[name], "peer.num_experts": root}
         for name, root in (SIZES[:1] if quick else SIZES)
     }
-    found = {
-        key: [each.nats_per_token for each in runs]
-        for key, runs in from_seeds(RECIPE, arms | sizes, seeds).items()
-    }
+    if (ADAMW, SMALL) in sizes:  # the rival at equal bytes that most may depend on its rates
+        alone = {**EVALUATION, **ARMS[ADAMW], "peer.num_experts": SMALL}
+        tuning[ADAMW, SMALL] = tune_rates(RECIPE, alone, tuning[ADAMW][0], steps)
+        sizes[ADAMW, SMALL] |= tuning[ADAMW, SMALL][0]
+    runs = from_seeds(RECIPE, arms | sizes, seeds)
+    found = {key: [run.nats_per_token for run in each] for key, each in runs.items()}
     buffers = int4_buffers.run(quick)
     long = train(
         RECIPE,
@@ -82,9 +86,10 @@ def run(quick: bool) -> Result:
     found |= {(name, MIDDLE): found[name] for name in ARMS}
     details = {
         "steps": steps,
-        "rates": {name: best for name, (best, _) in tuning.items()},
-        "tuning": {name: tables for name, (_, tables) in tuning.items()},
+        "rates": {str(key): best for key, (best, _) in tuning.items()},
+        "tuning": {str(key): tables for key, (_, tables) in tuning.items()},
         "storages": {name: found[name] for name in ARMS},
+        "runs_of": made_by([*itertools.chain(*runs.values()), long]),
         "buffers": buffers.details,
         "sizes": [
             {
@@ -104,10 +109,8 @@ def run(quick: bool) -> Result:
         rows=[
             *(against(name, arms[name], found[name], found[INT4]) for name in ARMS),
             *(
-                against(
-                    f"{name}, {math.prod(root):,} experts", each, found[name, root], found[INT4]
-                )
-                for (name, root), each in sizes.items()
+                against(_title(*size), each, found[size], found[INT4])
+                for size, each in sizes.items()
             ),
             *buffers.rows,
         ],
@@ -130,16 +133,21 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
             0.0,
         ),
     ]
-    for what, ours, theirs in (
-        ("inference bytes: int4, 262,144 - bfloat16, 65,536", LARGE, (BFLOAT16, MIDDLE)),
-        (
-            "training bytes: int4, 131,072 - bfloat16 row-wise, 65,536",
-            DOUBLE,
-            (BFLOAT16, MIDDLE),
-        ),
-        ("training bytes: int4, 262,144 - float32 under AdamW, 16,384", LARGE, (ADAMW, SMALL)),
-    ):
-        if (INT4, ours) in found and theirs in found:
-            difference = paired(found[INT4, ours], found[theirs])
-            figures += difference.figures(f"at equal {what} experts", 0.0)
+    for what, ours, theirs in at_equal_bytes([key for key in found if isinstance(key, tuple)]):
+        name = f"at equal {what} bytes: {_title(*ours)} - {_title(*theirs)} (nats/token)"
+        figures += paired(found[ours], found[theirs]).figures(name, 0.0)
     return figures
+
+
+def at_equal_bytes(sizes: Sequence[Size]) -> Iterator[tuple[str, Size, Size]]:
+    """Every pair of int4 and another storage that takes its bytes, to a tenth of them."""
+    ours = [size for size in sizes if size[0] == INT4]
+    theirs = [size for size in sizes if size[0] != INT4]
+    for index, what in enumerate(("inference", "training")):
+        for one, other in itertools.product(ours, theirs):
+            if abs(bytes_of(*one)[index] / bytes_of(*other)[index] - 1) < 0.1:
+                yield what, one, other
+
+
+def _title(name: str, num_experts: tuple[int, int]) -> str:
+    return f"{name}, {math.prod(num_experts):,} experts"

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ LEDGER = FOLDER / "runs.jsonl"
 BACKENDS = ("cpu", "gpu", "tpu")
 Settings = dict[str, Any]
 
+# Several runs share a GPU, whose memory JAX would otherwise reserve for the first.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
 _free_cores: queue.Queue[int | None] = queue.Queue()
 for _core in CORES:
@@ -61,13 +63,17 @@ class Run(NamedTuple):
     Attributes:
         nats_per_token: over all validation text, after the last step; infinite if it diverged.
         experts: usage and unevenness of each layer's experts.
-        seconds: from its start to its end, checkpoints and evaluation included.
+        seconds: of the last start to its end, checkpoints and evaluation included.
+        commit: of the code that trained it.
+        device: on which.
         series: every figure of each evaluation, where `train` was asked for them.
     """
 
     nats_per_token: float
     experts: dict[str, Any]
     seconds: float
+    commit: str = ""
+    device: str = ""
     series: list[dict[str, float]] = []  # noqa: RUF012, never changed
 
 
@@ -94,9 +100,9 @@ def train(
         report = json.loads((folder / "report.json").read_text())
         loss = report["validation"]["all"]["nats_per_token"]["after"]
         series = _series(folder) if keep_series else []
-        found = Run(loss, report["experts"], time.monotonic() - start, series)
+        found = Run(loss, report["experts"], time.monotonic() - start, commit(), device(), series)
     else:
-        found = Run(math.inf, {}, time.monotonic() - start)
+        found = Run(math.inf, {}, time.monotonic() - start, commit(), device())
     _write_down(recipe, settings, found)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
@@ -139,9 +145,7 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
         "settings": settings,
         **{name: value for name, value in found._asdict().items() if name != "series" or value},
         "nats_per_token": loss,
-        "commit": commit(),
         "backend": jax.default_backend(),
-        "device": device(),
     }
     with LEDGER.open("a") as ledger:
         fcntl.flock(ledger, fcntl.LOCK_EX)
@@ -172,9 +176,15 @@ def _train(recipe: str, settings: Settings, folder: Path) -> bool:
 
 
 def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Runs jobs, as many at once as there are cores; their results in order."""
+    """Runs jobs, as many at once as there are cores; their results in order.
+
+    After one that fails, and Ctrl-C, none is begun.
+    """
     with ThreadPoolExecutor(len(CORES)) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+        try:
+            return [future.result() for future in [pool.submit(job) for job in jobs]]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def from_seeds(
@@ -260,6 +270,12 @@ def tune_rates(
 
         best[field], tables[field] = tune(loss_of, best[field])
     return best, tables
+
+
+def made_by(runs: Iterable[Run]) -> list[dict[str, str]]:
+    """Commits and devices that runs are of: not those of who shows them."""
+    every = sorted({(run.commit, run.device) for run in runs})
+    return [{"commit": commit, "device": device} for commit, device in every]
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:

@@ -32,7 +32,7 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
 
     def pretend(recipe, settings, keep_series=False, backend=None):
         trained.append(settings)
-        return sweep.Run(_loss(settings), {}, 0.0, _series() if keep_series else [])
+        return sweep.Run(_loss(settings), {}, 0.0, series=_series() if keep_series else [])
 
     monkeypatch.setattr(sweep, "train", pretend)
     monkeypatch.setattr(int4_quality, "train", pretend)
