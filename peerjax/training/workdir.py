@@ -84,8 +84,8 @@ def check_trained_here(workdir: epath.Path) -> None:
     """
     if not json.loads((workdir / DATA).read_text())["corpus"]:
         raise DataError(
-            f"the model in {workdir} was not trained here, and has no text of its own; name some "
-            "with --pattern"
+            f"the model in {workdir} was not trained here, and has no text of its own: evaluate it "
+            "with --pattern, and train in another --workdir"
         )
 
 

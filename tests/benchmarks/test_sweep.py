@@ -1,5 +1,7 @@
+import functools
 import json
 import math
+import time
 
 import jax
 import pytest
@@ -64,6 +66,20 @@ def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
 
 def test_jobs_keep_their_order():
     assert sweep.at_once([lambda number=number: number for number in range(7)]) == [*range(7)]
+
+
+def test_no_job_is_begun_after_one_that_failed():
+    begun = []
+
+    def job(number):
+        begun.append(number)
+        if number == 0:
+            raise RuntimeError("the first")
+        time.sleep(0.05)
+
+    with pytest.raises(RuntimeError, match="the first"):
+        sweep.at_once([functools.partial(job, number) for number in range(100)])
+    assert len(begun) < 50
 
 
 def test_arms_of_equal_settings_are_trained_once(monkeypatch):

@@ -76,7 +76,7 @@ def test_a_published_checkpoint_runs_and_comes_back(
     assert all(map(str.strip, answers.texts))
     (tmp_path / "text.txt").write_text(f"{WORDS} " * 20)
     assert evaluate_run(run, str(tmp_path / "text.txt")).usage.keys() == {"run_0.0", "run_0.1"}
-    with pytest.raises(DataError, match="was not trained here, .* name some with --pattern"):
+    with pytest.raises(DataError, match="was not trained here, .* evaluate it with --pattern"):
         evaluate_run(run)
 
     write_run(run, str(tmp_path / "back"))
