@@ -69,8 +69,8 @@ def run(quick: bool) -> Result:
     }
     if (ADAMW, SMALL) in sizes:  # the rival at equal bytes that most may depend on its rates
         alone = {**EVALUATION, **ARMS[ADAMW], "peer.num_experts": SMALL}
-        tuning[ADAMW, SMALL] = tune_rates(RECIPE, alone, tuning[ADAMW][0], steps)
-        sizes[ADAMW, SMALL] |= tuning[ADAMW, SMALL][0]
+        tuning[_title(ADAMW, SMALL)] = tune_rates(RECIPE, alone, tuning[ADAMW][0], steps)
+        sizes[ADAMW, SMALL] |= tuning[_title(ADAMW, SMALL)][0]
     runs = from_seeds(RECIPE, arms | sizes, seeds)
     found = {key: [run.nats_per_token for run in each] for key, each in runs.items()}
     buffers = int4_buffers.run(quick)
@@ -82,12 +82,12 @@ def run(quick: bool) -> Result:
         },
         keep_series=True,
     )  # fmt: skip
-    all_sizes = [*sizes, *((name, MIDDLE) for name in ARMS if name != ECO)]
-    found |= {(name, MIDDLE): found[name] for name in ARMS}
+    found |= {(name, MIDDLE): found[name] for name in ARMS if name != ECO}
+    all_sizes = [key for key in found if isinstance(key, tuple)]
     details = {
         "steps": steps,
-        "rates": {str(key): best for key, (best, _) in tuning.items()},
-        "tuning": {str(key): tables for key, (_, tables) in tuning.items()},
+        "rates": {name: best for name, (best, _) in tuning.items()},
+        "tuning": {name: tables for name, (_, tables) in tuning.items()},
         "storages": {name: found[name] for name in ARMS},
         "runs_of": made_by([*itertools.chain(*runs.values()), long]),
         "buffers": buffers.details,
@@ -114,12 +114,12 @@ def run(quick: bool) -> Result:
             ),
             *buffers.rows,
         ],
-        figures=[*_figures(found), *buffers.figures],
+        figures=[*_figures(found, all_sizes), *buffers.figures],
         details=details,
     )
 
 
-def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
+def _figures(found: Mapping[Any, list[float]], sizes: Sequence[Size]) -> list[Figure]:
     against_floats = paired(found[INT4], found[FLOAT32])
     figures = [
         Figure.at_most(
@@ -133,7 +133,7 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
             0.0,
         ),
     ]
-    for what, ours, theirs in at_equal_bytes([key for key in found if isinstance(key, tuple)]):
+    for what, ours, theirs in at_equal_bytes(sizes):
         name = f"at equal {what} bytes: {_title(*ours)} - {_title(*theirs)} (nats/token)"
         figures += paired(found[ours], found[theirs]).figures(name, 0.0)
     return figures

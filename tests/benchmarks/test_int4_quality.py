@@ -41,10 +41,13 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     rows = {row[0]: row[1:] for row in result.rows}
 
     # Every arm has its own rate of pools; all but AdamW share int4's rate of the rest.
+    of_adamw = (ADAMW, f"{ADAMW}, 16,384 experts")
     assert {name: rates[OF_POOLS] for name, rates in result.details["rates"].items()} == {
-        name: 0.1 if name == ADAMW else 0.03 for name in ARMS
+        name: 0.1 if name in of_adamw else 0.03 for name in (*ARMS, *of_adamw)
     }
-    shared = {rates[SHARED] for name, rates in result.details["rates"].items() if name != ADAMW}
+    shared = {
+        rates[SHARED] for name, rates in result.details["rates"].items() if name not in of_adamw
+    }
     assert len(shared) == 1
     assert rows[FLOAT32] == ["0.03", "4.1000", "-0.0100 +- 0.0000"]
     assert rows[ADAMW] == ["0.1", "4.1500", "+0.0400 +- 0.0000"]
@@ -62,6 +65,18 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     shares = [figure for name, figure in values.items() if "share of the loss" in name]
     assert [figure.value for figure in shares] == [pytest.approx(0.01 / 4.1, rel=0.01)]
     assert all(figure.ok for figure in result.figures if figure.target)
+    pairs = [name for name in values if name.startswith("at equal training bytes")]
+    assert [name.removeprefix("at equal training bytes: ") for name in pairs] == [
+        f"{ours} experts - {theirs} experts (nats/token)"
+        for ours, theirs in (
+            ("int4, 262,144", "float32, AdamW, 16,384"),
+            ("int4, 262,144", "bfloat16, 131,072"),
+            ("int4, 262,144", "float32, 65,536"),
+            ("int4, 131,072", "bfloat16, 65,536"),
+            ("int4, 131,072", "int8, 65,536"),
+            ("int4, 65,536", "float32, 16,384"),
+        )
+    ]
     sizes = {(each["pools"], each["experts"]): each for each in result.details["sizes"]}
     bytes_of_int4, bytes_of_adamw = sizes[INT4, 2**18]["bytes"], sizes[ADAMW, 2**14]["bytes"]
     # Codes and a scale a row; half a byte of accumulators and a moment a row. Four floats.
