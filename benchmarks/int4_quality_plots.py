@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 from benchmarks.result import REPOSITORY, published
 
@@ -36,6 +37,9 @@ def _loss_against_bytes(sizes: list[dict[str, Any]]) -> None:
                 label=name,
             )
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(f"MB of experts a layer, {what}")
     axes[0].set_ylabel("validation loss, nats/token")
     axes[0].legend()
