@@ -12,6 +12,7 @@ from benchmarks.sweep import Settings, at_once, paired, tune_rates
 INT4, FLOAT32, ADAMW, BFLOAT16, INT8, ECO = (
     "int4", "float32", "float32, AdamW", "bfloat16", "int8", "int4, ECO",
 )  # fmt: skip
+COLUMNS = ("pools", "learning rate", "nats/token", "beyond int4")
 ARMS: dict[str, Settings] = {
     INT4: {"pool.storage": "int4"},
     FLOAT32: {"pool.storage": "float32"},
@@ -50,9 +51,6 @@ def at_best_rates(
         name: {**EVALUATION, **settings, **tuning[name][0], "steps": steps}
         for name, settings in ARMS.items()
     }
-
-
-COLUMNS = ("pools", "learning rate", "nats/token", "beyond int4")
 
 
 def against(

@@ -7,7 +7,7 @@ seed by seed.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -82,8 +82,8 @@ def run(quick: bool) -> Result:
         },
         keep_series=True,
     )  # fmt: skip
-    found |= {(name, MIDDLE): found[name] for name in ARMS if name != ECO}
-    all_sizes = [key for key in found if isinstance(key, tuple)]
+    by_size = {size: found[size] for size in sizes}
+    by_size |= {(name, MIDDLE): found[name] for name in ARMS if name != ECO}
     details = {
         "steps": steps,
         "rates": {name: best for name, (best, _) in tuning.items()},
@@ -96,9 +96,9 @@ def run(quick: bool) -> Result:
                 "pools": name,
                 "experts": math.prod(root),
                 "bytes": bytes_of(name, root),
-                "losses": found[name, root],
+                "losses": losses,
             }
-            for name, root in all_sizes
+            for (name, root), losses in by_size.items()
         ],
         "long_run": long.series,
     }
@@ -114,14 +114,14 @@ def run(quick: bool) -> Result:
             ),
             *buffers.rows,
         ],
-        figures=[*_figures(found, all_sizes), *buffers.figures],
+        figures=[*_figures(found), *_at_equal_bytes(by_size), *buffers.figures],
         details=details,
     )
 
 
-def _figures(found: Mapping[Any, list[float]], sizes: Sequence[Size]) -> list[Figure]:
+def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
     against_floats = paired(found[INT4], found[FLOAT32])
-    figures = [
+    return [
         Figure.at_most(
             "int4 beyond float32 pools, upper end of the 95% interval, share of the loss",
             (against_floats.mean + against_floats.half_width) / float(np.mean(found[FLOAT32])),
@@ -133,20 +133,18 @@ def _figures(found: Mapping[Any, list[float]], sizes: Sequence[Size]) -> list[Fi
             0.0,
         ),
     ]
-    for what, ours, theirs in at_equal_bytes(sizes):
-        name = f"at equal {what} bytes: {_title(*ours)} - {_title(*theirs)} (nats/token)"
-        figures += paired(found[ours], found[theirs]).figures(name, 0.0)
-    return figures
 
 
-def at_equal_bytes(sizes: Sequence[Size]) -> Iterator[tuple[str, Size, Size]]:
+def _at_equal_bytes(losses: Mapping[Size, list[float]]) -> list[Figure]:
     """Every pair of int4 and another storage that takes its bytes, to a tenth of them."""
-    ours = [size for size in sizes if size[0] == INT4]
-    theirs = [size for size in sizes if size[0] != INT4]
+    figures = []
     for index, what in enumerate(("inference", "training")):
-        for one, other in itertools.product(ours, theirs):
-            if abs(bytes_of(*one)[index] / bytes_of(*other)[index] - 1) < 0.1:
-                yield what, one, other
+        for ours, theirs in itertools.product(losses, losses):
+            ratio = bytes_of(*ours)[index] / bytes_of(*theirs)[index]
+            if ours[0] == INT4 != theirs[0] and abs(ratio - 1) < 0.1:
+                name = f"at equal {what} bytes: {_title(*ours)} - {_title(*theirs)} (nats/token)"
+                figures += paired(losses[ours], losses[theirs]).figures(name, 0.0)
+    return figures
 
 
 def _title(name: str, num_experts: tuple[int, int]) -> str:

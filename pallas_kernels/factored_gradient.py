@@ -50,7 +50,7 @@ class FactoredGradient(NamedTuple):
     @staticmethod
     def from_tap(ids: Int[Array, "*layers T K"], tap: Tap) -> FactoredGradient:
         """Joins the cotangent of a tap with the ids of the same forward pass."""
-        return FactoredGradient(ids, *tap)
+        return FactoredGradient(ids.astype(jnp.int32), *tap)  # which the sentinel fits in
 
     def only_if(self, condition: Bool[Array, ""]) -> FactoredGradient:
         """The same gradient, or one that hits no expert."""

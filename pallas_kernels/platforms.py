@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 # Packages of which one must be installed to compile for a platform that is not here.
-MOSAIC_GPU_NEEDS = 9.0  # Hopper
 COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+MOSAIC_GPU_NEEDS = 9.0  # compute capability: Hopper's
 
 
 def by_platform(
@@ -43,17 +43,16 @@ def can_compile_for(platform: str) -> bool:
     )
 
 
-@functools.cache
 def cannot_run_kernels(platform: str) -> str | None:
     """Why the devices of a platform that are here cannot run its kernels; `None` if they can."""
     if platform != "cuda" or not is_here("cuda"):
         return None
     device = jax.devices()[0]
-    capability = str(device.compute_capability)  # of AMD's GPUs "gfx..."
-    if capability.startswith("gfx") or float(capability) < MOSAIC_GPU_NEEDS:
-        needed = f"Mosaic needs compute capability {MOSAIC_GPU_NEEDS}"
-        return f"{needed}; {device.device_kind} has {capability}"
-    return None
+    capability = device.compute_capability  # of AMD's GPUs "gfx..."
+    if not capability.startswith("gfx") and float(capability) >= MOSAIC_GPU_NEEDS:
+        return None
+    needed = f"Mosaic needs compute capability {MOSAIC_GPU_NEEDS}"
+    return f"{needed}; {device.device_kind} has {capability}"
 
 
 def is_here(platform: str) -> bool:

@@ -48,10 +48,11 @@ def sort_pairs(
     last, as the sentinel.
     """
     num_chosen, pairs = ids.shape[1], ids.size
-    ids, c_down, c_up = ids.reshape(pairs), c_down.reshape(pairs), c_up.reshape(pairs)
+    ids, c_down, c_up = (each.reshape(pairs) for each in (ids, c_down, c_up))
+    ids = ids.astype(jnp.int32)  # which the sentinel fits in
     keep = (ids >= 0) & (ids < num_experts) & ((c_down != 0) | (c_up != 0))
     key, order = jax.lax.sort_key_val(
-        jnp.where(keep, ids, num_experts).astype(jnp.int32), jnp.arange(pairs, dtype=jnp.int32)
+        jnp.where(keep, ids, num_experts), jnp.arange(pairs, dtype=jnp.int32)
     )
     begins = jnp.concatenate([jnp.array([True]), key[1:] != key[:-1]]) & (key < num_experts)
     rank = jnp.cumsum(begins) - 1

@@ -33,18 +33,20 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: str | os.PathLike[str], taken: UserError) -> Iterator[None]:
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps other processes that ask for it out of a folder, for as long as this process lives.
 
     Raises:
-        UserError: `taken`, if another one is in it.
+        UserError: if another one is in it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise taken from None
+            raise UserError(
+                f"another process is at work in {folder}; let it finish, or name another folder"
+            ) from None
         yield
     finally:
         os.close(handle)

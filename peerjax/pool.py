@@ -63,8 +63,8 @@ def initialize_pool(
         residual_scale: of `up`, as of the output projections of dense layers.
         storage: "float32", "bfloat16", "int8" or "int4". Packed pools are drawn packed, and are the
             float pool of the same key rounded to nearest, each row of `down` and `up` with the
-            scale that training aims at; of the same key where N fills whole rows of words, as
-            multiples of 16 do.
+            scale that training aims at; where `experts_per_row` divides N, or they are drawn in
+            other portions.
 
     Returns:
         A stack of pools.
@@ -72,7 +72,7 @@ def initialize_pool(
     Raises:
         ValueError: if the width does not pack, or the storage is unknown.
     """
-    units = array_forms(storage, num_experts, width)["weights"].shape[0]
+    form = array_forms(storage, num_experts, width)["weights"].shape
     std = jnp.array([[0.0], [0.0]])
     std = std.at[DOWN].set(width**-0.5)
     std = std.at[UP].set(residual_scale * width**-0.5)
@@ -92,7 +92,7 @@ def initialize_pool(
     if not packed:
         dtype = FLOAT_DTYPES[storage]
         weights = jax.lax.map(lambda key: draw_floats(key).astype(dtype), keys)
-        weights = weights.reshape(num_layers, -1, 2, width)[:, :units]
+        weights = weights.reshape(num_layers, -1, *form[1:])[:, : form[0]]
         return ExpertPool.of_floats(weights)
 
     def draw_packed(key: Array) -> tuple[Array, Array]:
@@ -100,7 +100,7 @@ def initialize_pool(
         return pack_experts(codes, storage), scales
 
     words, scales = jax.lax.map(draw_packed, keys)
-    words = words.reshape(num_layers, -1, *words.shape[2:])[:, :units]
+    words = words.reshape(num_layers, -1, *form[1:])[:, : form[0]]
     scales = jnp.moveaxis(scales.reshape(num_layers, -1, 2), 2, 1)[:, :, :num_experts]
     return ExpertPool(words, scales, None, storage, num_experts, width)
 

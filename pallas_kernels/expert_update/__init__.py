@@ -1,6 +1,13 @@
 """The in-place update of a pool from a factored gradient."""
 
-from pallas_kernels.expert_update.api import UpdateState, accumulator_bits_of, update
+from pallas_kernels.expert_update.api import UpdateState, accumulator_bits_of, check_state, update
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 
-__all__ = ["Hyperparameters", "Statistics", "UpdateState", "accumulator_bits_of", "update"]
+__all__ = [
+    "Hyperparameters",
+    "Statistics",
+    "UpdateState",
+    "accumulator_bits_of",
+    "check_state",
+    "update",
+]

@@ -108,8 +108,8 @@ def update(
             cannot do it.
     """
     check_implementation(implementation)
-    _check_shapes(pool, state, gradient, accumulator_bits)
-    gradient = gradient._replace(ids=gradient.ids.astype(jnp.int32))
+    _check_gradient(pool, gradient)
+    check_state(state, jax.eval_shape(lambda: UpdateState.zeros_for(pool, accumulator_bits)))
     if not pool.is_stack:
         stacks = jax.tree.map(lambda leaf: leaf[None], (pool, state, gradient))
         pool, state, gradient = stacks
@@ -150,27 +150,30 @@ def update(
     return new_pool, new_state, carry.statistics
 
 
-def _check_shapes(
-    pool: ExpertPool, state: UpdateState, gradient: FactoredGradient, bits: int | None
-) -> None:
+def _check_gradient(pool: ExpertPool, gradient: FactoredGradient) -> None:
     """Kernels read and write wherever they are told to."""
-    if (gradient.ids.ndim == 3) != pool.is_stack:
-        raise ValueError(f"a gradient with ids {gradient.ids.shape} does not fit the pool")
-    if gradient.x.shape[-1] != pool.width:
-        raise ValueError(
-            f"the gradient has width {gradient.x.shape[-1]} but the experts {pool.width}"
-        )
     layers = pool.weights.shape[:1] if pool.is_stack else ()
     pairs = (*layers, *gradient.ids.shape[-2:])
     vectors = (*pairs[:-1], pool.width)
-    for name, expected in zip(gradient._fields, [pairs] * 3 + [vectors] * 2, strict=True):
-        if (found := getattr(gradient, name).shape) != expected:
-            raise ValueError(f"{name} of the gradient has shape {found} where {expected} belongs")
-    expected = jax.eval_shape(lambda: UpdateState.zeros_for(pool, bits))
-    for name in state._fields:
-        found, wanted = (
-            None if leaf is None else leaf.shape
-            for leaf in (getattr(state, name), getattr(expected, name))
+    expected = {"ids": pairs, "c_down": pairs, "c_up": pairs, "x": vectors, "dy": vectors}
+    for name, shape in expected.items():
+        if (found := getattr(gradient, name).shape) != shape:
+            raise ValueError(f"{name} of the gradient has shape {found}, the pool wants {shape}")
+
+
+def check_state(state: UpdateState, expected: UpdateState) -> None:
+    """Refuses the state of something else.
+
+    Args:
+        state: arrays, or their shapes and dtypes.
+        expected: a state as it should be, likewise.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    found, wanted = (jax.tree.map(jnp.shape, each) for each in (state, expected))
+    if found != wanted:
+        raise ValueError(
+            f"the state has accumulators and moments of shapes {tuple(found)}, the params want "
+            f"{tuple(wanted)}: it was made for other params or another accumulator_bits"
         )
-        if found != wanted:
-            raise ValueError(f"the state's {name} have shape {found} where {wanted} belongs")

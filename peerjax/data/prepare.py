@@ -86,6 +86,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     Raises:
         ConfigError: if a setting is out of range.
         DataError: if text or tokenizer cannot be used, or the folder holds something else.
+        UserError: if the folder cannot be written to, or another process is at work in it.
         UserError: if the folder cannot be made or written to.
     """
     if not 0 < settings.validation_fraction < 1:
@@ -103,8 +104,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     files = find_files(settings.pattern, outside=folder)
     with contextlib.ExitStack() as stack:
         make_folder(folder)
-        taken = DataError(f"another run is preparing {folder}; let it finish")
-        stack.enter_context(alone_in(folder, taken))
+        stack.enter_context(alone_in(folder))
         known = _known_plan(folder, recorded)
         meter = stack.enter_context(Meter())
         counter = multiprocessing.get_context("spawn").Value("q")

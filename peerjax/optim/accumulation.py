@@ -15,6 +15,7 @@ from pallas_kernels.expert_update import (
     Statistics,
     UpdateState,
     accumulator_bits_of,
+    check_state,
 )
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool, storage_of
@@ -182,8 +183,8 @@ def int4_accumulation(
             # The number of the leaf is a part of its seed: they draw different bits.
             options: dict[str, Any] = {"seed": hash_words(seed, number), "step": state.count}
             _check_gradient(leaf, gradient)
-            _check_state(own, jax.eval_shape(state_of, leaf))
             if isinstance(leaf, PackedMatrix):
+                check_state(own, jax.eval_shape(state_of, leaf))
                 return update_matrix(
                     leaf, own, gradient, hyperparameters, accumulator_bits=bits_of(leaf), **options
                 )
@@ -245,15 +246,6 @@ def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:
         raise ValueError(
             f"the gradient of a packed matrix of shape {leaf.shape} is a float array like it, "
             f"not {found}: differentiate with respect to peerjax.optim.dequantize(params)"
-        )
-
-
-def _check_state(state: UpdateState, expected: UpdateState) -> None:
-    found, wanted = (jax.tree.map(jnp.shape, each) for each in (state, expected))
-    if found != wanted:
-        raise ValueError(
-            f"the state has accumulators and moments of shapes {tuple(found)}, the params want "
-            f"{tuple(wanted)}: it was made by the init of other params or another accumulator_bits"
         )
 
 

@@ -47,6 +47,8 @@ class RunningNorm(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalises z, in float32."""
+        if self.statistics not in (RUNNING, IN_BATCH):
+            raise ValueError(f"unknown statistics {self.statistics!r}")
         shape = tuple(1 if axis in self.axes else size for axis, size in enumerate(z.shape))
         moments = self.variable(
             STATS, "moments", lambda: Moments(jnp.zeros(shape), jnp.ones(shape))
@@ -58,8 +60,6 @@ class RunningNorm(nn.Module):
             sow_last(self, MOMENTS, "moments", jax.lax.stop_gradient(of_batch))
             if self.statistics == IN_BATCH:
                 moments = of_batch
-            elif self.statistics != RUNNING:
-                raise ValueError(f"unknown statistics {self.statistics!r}")
         return (z - moments.mean) * jax.lax.rsqrt(moments.variance + self.eps)
 
 

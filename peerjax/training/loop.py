@@ -60,9 +60,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     optimizer = make_optimizer(config)
     mesh = make_mesh()
 
-    taken = ConfigError(f"another process trains in {folder}; stop it, or choose another --workdir")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone_in(folder, taken))
+        stack.enter_context(alone_in(folder))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignals())
 

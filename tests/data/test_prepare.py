@@ -210,7 +210,7 @@ def test_a_folder_that_is_not_ours_is_refused(pattern, tmp_path):
     (tmp_path / "thesis.tex").unlink()
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another run is preparing"):
+    with pytest.raises(UserError, match="another process is at work in"):
         prepare(own_settings(pattern), str(tmp_path))
     os.close(handle)
 

@@ -318,7 +318,7 @@ def test_misuse_that_can_be_seen_is_refused():
         with pytest.raises(ValueError, match="not finite and cannot be packed"):
             optim.pack(jnp.ones((2, 8)).at[1, 1].set(bad))
     other = optim.int4_accumulation(0.1, accumulator_bits=8)
-    with pytest.raises(ValueError, match="made by the init of other params or another accum"):
+    with pytest.raises(ValueError, match="made for other params or another accum"):
         transform.update(gradients, other.init(params), params)
 
 
