@@ -29,12 +29,17 @@ from tests.pallas_kernels.test_kernels import (
 )
 
 
+def make_masked_inputs(num_experts, tokens, chosen, width):
+    """What `lookup` passes on: nothing beside ids that are no experts."""
+    ids, gates, x, bias = make_inputs(num_experts, tokens, chosen, width)
+    valid = (ids >= 0) & (ids < num_experts)
+    return ids, jnp.where(valid, gates, 0), x, jnp.where(valid, bias, 0)
+
+
 @pytest.mark.parametrize(("width", "tokens", "chosen"), [(256, 70, 8), (1024, 3, 16)])
 def test_the_lookup_for_tpus(width, tokens, chosen):
     pool = make_pool("int4", width, 30).at_layer(jnp.int32(1))
-    ids, gates, x, bias = make_inputs(30, tokens, chosen, width)
-    gates = jnp.where((ids >= 0) & (ids < 30), gates, 0)  # as `lookup` passes them on
-    inputs = (pool, ids, gates, x, bias)
+    inputs = (pool, *make_masked_inputs(30, tokens, chosen, width))
     with no_races_on_tpu() as interpret:
         y = lookup_tpu.forward(*inputs, activation="gelu", interpret=interpret)
         y = jax.block_until_ready(y)
@@ -73,9 +78,7 @@ def test_the_update_for_tpus(resident, monkeypatch):
 
 def test_the_lookup_for_gpus():
     pool = make_pool("int4", 256, 30).at_layer(jnp.int32(1))
-    ids, gates, x, bias = make_inputs(30, 5, 6, 256)
-    gates = jnp.where((ids >= 0) & (ids < 30), gates, 0)
-    inputs = (pool, ids, gates, x, bias)
+    inputs = (pool, *make_masked_inputs(30, 5, 6, 256))
     with no_races_on_gpu() as interpret:
         y = lookup_gpu.forward(*inputs, activation="gelu", interpret=interpret)
         y = jax.block_until_ready(y)
