@@ -9,14 +9,17 @@ import numpy as np
 from benchmarks.protocol import EVALUATION, OF_POOLS, RECIPE, SHARED, START
 from benchmarks.sweep import Settings, at_once, paired, tune_rates
 
-INT4, FLOAT32, ADAMW, BFLOAT16, INT8, ECO = (
-    "int4", "float32", "float32, AdamW", "bfloat16", "int8", "int4, ECO",
+INT4, FLOAT32, ADAMW, ADAMW_SHARED, BFLOAT16, INT8, ECO = (
+    "int4", "float32", "float32, AdamW", "float32, AdamW, the shared rate of int4", "bfloat16",
+    "int8", "int4, ECO",
 )  # fmt: skip
 COLUMNS = ("pools", "learning rate", "nats/token", "beyond int4")
 ARMS: dict[str, Settings] = {
     INT4: {"pool.storage": "int4"},
     FLOAT32: {"pool.storage": "float32"},
     ADAMW: {"pool.storage": "float32", "pool.rule": "adamw"},
+    # A third of the length hardly tells AdamW's shared rates apart: both go to full length.
+    ADAMW_SHARED: {"pool.storage": "float32", "pool.rule": "adamw"},
     BFLOAT16: {"pool.storage": "bfloat16"},
     INT8: {"pool.storage": "int8"},
     ECO: {"pool.storage": "int4", "pool.rule": "eco"},
@@ -26,8 +29,8 @@ ARMS: dict[str, Settings] = {
 def tuned(steps: int) -> dict[str, tuple[dict[str, float], Any]]:
     """The best learning rates of every arm, and all that were tried.
 
-    That of the pools is tuned for every arm; that of everything else for int4, which all row-wise
-    rules share, and for float32 under AdamW.
+    That of the pools is tuned for every arm; that of everything else, the shared one, for int4,
+    whose value the others take, and for float32 under AdamW.
     """
 
     def of_arm(name: str, start: dict[str, float], **fixed: float) -> Any:

@@ -37,8 +37,9 @@ def run(quick: bool) -> Result:
             against(", ".join((*where, name)), settings, found[name], of_four)
             for name, settings in there.items()
         ]
-        difference = paired(found[_bits(0)], of_four)
-        figures += difference.figures(f"{', '.join(where)}: 0 bits - 4 bits (nats/token)")
+        for wide in (4, 8):
+            difference = paired(found[_bits(0)], found[_bits(wide)])
+            figures += difference.figures(f"{', '.join(where)}: 0 bits - {wide} bits (nats/token)")
         made = made_by(itertools.chain(*runs.values()))
         details[", ".join(where)] = {"losses": found, "runs_of": made}
     return Result(COLUMNS, rows, figures, details)

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks import int4_buffers
 from benchmarks.int4_arms import (
     ADAMW,
+    ADAMW_SHARED,
     ARMS,
     BFLOAT16,
     COLUMNS,
@@ -40,8 +41,8 @@ Size = tuple[str, tuple[int, int]]  # a name in `ARMS`, and how many experts
 SMALL, MIDDLE, DOUBLE, LARGE = (128, 128), (256, 256), (256, 512), (512, 512)
 # Storages at other numbers of experts than the quickstart's, which is the middle one.
 SIZES = (
-    (INT4, LARGE), (INT4, DOUBLE), (ADAMW, SMALL), (INT4, SMALL), (BFLOAT16, SMALL),
-    (BFLOAT16, DOUBLE), (INT8, SMALL), (FLOAT32, SMALL),
+    (INT4, LARGE), (INT4, DOUBLE), (ADAMW, SMALL), (ADAMW_SHARED, SMALL), (INT4, SMALL),
+    (BFLOAT16, SMALL), (BFLOAT16, DOUBLE), (INT8, SMALL), (FLOAT32, SMALL),
 )  # fmt: skip
 
 
@@ -127,10 +128,10 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
             (against_floats.mean + against_floats.half_width) / float(np.mean(found[FLOAT32])),
             0.005,
         ),
-        Figure.at_most(
-            "int4 - float32 under AdamW (nats/token)",
-            paired(found[INT4], found[ADAMW]).mean,
-            0.0,
+        *(
+            figure
+            for rival in (ADAMW, ADAMW_SHARED)
+            for figure in paired(found[INT4], found[rival]).figures(f"int4 - {rival}", 0.0)
         ),
     ]
 

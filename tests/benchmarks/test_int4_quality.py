@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks import int4_quality, int4_quality_plots, sweep
-from benchmarks.int4_arms import ADAMW, ARMS, ECO, FLOAT32, INT4
+from benchmarks.int4_arms import ADAMW, ADAMW_SHARED, ARMS, ECO, FLOAT32, INT4
 from benchmarks.int4_buffers import LONG_STEPS, SMALL_MODEL
 from benchmarks.int4_quality import LARGE
 from benchmarks.protocol import OF_POOLS, RECIPE, SEEDS, SHARED
@@ -41,12 +41,15 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     rows = {row[0]: row[1:] for row in result.rows}
 
     # Every arm has its own rate of pools; all but AdamW share int4's rate of the rest.
-    of_adamw = (ADAMW, f"{ADAMW}, 16,384 experts")
+    alone = f"{ADAMW}, 16,384 experts"
+    of_adamw = (ADAMW, ADAMW_SHARED, alone)
     assert {name: rates[OF_POOLS] for name, rates in result.details["rates"].items()} == {
-        name: 0.1 if name in of_adamw else 0.03 for name in (*ARMS, *of_adamw)
+        name: 0.1 if name in of_adamw else 0.03 for name in (*ARMS, alone)
     }
     shared = {
-        rates[SHARED] for name, rates in result.details["rates"].items() if name not in of_adamw
+        rates[SHARED]
+        for name, rates in result.details["rates"].items()
+        if name not in (ADAMW, alone)
     }
     assert len(shared) == 1
     assert rows[FLOAT32] == ["0.03", "4.1000", "-0.0100 +- 0.0000"]
@@ -69,7 +72,8 @@ def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     assert [name.removeprefix("at equal training bytes: ") for name in pairs] == [
         f"{ours} experts - {theirs} experts (nats/token)"
         for ours, theirs in (
-            ("int4, 262,144", "float32, AdamW, 16,384"),
+            ("int4, 262,144", f"{ADAMW}, 16,384"),
+            ("int4, 262,144", f"{ADAMW_SHARED}, 16,384"),
             ("int4, 262,144", "bfloat16, 131,072"),
             ("int4, 262,144", "float32, 65,536"),
             ("int4, 131,072", "bfloat16, 65,536"),
