@@ -74,7 +74,7 @@ def int4_accumulation(
     It comes last in an `optax.chain`: a float that is added to words, or multiplied with their
     difference, makes noise of them. `peerjax.optim.apply_updates` refuses what it can see of that.
     Give other parameters to other transforms by `optax.partition`, or hide them by `optax.masked`.
-    `optax.MultiSteps` and `optax.apply_if_finite` cannot wrap it, because updates and params are
+    `optax.MultiSteps` and `optax.apply_if_finite` cannot wrap it, because gradients and updates are
     different trees: average gradients, or pass them over, before it.
 
     Args:
@@ -93,8 +93,11 @@ def int4_accumulation(
 
     Returns:
         The transform. Its `init` and `update` raise a ValueError for parameters that are not
-        packed, and `update` for gradients or a state of another kind or shape, or without params.
-        Rows whose gradient, or its square, is not finite are passed over.
+        packed, and `update` for gradients or a state of another tree, kind or shape, or without
+        params. Rows whose gradient, or its square, is not finite are passed over.
+
+    Raises:
+        ValueError: if `accumulator_bits` is an array.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -137,6 +140,11 @@ def int4_accumulation(
         Stochastic rounding: Gupta et al., "Deep Learning with Limited Numerical Precision",
         arXiv:1502.02551.
     """
+    if isinstance(accumulator_bits, jax.Array):
+        raise ValueError(
+            "accumulator_bits is a number, which shapes depend on, and no array: under "
+            'optax.inject_hyperparams give static_args=("accumulator_bits",)'
+        )
 
     def bits_of(leaf: ExpertPool | PackedMatrix) -> int:
         storage = leaf.storage if isinstance(leaf, ExpertPool) else storage_of(leaf.bits)
@@ -177,7 +185,8 @@ def int4_accumulation(
             beta2=beta2,
         )
         leaves, structure = _packed_leaves(params)
-        gradients = structure.flatten_up_to(updates)
+        gradients = _leaf_by_leaf(structure, updates, "gradients")
+        old_states = _leaf_by_leaf(structure, state.pools, "a state")
 
         def update_leaf(number: int, leaf: Any, own: UpdateState, gradient: Any) -> Any:
             # The number of the leaf is a part of its seed: they draw different bits.
@@ -203,9 +212,7 @@ def int4_accumulation(
 
         results = [
             update_leaf(number, *each)
-            for number, each in enumerate(
-                zip(leaves, structure.flatten_up_to(state.pools), gradients, strict=True)
-            )
+            for number, each in enumerate(zip(leaves, old_states, gradients, strict=True))
         ]
         changes, states, statistics = zip(*results, strict=True) if results else ((), (), ())
         new_state = AccumulationState(
@@ -231,6 +238,17 @@ def _packed_leaves(params: Any) -> tuple[list[Any], Any]:
                 "transform by optax.partition"
             )
     return [leaf for _, leaf in found], structure
+
+
+def _leaf_by_leaf(structure: Any, tree: Any, what: str) -> list[Any]:
+    """What a tree has for each packed parameter."""
+    try:
+        return structure.flatten_up_to(tree)
+    except ValueError:
+        raise ValueError(
+            f"int4_accumulation was given params and {what} of different trees; labels of "
+            "optax.partition and masks of optax.masked must be trees, not functions"
+        ) from None
 
 
 def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:

@@ -82,7 +82,7 @@ def is_packed_matrix(node: Any) -> bool:
 def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
     """Packs a matrix, rounded to nearest, each row with the scale that training would give it.
 
-    Weights beyond the range of codes are clipped: of int4 codes, beyond 2.9 times the RMS of a row,
+    Weights beyond the range of codes are clipped: of int4 codes, beyond 2.7 times the RMS of a row,
     unless those hold most of its sum of squares.
 
     Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -320,6 +321,39 @@ def test_misuse_that_can_be_seen_is_refused():
     other = optim.int4_accumulation(0.1, accumulator_bits=8)
     with pytest.raises(ValueError, match="made for other params or another accum"):
         transform.update(gradients, other.init(params), params)
+
+
+def test_trees_that_do_not_fit_are_refused():
+    params, transform = {"v": matrix(), "w": matrix()}, optim.int4_accumulation(0.1)
+    gradients = {"v": jnp.ones((6, 20)), "w": jnp.ones((6, 20))}
+    with pytest.raises(ValueError, match="params and gradients of different trees"):
+        transform.update({"w": gradients["w"]}, transform.init(params), params)
+    with pytest.raises(ValueError, match="params and a state of different trees"):
+        transform.update(gradients, transform.init({"w": params["w"]}), params)
+
+    def is_packed(params):
+        return jax.tree.map(optim.is_packed_matrix, params, is_leaf=optim.is_packed_matrix)
+
+    masked = optax.masked(transform, is_packed)  # asked about gradients, it finds nothing packed
+    with pytest.raises(ValueError, match="masks of optax.masked must be trees, not functions"):
+        masked.update(gradients, masked.init(params), params)
+
+
+def test_an_injected_buffer_width_is_refused():
+    # Without the type checks that tests add: users do not have them.
+    inject = optax.inject_hyperparams(inspect.unwrap(optim.int4_accumulation))
+    with pytest.raises(ValueError, match=r'static_args=\("accumulator_bits",\)'):
+        inject(learning_rate=0.1, accumulator_bits=8).init(matrix())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda inner: optax.MultiSteps(inner, 2), lambda inner: optax.apply_if_finite(inner, 3)],
+)
+def test_wrappers_that_cannot_hold_it_fail(wrap):
+    params, wrapped = {"w": matrix()}, wrap(optim.int4_accumulation(0.1))
+    with pytest.raises((ValueError, TypeError), match="pytree structure"):
+        wrapped.update({"w": jnp.ones((6, 20))}, wrapped.init(params), params)
 
 
 def test_differences_wrap_around_exactly():
