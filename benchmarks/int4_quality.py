@@ -90,7 +90,11 @@ def run(quick: bool) -> Result:
         "rates": {name: best for name, (best, _) in tuning.items()},
         "tuning": {name: tables for name, (_, tables) in tuning.items()},
         "storages": {name: found[name] for name in ARMS},
-        "runs_of": made_by([*itertools.chain(*runs.values()), long]),
+        "runs_of": {
+            **{name: made_by(runs[name]) for name in ARMS},
+            **{_title(*size): made_by(runs[size]) for size in sizes},
+            "long_run": made_by([long]),
+        },
         "buffers": buffers.details,
         "sizes": [
             {

@@ -9,10 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
+from benchmarks.int4_arms import INT4
 from benchmarks.result import REPOSITORY, published
+from benchmarks.sweep import paired
 
 matplotlib.use("Agg")
 PLOTS = REPOSITORY / "docs" / "int4_quality"
+BASE = (INT4, 65_536)  # what intervals are relative to: the quickstart
 
 
 def plot(details: Mapping[str, Any]) -> None:
@@ -23,17 +26,23 @@ def plot(details: Mapping[str, Any]) -> None:
 
 
 def _loss_against_bytes(sizes: list[dict[str, Any]]) -> None:
+    """Bars are the 95% intervals of differences, by seed, from int4 with 65,536 experts."""
+    (of_int4,) = (each["losses"] for each in sizes if (each["pools"], each["experts"]) == BASE)
     by_pools = defaultdict(list)
     for each in sizes:
-        by_pools[each["pools"]].append((*each["bytes"], np.mean(each["losses"])))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        half_width = paired(each["losses"], of_int4).half_width
+        by_pools[each["pools"]].append((*each["bytes"], np.mean(each["losses"]), half_width))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
     for axis, index, what in ((axes[0], 0, "inference"), (axes[1], 1, "training")):
         for name, points in by_pools.items():
             points.sort()
-            axis.plot(
+            axis.errorbar(
                 [point[index] / 1e6 for point in points],
                 [point[2] for point in points],
+                [point[3] for point in points],
                 marker="o",
+                capsize=3,
+                elinewidth=0.8,
                 label=name,
             )
         axis.set_xscale("log")
@@ -42,30 +51,34 @@ def _loss_against_bytes(sizes: list[dict[str, Any]]) -> None:
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(f"MB of experts a layer, {what}")
     axes[0].set_ylabel("validation loss, nats/token")
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(PLOTS / "loss_against_bytes.png", dpi=100)
     plt.close(figure)
 
 
 def _long_run(series: list[dict[str, float]]) -> None:
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
     steps = [each["step"] for each in series]
+    layers = sorted({key.split("/")[1] for key in series[0] if key.startswith("codes/")})
+    figure, axes = plt.subplots(1, 3 + len(layers), figsize=(4 * (3 + len(layers)), 3.6))
     axes[0].plot(steps, [each["validation/all/nats_per_token"] for each in series])
     axes[0].set_title("validation loss, nats/token")
-    layers = sorted({key.split("/")[1] for key in series[0] if key.startswith("codes/")})
-    for layer in layers:
-        for axis, name in ((axes[1], "saturated_rows"), (axes[2], "log_scale")):
-            axis.plot(steps, [each[f"codes/{layer}/{name}"] for each in series], label=layer)
-    axes[1].set_title("share of saturated rows")
-    axes[2].set_title("mean logarithm of scales")
-    shares = [[each[f"codes/{layers[0]}/share_{code}"] for each in series] for code in range(8)]
-    axes[3].stackplot(steps, shares, labels=[str(code) for code in range(8)])
-    axes[3].set_title(f"magnitudes of codes, {layers[0]}")
-    axes[3].legend(fontsize="small", ncols=2)
+    axes[1].set_title("share of rows with over 5% of codes at the limit")
+    axes[2].set_title("geometric mean of scales, over the first")
+    for layer, of_codes in zip(layers, axes[3:], strict=True):
+        axes[1].plot(steps, [each[f"codes/{layer}/saturated_rows"] for each in series], label=layer)
+        scales = np.exp([each[f"codes/{layer}/log_scale"] for each in series])
+        axes[2].plot(steps, scales / scales[0], label=layer)
+        shares = [[each[f"codes/{layer}/share_{code}"] for each in series] for code in range(8)]
+        of_codes.stackplot(steps, shares, labels=[str(code) for code in range(8)])
+        of_codes.set_title(f"magnitudes of codes, {layer}")
+    axes[1].legend()
     axes[2].legend()
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     for axis in axes:
         axis.set_xlabel("step")
+    axes[1].title.set_fontsize("small")
+    axes[2].title.set_fontsize("medium")
     figure.tight_layout()
     figure.savefig(PLOTS / "long_run.png", dpi=100)
     plt.close(figure)
