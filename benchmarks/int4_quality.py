@@ -135,7 +135,9 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
         *(
             figure
             for rival in (ADAMW, ADAMW_SHARED)
-            for figure in paired(found[INT4], found[rival]).figures(f"int4 - {rival}", 0.0)
+            for figure in paired(found[INT4], found[rival]).figures(
+                f"int4 - {rival} (nats/token)", 0.0
+            )
         ),
     ]
 

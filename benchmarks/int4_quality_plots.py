@@ -63,8 +63,8 @@ def _long_run(series: list[dict[str, float]]) -> None:
     figure, axes = plt.subplots(1, 3 + len(layers), figsize=(4 * (3 + len(layers)), 3.6))
     axes[0].plot(steps, [each["validation/all/nats_per_token"] for each in series])
     axes[0].set_title("validation loss, nats/token")
-    axes[1].set_title("share of rows with over 5% of codes at the limit")
-    axes[2].set_title("geometric mean of scales, over the first")
+    axes[1].set_title("share of rows with over 5% of codes at the limit", fontsize="small")
+    axes[2].set_title("geometric mean of scales, over the first", fontsize="medium")
     for layer, of_codes in zip(layers, axes[3:], strict=True):
         axes[1].plot(steps, [each[f"codes/{layer}/saturated_rows"] for each in series], label=layer)
         scales = np.exp([each[f"codes/{layer}/log_scale"] for each in series])
@@ -77,8 +77,6 @@ def _long_run(series: list[dict[str, float]]) -> None:
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     for axis in axes:
         axis.set_xlabel("step")
-    axes[1].title.set_fontsize("small")
-    axes[2].title.set_fontsize("medium")
     figure.tight_layout()
     figure.savefig(PLOTS / "long_run.png", dpi=100)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """How long a step takes.
 
 A step of one layer of a million experts beside PEER-pytorch, and what a pool 64 times as large
-costs: the same hits, mapped injectively into it.
+costs: the same hits, mapped injectively into it, and into two between.
 """
 
 import json
@@ -21,7 +21,8 @@ from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from peerjax.pool import initialize_pool
 
-SMALL, LARGE = 1 << 14, 1 << 20
+SIZES = (1 << 14, 1 << 15, 1 << 17, 1 << 20)
+SMALL, LARGE = SIZES[0], SIZES[-1]
 T, K, D = 512, 128, 256
 
 
@@ -52,7 +53,7 @@ def run(quick: bool) -> Result:
     sizes = measure_sizes(repeats=3 if quick else 20)
     ratio = sizes["time"][str(LARGE)] / sizes["time"][str(SMALL)]
     temp = sizes["temp"][str(LARGE)] / sizes["temp"][str(SMALL)]
-    for size in (SMALL, LARGE):
+    for size in SIZES:
         milliseconds = 1e3 * sizes["time"][str(size)]
         rows.append([f"lookup, backward, update: N = {size:,}", f"{milliseconds:,.0f}", "", ""])
     return Result(
@@ -83,9 +84,12 @@ def _in_a_process(arm: str, steps: int) -> dict[str, Any]:
 
 
 def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
-    """Lookup, its backward pass and the update, in a small pool and a large one, in turns."""
+    """Lookup, its backward pass and the update, in pools of `SIZES` experts, in turns.
+
+    From the second size on, no two experts that are hit share a unit.
+    """
     ids = jax.random.randint(jax.random.key(0), (T, K), 0, SMALL)
-    spread = ids * (LARGE // SMALL) + (ids * 37) % (LARGE // SMALL)
+    spread = {size: ids * (size // SMALL) + (ids * 37) % (size // SMALL) for size in SIZES}
     gates = jnp.full((T, K), 1 / K)
     x = jax.random.normal(jax.random.key(1), (T, D))
     rule = Hyperparameters(1e-2)
@@ -101,7 +105,7 @@ def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
 
     found: dict[str, dict[str, float]] = {"time": {}, "temp": {}}
     programs, states, seconds = {}, {}, {}
-    for size, own_ids in ((SMALL, ids), (LARGE, spread)):
+    for size, own_ids in spread.items():
         make = jax.jit(
             lambda size: initialize_pool(jax.random.key(0), 1, size, D, storage="int4"),
             static_argnums=0,
@@ -113,7 +117,7 @@ def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
         found["temp"][str(size)] = programs[size].memory_analysis().temp_size_in_bytes
         states[size], seconds[size] = (pool, state), []
     for number in range(repeats + 1):
-        for size, own_ids in ((SMALL, ids), (LARGE, spread)):
+        for size, own_ids in spread.items():
             start = time.perf_counter()
             *state, _, _ = programs[size](*states[size], own_ids, number)
             states[size] = jax.block_until_ready(state)
