@@ -1,9 +1,10 @@
 """Compiles every kernel for a target, and tells what the compiled kernels keep and move.
 
-    python -m benchmarks.compiled_kernels TARGET [--quick | --smallest] [--loops]
+    python -m benchmarks.compiled_kernels TARGET [--quick | --quick=N] [--loops]
 
-prints JSON, a list of `Compiled`. The target (`benchmarks.targets`) need not be there. `--loops`
-has libtpu write its instructions down, which takes some time.
+prints JSON, a list of `Compiled`. The target (`benchmarks.targets`) need not be there. `--quick`
+takes the first N of `QUICK_SHAPES`, or all. `--loops` has libtpu write its instructions down, which
+takes some time.
 """
 
 import functools
@@ -53,8 +54,13 @@ SHAPES = (
     Shape(576, 1 << 19, 64, 64),  # eight experts in nine units
     Shape(1024, 1 << 18, 512, 128, "int8"),
 )
-
-QUICK = 3  # of them
+# Every path through a kernel, with few pairs: compiling for a TPU, most of the time goes into the
+# sort of the pairs.
+QUICK_SHAPES = (
+    Shape(256, 1 << 21, 32, 128),
+    Shape(1024, 1 << 19, 1, 128),
+    Shape(1024, 1 << 19, 32, 128),
+)
 GPU_CACHE_BYTES = 40 << 20  # of the second level, of an H100, four fifths
 
 
@@ -317,12 +323,14 @@ def innermost_loops(text: str) -> list[Loop]:
 def main() -> None:
     """Parses the command line."""
     target, *options = sys.argv[1:]
-    count = 1 if "--smallest" in options else QUICK if "--quick" in options else len(SHAPES)
+    quick = [option for option in options if option.startswith("--quick")]
+    count = int(quick[0].partition("=")[2] or len(QUICK_SHAPES)) if quick else 0
+    shapes = QUICK_SHAPES[:count] if quick else SHAPES
     with tempfile.TemporaryDirectory() as folder:
         wanted = target in TPUS and "--loops" in options
         if wanted:
             _write_instructions_to(folder)
-        found = compile_all(target, SHAPES[:count], Path(folder) if wanted else None)
+        found = compile_all(target, shapes, Path(folder) if wanted else None)
     print(json.dumps([each._asdict() for each in found]))
 
 

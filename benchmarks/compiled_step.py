@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,11 +84,15 @@ def million(num_experts: int) -> ml_collections.ConfigDict:
     return config
 
 
-def compile_step(config: ml_collections.ConfigDict, device: Any = None) -> Program:
+def compile_step(
+    config: ml_collections.ConfigDict,
+    device: Any = None,
+    compile: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
+) -> Program:
     """Compiles the step of a configuration for a device, or for the CPU at hand."""
     step, state, batch = step_of(config)
     state, batch = on(device, (state, batch))
-    compiled = step.lower(state, batch).compile()
+    compiled = compile(step.lower(state, batch))
     memory = compiled.memory_analysis()
     of_pools = memory_report(state.pools, state.opt_state)
     words = jax.tree.leaves(state.pools)[0].size

@@ -18,18 +18,24 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def _compile_quickly() -> None:
-    """Compiling takes most of the time: optimise little, and every program only once.
+    """Compiling takes most of the time: optimise little, and compile every program only once.
 
-    Processes that tests start do likewise. Programs for accelerators stay as users' are.
+    All workers and the processes that tests start share one cache. Programs for accelerators, and
+    those that `compile_as_users_do` compiles, have the options that users have.
     """
     if "PEERJAX_TARGETS" in os.environ:
         return
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-    cache = tempfile.mkdtemp(prefix="peerjax-tests-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    options = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if HAS_LOOP_EMITTERS:
+        options.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
+    if "PEERJAX_TESTS_CACHE" not in os.environ:  # the first process; its workers find the folder
+        cache = os.environ["PEERJAX_TESTS_CACHE"] = tempfile.mkdtemp(prefix="peerjax-tests-")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
     settings = {
-        "jax_compilation_cache_dir": cache,
+        "jax_compilation_cache_dir": os.environ["PEERJAX_TESTS_CACHE"],
+        # A limit makes JAX lock the folder; it then reads all entries whenever it adds one.
+        "jax_compilation_cache_max_size": 1 << 34,
         "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -38,13 +44,18 @@ def _compile_quickly() -> None:
         jax.config.update(name, value)
 
 
+# Before JAX 0.11, XLA compiles loops for CPUs twice as fast without its fusion emitters; later
+# ones refuse the flag.
+HAS_LOOP_EMITTERS = jax.version.__version_info__ < (0, 11)
 _compile_quickly()
 
 
-def on_devices(count: int) -> dict[str, str]:
-    """The environment of a process that sees so many CPU devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+def compile_as_users_do(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles with the options of users, for tests that look at the compiled program."""
+    options: dict[str, bool | int] = {"xla_backend_optimization_level": 3}
+    if HAS_LOOP_EMITTERS:
+        options["xla_cpu_use_fusion_emitters"] = True
+    return lowered.compile(compiler_options=options)
 
 
 @pytest.fixture(scope="session")

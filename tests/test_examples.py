@@ -1,5 +1,6 @@
 """The examples reach what they promise."""
 
+import json
 import operator
 import os
 
@@ -12,18 +13,18 @@ if "CI" not in os.environ:  # where a missing library is a failure
     pytest.importorskip("sklearn")
 from examples import digits, digits_nnx
 from peerjax import optim
+from tests.elsewhere import python
 
 
 @pytest.mark.slow
 def test_int4_matrices_reach_the_accuracy_of_adamw_in_an_eighth_of_its_bytes():
-    found = digits.compare(seeds=3)
+    found = json.loads(python("-m", "tests.train_digits", as_users=True).stdout)
     (floats, float_bytes), (packed, bytes_) = found["float32, AdamW"], found["int4"]
     assert floats > 0.96
     assert packed > floats - 0.005
     assert bytes_ <= float_bytes / 8
-    of_nnx = [digits_nnx.train(seed) for seed in range(3)]
-    assert np.mean([accuracy for accuracy, _ in of_nnx]) > floats - 0.005
-    assert {size for _, size in of_nnx} == {bytes_}
+    assert np.mean([accuracy for accuracy, _ in found["nnx"]]) > floats - 0.005
+    assert {size for _, size in found["nnx"]} == {bytes_}
 
 
 def test_masked_and_injected_transforms_train_the_classifier_alike(monkeypatch):

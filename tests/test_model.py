@@ -29,9 +29,11 @@ CONFIG = ModelConfig(
 VARIANTS = {
     "dense": dataclasses.replace(CONFIG, layers=(("dense", 3),)),
     "peer": CONFIG,
-    "bfloat16": dataclasses.replace(CONFIG, dtype="bfloat16", pool_storage="bfloat16"),
+    "bfloat16": dataclasses.replace(
+        CONFIG, layers=(("peer", 2),), dtype="bfloat16", pool_storage="bfloat16"
+    ),
     "batchnorm": dataclasses.replace(
-        CONFIG, peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
+        CONFIG, layers=(("peer", 2),), peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
     ),
     "monet_hd": dataclasses.replace(CONFIG, layers=(("dense", 1), ("monet_hd", 4))),
     "monet_vd": dataclasses.replace(CONFIG, layers=(("monet_vd", 2),), remat=True),

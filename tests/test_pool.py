@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.expert_update import UpdateState
 from peerjax.pool import initialize_pool, memory_report
+from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.test_expert_update import make_gradient
 
 
@@ -58,7 +59,7 @@ def test_moments_of_adamw_are_counted():
 @pytest.mark.parametrize("storage", ["int4", "int8"])
 def test_a_pool_is_drawn_packed_and_in_chunks(storage):
     def temporary(num_experts):
-        compiled = jax.jit(lambda: make(storage, 256, num_experts)).lower().compile()
+        compiled = compile_as_users_do(jax.jit(lambda: make(storage, 256, num_experts)).lower())
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = 1 << 16, 1 << 22

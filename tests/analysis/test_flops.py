@@ -15,6 +15,7 @@ from peerjax.analysis.flops import EXPERTS, LOOKUP, forward_flops
 from peerjax.config import model_config
 from peerjax.model import KINDS, Decoder, PeerConfig
 from peerjax.routing.token_choice import block_size
+from tests.conftest import compile_as_users_do
 from tests.test_model import CONFIG
 
 ROWS, LENGTH = 2, 64
@@ -43,7 +44,7 @@ def compiled_flops(config):
 
 
 def _count(function, *operands):
-    return jax.jit(function).lower(*operands).compile().cost_analysis()["flops"]
+    return compile_as_users_do(jax.jit(function).lower(*operands)).cost_analysis()["flops"]
 
 
 def with_layers(*layers, **changes):

@@ -23,6 +23,7 @@ from peerjax.data.text_files import find_files
 from peerjax.errors import ConfigError, DataError, UserError
 from tests.conftest import REPOSITORY
 from tests.data.own_text import FRACTION, own_settings, write_own_text
+from tests.elsewhere import python
 from tests.training.tiny import tiny_config
 
 RECORD_TOKENS = 256
@@ -111,8 +112,7 @@ def test_worker_processes_make_the_same_bytes(pattern, tmp_path):
 
 
 def killed(pattern, output, event):
-    command = [sys.executable, "-m", "tests.data.own_text", pattern, str(output), str(event)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return python("-m", "tests.data.own_text", pattern, str(output), str(event))
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(pattern, prepared, tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +19,8 @@ from peerjax.inference.trained import open_run, restore
 from peerjax.optim import dequantize
 from peerjax.sharding import make_mesh
 from peerjax.training.loop import train
-from tests.conftest import REPOSITORY
 from tests.data.llama import llama_tokenizer
+from tests.elsewhere import python
 from tests.exchange.test_monet import SIZES, logits_of, make
 from tests.training.tiny import SAVE_EVERY, WORDS, tiny_config
 
@@ -167,8 +165,7 @@ def test_one_command_reads_and_another_writes(tokenizer, tmp_path, monkeypatch):
     publish(tmp_path / "published", "vertical", tokenizer, monkeypatch)
 
     def convert(*flags):
-        command = [sys.executable, "-m", "peerjax.exchange.monet_run", *flags]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return python("-m", "peerjax.exchange.monet_run", *flags)
 
     workdir = f"--workdir={tmp_path / 'run'}"
     assert "sample.py --workdir=" in convert(workdir, f"--read={tmp_path / 'published'}").stdout

@@ -1,21 +1,13 @@
-import subprocess
-import sys
-
 import numpy as np
 
-from tests.conftest import REPOSITORY, on_devices
+from tests.elsewhere import python
 
 
 def test_one_and_eight_devices_write_the_same_codes(tmp_path):
     found = {}
     for devices in (1, 8):
         output = tmp_path / f"{devices}.npz"
-        subprocess.run(
-            [sys.executable, "-m", "tests.optim.on_devices", str(output)],
-            cwd=REPOSITORY,
-            env=on_devices(devices),
-            check=True,
-        )
+        python("-m", "tests.optim.on_devices", str(output), devices=devices).check_returncode()
         found[devices] = np.load(output)
         assert found[devices]["devices"] == devices
     # Every device sums the rows of all tokens in their order: even the float sums are the same.

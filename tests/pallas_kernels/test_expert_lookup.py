@@ -7,6 +7,7 @@ from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.expert_lookup import lookup
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
+from tests.conftest import compile_as_users_do
 
 N, D, T, K = 40, 24, 37, 6
 
@@ -155,7 +156,7 @@ def test_bfloat16_inputs_are_accumulated_in_float32(problem):
 
 
 def temp_bytes(function, *args):
-    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return compile_as_users_do(jax.jit(function).lower(*args)).memory_analysis().temp_size_in_bytes
 
 
 def test_nothing_of_size_tokens_times_experts_times_width():

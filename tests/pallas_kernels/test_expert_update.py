@@ -1,7 +1,7 @@
 """The update against a reference written with loops over experts and 64-bit floats."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from pallas_kernels.expert_update import Hyperparameters, UpdateState, api, upda
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import BITS, pack_experts, read_codes
 from peerjax.pool import initialize_pool
+from tests.conftest import compile_as_users_do
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
@@ -102,9 +103,14 @@ def reference(pool, state, gradient, rule, seed, step, bits):
     return codes, accumulators, scales, nu
 
 
+@cache
+def compiled_with(bits):
+    return jax.jit(partial(update, accumulator_bits=bits))
+
+
 def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
     expected = reference(pool, state, gradient, rule, seed, step, bits)
-    one_step = jax.jit(partial(update, accumulator_bits=bits))
+    one_step = compiled_with(bits)
     new_pool, new_state, _ = one_step(pool, state, gradient, rule, seed=seed, step=step)
     codes = all_codes(new_pool.weights, pool)
     accumulators = all_codes(new_state.accumulators, pool, f"int{bits}")
@@ -222,51 +228,60 @@ def test_a_pool_without_layers_is_a_stack_of_one():
         np.testing.assert_array_equal(a[0], b)
 
 
-def constant_gradient(value, width=D):
-    """One token that chooses expert 0, whose rows both get the gradient `value` everywhere."""
-    ones = jnp.ones((1, 1, 1))
+def constant_gradient(value, experts=1, width=D):
+    """One token that chooses all experts, whose rows get the gradient `value` everywhere."""
+    ids = jnp.arange(experts)[None, None]
+    ones = jnp.ones(ids.shape)
     vector = jnp.full((1, 1, width), value, jnp.float32)
-    return FactoredGradient(jnp.zeros((1, 1, 1), jnp.int32), ones, ones, vector, vector)
+    return FactoredGradient(ids, ones, ones, vector, vector)
+
+
+def alike(codes, scales):
+    """A stack of one layer whose experts all have these codes [2, D] and scales [2]."""
+    codes = jnp.broadcast_to(codes, (COPIES, *codes.shape)).astype(jnp.int32)
+    pool = make_pool("int4", COPIES, codes.shape[-1], layers=1)
+    scales = jnp.broadcast_to(jnp.asarray(scales)[None, :, None], pool.scales.shape)
+    return dataclasses.replace(pool, weights=pack_experts(codes, "int4")[None], scales=scales)
 
 
 def position(pool, state):
-    """(w + a / 2^b) of expert 0, in code steps: [2, D]."""
+    """(w + a / 2^b) of the experts of one layer, in code steps: [N, 2, D]."""
     unit = 2 ** BITS[pool.storage]
     codes, accumulators = all_codes(pool.weights, pool), all_codes(state.accumulators, pool)
-    return codes[0, 0] + accumulators[0, 0] / unit
+    return codes[0] + accumulators[0] / unit
+
+
+def after_constant_steps(pool, value, rule, steps):
+    """Pool and state after as many steps along a constant gradient, and how many scales grew."""
+    gradient = constant_gradient(value, pool.num_experts, pool.width)
+
+    def one(carry, step):
+        new_pool, new_state, counts = update(*carry, gradient, rule, seed=3, step=step)
+        return (new_pool, new_state), counts.grown
+
+    start = (pool, UpdateState.zeros_for(pool))
+    (end, kept), grown = jax.jit(lambda start: jax.lax.scan(one, start, jnp.arange(steps)))(start)
+    return end, kept, np.sum(grown)
+
+
+# Experts that start alike and draw random bits of their own, where means over draws are compared.
+COPIES = 200
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.03, 0.4, 1.7])
 def test_expected_movement_equals_the_float_step(fraction):
     """`fraction` is the step in units of 1/16 code; a thousandth moves at the right rate too."""
-    width, seeds, steps = 512, 64, 16
-    pool = make_pool("int4", num_experts=1, width=width, layers=1)
-    start = position(pool, UpdateState.zeros_for(pool))
-    inside = np.abs(start) <= 4.5
+    drawn, steps = make_pool("int4", 1, 256, layers=1), 16
+    codes = all_codes(drawn.weights, drawn)[0, 0]
     # Both scales equal, so that one learning rate is one fraction of a unit.
-    pool = dataclasses.replace(pool, scales=jnp.full_like(pool.scales, 0.1))
+    pool = alike(codes, [0.1, 0.1])
     rule = Hyperparameters(learning_rate=fraction * 0.1 / 16)
-    gradient = constant_gradient(3.0, width)
-
-    @jax.jit
-    def run(seed):
-        state = UpdateState.zeros_for(pool)
-
-        def one(carry, step):
-            new_pool, new_state, _ = update(*carry, gradient, rule, seed=seed, step=step)
-            return (new_pool, new_state), None
-
-        return jax.lax.scan(one, (pool, state), jnp.arange(steps))[0]
-
-    moved = []
-    for seed in range(seeds):
-        end, kept = run(seed)
-        # The largest fraction moves rows so far that their scales follow.
-        followed = np.asarray(end.scales != pool.scales)
-        assert followed.all() if fraction > 1 else not followed.any()
-        at = position(end, kept) * np.asarray(end.scales[0, :, 0])[:, None] / 0.1
-        moved.append((at - start)[inside])
-    moved = np.stack(moved)
+    end, kept, _ = after_constant_steps(pool, 3.0, rule, steps)
+    # The largest fraction moves some rows so far that their scales follow.
+    followed = np.asarray(end.scales != pool.scales)
+    assert followed.any() == (fraction > 1)
+    in_first_scales = np.asarray(end.scales[0].T)[..., None] / 0.1
+    moved = (position(end, kept) * in_first_scales - codes)[:, np.abs(codes) <= 4.5]
     # Each of `steps` roundings moves one unit with the probability of its fraction; a scale that
     # moves rounds once more.
     part = fraction % 1
@@ -280,42 +295,25 @@ def test_expected_movement_equals_the_float_step(fraction):
 
 @pytest.mark.parametrize("size", [0.05, 0.5, 1.0, 2.0, 20.0])
 def test_scales_follow_their_rows_and_weights_stay_what_they_are_on_average(size):
-    """Of a row whose scale is `size` times what it should be; nothing else moves it."""
-    width, seeds, steps = 256, 200, 30
-    pool = make_pool("int4", num_experts=1, width=width, layers=1)
-    state = UpdateState.zeros_for(pool)
-    codes = jnp.clip(jnp.round(all_codes(pool.weights, pool) / size), -7, 7)
-    start = jnp.asarray(codes[0, 0] * (pool.scales[0, :, 0] * size)[:, None])
-    words = pack_experts(codes[0].astype(jnp.int32), "int4")[None]
-    pool = dataclasses.replace(pool, weights=words, scales=pool.scales * size)
-    gradient, rule = constant_gradient(1.0, width), Hyperparameters(learning_rate=0.0)
-
-    @jax.jit
-    def run(seed):
-        def one(carry, step):
-            new_pool, new_state, counts = update(*carry, gradient, rule, seed=seed, step=step)
-            return (new_pool, new_state), counts.grown
-
-        (end, kept), grown = jax.lax.scan(one, (pool, state), jnp.arange(steps))
-        return end.scales, end.weights, kept.accumulators, grown
-
-    after = []
-    for seed in range(seeds):
-        scales, weights, accumulators, grown = run(seed)
-        moved = dataclasses.replace(pool, weights=weights)
-        at = position(moved, state._replace(accumulators=accumulators))
-        after.append(at * np.asarray(scales[0, :, 0])[:, None])
+    """Of rows whose scale is `size` times what it should be; nothing else moves it."""
+    drawn, steps = make_pool("int4", 1, 256, layers=1), 30
+    codes = jnp.clip(jnp.round(all_codes(drawn.weights, drawn)[0, 0] / size), -7, 7)
+    pool = alike(codes, drawn.scales[0, :, 0] * size)
+    start = np.asarray(codes * pool.scales[0, :, 0][:, None])
+    end, kept, grown = after_constant_steps(pool, 1.0, Hyperparameters(learning_rate=0.0), steps)
+    at = position(end, kept)
     rms = np.sqrt(np.mean(np.square(at), axis=-1))
     wanted = SPREAD["int4"] * 7
     if size > 10:  # codes that are all 0
-        np.testing.assert_array_equal(scales, pool.scales)
+        np.testing.assert_array_equal(end.scales, pool.scales)
     else:
         assert np.all((rms > wanted / 1.25) & (rms < wanted * 1.25))
-    assert bool(np.sum(grown)) == (size < 0.7)
+    assert bool(grown) == (size < 0.7)
     if size > 0.1:
         # Each move of a scale rounds by less than a unit, which is 1/16 of a code.
-        error = np.asarray(scales).max() / 16 * np.sqrt(steps / seeds)
-        np.testing.assert_allclose(np.mean(after, axis=0), start, atol=5 * error)
+        weights = at * np.asarray(end.scales[0].T)[..., None]
+        error = np.asarray(end.scales).max() / 16 * np.sqrt(steps / COPIES)
+        np.testing.assert_allclose(np.mean(weights, axis=0), start, atol=5 * error)
 
 
 def compiled_update(storage, num_experts):
@@ -329,7 +327,7 @@ def compiled_update(storage, num_experts):
 
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state)))
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(pool, state, gradient)
-    return lowered.compile(), size
+    return compile_as_users_do(lowered), size
 
 
 @pytest.mark.parametrize("storage", PACKED)

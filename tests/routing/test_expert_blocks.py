@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from peerjax.routing.expert_blocks import expert_dot, mixture
 from peerjax.routing.token_choice import block_size
+from tests.conftest import compile_as_users_do
 
 WIDTH, HIDDEN = 12, 20
 # Tokens, experts, choices: blocks of 8 and of 64 slots.
@@ -91,7 +92,9 @@ def test_the_compiled_work_grows_with_padding_only_not_with_experts(num_experts)
     sizes += [(num_experts, hidden, width)]
     operands = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
     ids = jax.ShapeDtypeStruct((tokens, k), jnp.int32)
-    program = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*operands, ids).compile().as_text()
+    program = compile_as_users_do(
+        jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*operands, ids)
+    ).as_text()
 
     # Loops over blocks: two products forward, four backward, each of one block by one expert.
     trips = [int(count) for count in re.findall(r'known_trip_count":\{"n":"(\d+)"', program)]

@@ -1,9 +1,6 @@
 """Bad input: one clear sentence, raised before expensive work, and nothing spoilt."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,23 +13,13 @@ from peerjax.data import tokenizer as tokenizer_module
 from peerjax.errors import ConfigError, DataError, DivergenceError, UserError
 from peerjax.training.loop import train
 from peerjax.training.metrics import read_metrics
-from tests.conftest import REPOSITORY, config_of_finished
+from tests.conftest import config_of_finished
+from tests.elsewhere import python
 from tests.training.tiny import SAVE_EVERY, tiny_config
 
 
-def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_warnings_of_ours_reach_the_terminal_and_no_others():
-    shows = run_script(
+    shows = python(
         "-c",
         "import logging; from peerjax import script\n"
         "def main():\n"
@@ -68,7 +55,7 @@ def test_one_process_trains_in_a_folder(corpus, tmp_path):
 )
 def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
     workdir = tmp_path / "run"
-    result = run_script("train.py", "--config=configs/quickstart.py", f"--workdir={workdir}", flag)
+    result = python("train.py", "--config=configs/quickstart.py", f"--workdir={workdir}", flag)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
@@ -89,7 +76,7 @@ def test_a_wrong_flag_is_one_line_and_touches_nothing(flag, message, tmp_path):
 )
 def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
     output = tmp_path / "output"
-    result = run_script(*(flag.format(output) for flag in flags))
+    result = python(*(flag.format(output) for flag in flags))
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
@@ -171,7 +158,7 @@ def test_a_workdir_that_cannot_be_made_is_named(corpus, tmp_path):
 def test_where_an_evaluation_goes_is_tried_before_it_is_made(finished, tmp_path):
     (tmp_path / "file").write_text("precious")
     flags = [f"--workdir={finished}", f"--output={tmp_path / 'file'}", "--pattern=no_such_text"]
-    result = run_script("evaluate.py", *flags)
+    result = python("evaluate.py", *flags)
     assert result.returncode == 2
     assert "file cannot be a folder to write to" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -274,9 +261,7 @@ def test_a_file_that_is_no_tokenizer_is_named(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_during_a_save_loses_nothing(corpus, tmp_path):
-    full = run_script(
-        "-m", "tests.training.tiny", str(tmp_path), corpus, "0", "full", str(2 * SAVE_EVERY)
-    )
+    full = python("-m", "tests.training.tiny", str(tmp_path), corpus, "full", str(2 * SAVE_EVERY))
     assert f"the checkpoint of step {2 * SAVE_EVERY} could not be written" in full.stderr
     assert f"the last good one is of step {SAVE_EVERY}" in full.stderr
 

@@ -3,8 +3,6 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from peerjax.config import validate
 from peerjax.errors import ConfigError
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
-from tests.conftest import REPOSITORY, on_devices
+from tests.elsewhere import python
 from tests.training.test_resume import assert_same_run, metrics_file
 from tests.training.test_step import LENGTH, ROWS, assert_close, make, make_batch
 from tests.training.tiny import STEPS, tiny_config
@@ -73,12 +71,7 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
     found = {}
     for devices in (1, 8):
         output = tmp_path / f"{devices}.npz"
-        subprocess.run(
-            [sys.executable, "-m", "tests.training.on_devices", str(output)],
-            cwd=REPOSITORY,
-            env=on_devices(devices),
-            check=True,
-        )
+        python("-m", "tests.training.on_devices", str(output), devices=devices).check_returncode()
         found[devices] = dict(np.load(output))
         assert found[devices].pop("devices") == devices
     # Only the order of float32 sums differs.

@@ -28,16 +28,17 @@ CHANGES = {"monet.num_experts": 64, "monet.top_k": 2, "model.layers": (("monet_h
 
 
 @pytest.mark.parametrize(("kind", "storage"), [("monet_hd", "float32"), ("monet_vd", "int4")])
-def test_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, corpus, tmp_path):
+def test_learns_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, corpus, tmp_path):
     config = tiny_config(corpus)
     config.update_from_flattened_dict(CHANGES)
     config.model.layers = (("dense", 1), (kind, 4))
     config.monet.storage = storage
     train(config, str(tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
-    train(config, str(tmp_path / "resumed"))
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    if storage == "int4":  # the state of a float Monet is that of dense layers
+        shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
+        train(config, str(tmp_path / "resumed"))
+        assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
     records = [json.loads(line) for line in metrics_file(tmp_path / "whole").splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

@@ -18,19 +18,15 @@ from peerjax.training import loop
 from peerjax.training.checkpoint import checksums
 from peerjax.training.loop import train
 from peerjax.training.state import create_state
-from tests.conftest import REPOSITORY, config_of_finished, on_devices
+from tests.conftest import REPOSITORY, config_of_finished
+from tests.elsewhere import python
 from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config
 
 
-def run_elsewhere(workdir, corpus, seed, *kill, devices=1):
+def run_elsewhere(workdir, corpus, *kill, devices=1):
     """Runs the tiny configuration in another process; returns its exit status."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.training.tiny", str(workdir), corpus, str(seed), *kill],
-        cwd=REPOSITORY,
-        env=on_devices(devices),
-        capture_output=True,
-        check=False,
-    ).returncode
+    arguments = ["-m", "tests.training.tiny", str(workdir), corpus, *kill]
+    return python(*arguments, devices=devices).returncode
 
 
 def saved_arrays(workdir, step=STEPS):
@@ -56,36 +52,28 @@ def assert_same_run(workdir, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """Finished runs by seed, each in one go."""
-    runs = {}
-
-    def get(seed):
-        if seed not in runs:
-            runs[seed] = tmp_path_factory.mktemp(f"undisturbed{seed}") / "run"
-            train(tiny_config(corpus, seed), str(runs[seed]))
-        return runs[seed]
-
-    return get
+    """A run finished in one go, not to be changed."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(tiny_config(corpus), str(workdir))
+    return workdir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_killed_at_a_random_step(seed, corpus, undisturbed, tmp_path):
-    step = int(np.random.default_rng(seed).integers(1, STEPS))
-    status = run_elsewhere(tmp_path, corpus, seed, "step", str(step))
-    assert status == -signal.SIGKILL
-    train(tiny_config(corpus, seed), str(tmp_path))
-    assert_same_run(tmp_path, undisturbed(seed))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["writing", "sealing"])
-@pytest.mark.parametrize("step", [SAVE_EVERY, 2 * SAVE_EVERY])
-def test_killed_during_a_save(when, step, corpus, undisturbed, tmp_path):
-    status = run_elsewhere(tmp_path, corpus, 0, when, str(step))
-    assert status == -signal.SIGKILL
+def test_killed_at_random_steps(corpus, undisturbed, tmp_path):
+    first, second = sorted(np.random.default_rng(0).choice(np.arange(1, STEPS), 2, replace=False))
+    for step in (first, second):
+        assert run_elsewhere(tmp_path, corpus, "step", str(step)) == -signal.SIGKILL
     train(tiny_config(corpus), str(tmp_path))
-    assert_same_run(tmp_path, undisturbed(0))
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_during_saves(corpus, undisturbed, tmp_path):
+    # While the first is sealed, and is the only one; while another is written, and has one before.
+    for when, step in (("sealing", SAVE_EVERY), ("writing", 2 * SAVE_EVERY), ("sealing", STEPS)):
+        assert run_elsewhere(tmp_path, corpus, when, str(step)) == -signal.SIGKILL
+    train(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -93,7 +81,7 @@ def test_killed_while_training_from_shards(corpus, tmp_path):
     shards = str(tmp_path / "shards")
     prepare(Settings(corpus, validation_fraction=0.2, shard_mb=0.01), shards)
     train(tiny_config(shards), str(tmp_path / "undisturbed"))
-    assert run_elsewhere(tmp_path / "run", shards, 0, "step", "7") == -signal.SIGKILL
+    assert run_elsewhere(tmp_path / "run", shards, "step", "7") == -signal.SIGKILL
     train(tiny_config(shards), str(tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
@@ -111,7 +99,7 @@ def test_killed_while_training_from_shards(corpus, tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.tiny", str(tmp_path), corpus, "0"],
+        [sys.executable, "-m", "tests.training.tiny", str(tmp_path), corpus],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
@@ -123,14 +111,15 @@ def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0
     assert "stopped and saved after step 1; run the same command to go on" in output
+    assert "warning" not in output
     train(tiny_config(corpus), str(tmp_path))
-    assert_same_run(tmp_path, undisturbed(0))
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "checksums"])
 def test_damaged_checkpoint_is_named_and_passed_over(damage, corpus, undisturbed, tmp_path, caplog):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed(0), workdir)
+    shutil.copytree(undisturbed, workdir)
     newest = workdir / "checkpoints" / str(STEPS)
     files = [path for path in newest.rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
@@ -150,7 +139,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(damage, corpus, undisturbed
 
     assert f"checkpoint of step {STEPS} is damaged" in caplog.text
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
-    assert_same_run(workdir, undisturbed(0))
+    assert_same_run(workdir, undisturbed)
 
 
 def test_any_flipped_byte_of_any_file_is_found(undisturbed):
@@ -158,7 +147,7 @@ def test_any_flipped_byte_of_any_file_is_found(undisturbed):
 
     from peerjax.training.checkpoint import find_damage
 
-    folder = Path(undisturbed(0)) / "checkpoints" / str(STEPS)
+    folder = Path(undisturbed) / "checkpoints" / str(STEPS)
     assert find_damage(epath.Path(folder)) is None
     rng = np.random.default_rng(3)
     for path in sorted(folder.rglob("*")):
@@ -176,7 +165,7 @@ def test_any_flipped_byte_of_any_file_is_found(undisturbed):
 
 def test_no_intact_checkpoint_is_an_error_that_loses_nothing(corpus, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed(0), workdir)
+    shutil.copytree(undisturbed, workdir)
     steps = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     for step in steps:
         (workdir / "checkpoints" / step / "checksums.json").write_text("[]")
@@ -201,14 +190,15 @@ def test_a_state_of_another_version_is_an_error_that_loses_nothing(finished, cor
     assert checksums(epath.Path(finished)) == before
 
 
-def test_metrics_hold_each_step_once(undisturbed):
-    steps = [json.loads(line)["step"] for line in metrics_file(undisturbed(0)).splitlines()]
+def test_metrics_hold_each_step_once_and_losses_fall(undisturbed):
+    steps = [json.loads(line)["step"] for line in metrics_file(undisturbed).splitlines()]
     assert steps == list(range(STEPS + 1))
+    assert np.mean(losses(undisturbed)[-3:]) < np.mean(losses(undisturbed)[:3]) - 0.1
 
 
 def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed(0), workdir)
+    shutil.copytree(undisturbed, workdir)
     before = metrics_file(workdir)
     train(tiny_config(corpus), str(workdir))
     assert f"has finished its {STEPS} steps" in capsys.readouterr().out
@@ -224,7 +214,7 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, 
 
 def test_a_run_that_was_killed_before_its_report_gets_one(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed(0), workdir)
+    shutil.copytree(undisturbed, workdir)
     report = workdir / "report.json"
     whole = json.loads(report.read_text())
     for leave in (  # no report, or that of an earlier end
@@ -236,7 +226,7 @@ def test_a_run_that_was_killed_before_its_report_gets_one(corpus, undisturbed, t
         found = json.loads(report.read_text())
         assert found == {**whole, "tokens_per_second": None}
         assert f"{STEPS} steps of 256 tokens; " in capsys.readouterr().out
-        assert_same_run(workdir, undisturbed(0))
+        assert_same_run(workdir, undisturbed)
 
 
 def losses(workdir):
@@ -249,9 +239,9 @@ def test_eight_devices_agree_with_one_and_restore_each_others_checkpoints(
     corpus, undisturbed, tmp_path
 ):
     eight = tmp_path / "eight"
-    assert run_elsewhere(eight, corpus, 0, devices=8) == 0
+    assert run_elsewhere(eight, corpus, devices=8) == 0
     # Only the order of float32 sums differs; over 12 steps that stays below 1e-4 nats.
-    np.testing.assert_allclose(losses(eight), losses(undisturbed(0)), atol=1e-4)
+    np.testing.assert_allclose(losses(eight), losses(undisturbed), atol=1e-4)
 
     # Eight devices' checkpoint, continued by one; one device's, continued by eight.
     one_goes_on = tmp_path / "one"
@@ -259,11 +249,11 @@ def test_eight_devices_agree_with_one_and_restore_each_others_checkpoints(
     shutil.rmtree(one_goes_on / "checkpoints" / str(STEPS))
     train(tiny_config(corpus), str(one_goes_on))
     eight_go_on = tmp_path / "eight_go_on"
-    shutil.copytree(undisturbed(0), eight_go_on)
+    shutil.copytree(undisturbed, eight_go_on)
     shutil.rmtree(eight_go_on / "checkpoints" / str(STEPS))
-    assert run_elsewhere(eight_go_on, corpus, 0, devices=8) == 0
+    assert run_elsewhere(eight_go_on, corpus, devices=8) == 0
     for workdir in (one_goes_on, eight_go_on):
-        np.testing.assert_allclose(losses(workdir), losses(undisturbed(0)), atol=1e-4)
+        np.testing.assert_allclose(losses(workdir), losses(undisturbed), atol=1e-4)
 
     # A float32 sum that ends a bit higher or lower now and then moves a step over the random
     # threshold of its rounding: those codes differ, and no others.
@@ -273,7 +263,7 @@ def test_eight_devices_agree_with_one_and_restore_each_others_checkpoints(
             for name, array in saved_arrays(run).items()
             if "pools" in name and "weights" in name
         )
-        for run in (one_goes_on, undisturbed(0))
+        for run in (one_goes_on, undisturbed)
     )
     codes_differ = np.bitwise_xor(one, other)[..., None] >> np.arange(0, 32, 4) & 15 != 0
     assert codes_differ.mean() < 1e-3

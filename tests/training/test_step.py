@@ -120,8 +120,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(storage, rule)
 
 
 def test_packed_matrices_are_passed_over_by_a_step_that_is_not_finite(monkeypatch):
-    layers = {"model.layers": (("peer", 1), ("monet_hd", 2)), "monet.storage": "int4"}
-    sizes = {"monet.num_experts": 64, "monet.top_k": 2, "optimizer.warmup_steps": 0}
+    layers = {"model.layers": (("peer", 1), ("monet_hd", 1)), "monet.storage": "int4"}
+    sizes = {"monet.num_experts": 64, "monet.top_k": 2, "monet.group": 1}
+    sizes["optimizer.warmup_steps"] = 0
     config, model, optimizer, state = make(**layers, **sizes)
     make_step = functools.partial(make_train_step, config, model, optimizer)
     good = jax.jit(make_step())
@@ -164,10 +165,7 @@ def test_a_learning_rate_at_which_codes_clip_is_warned_of_once(corpus, tmp_path,
     config = tiny_config(corpus)
     config.steps, config.optimizer.warmup_steps = 4, 1
     config.pool.learning_rate = 1.0
-    train(config, str(tmp_path / "large"))
+    train(config, str(tmp_path))
     told = capsys.readouterr().out
     assert told.count("went beyond the end of their range") == 1
     assert "pool.learning_rate=1.0 may be too large" in told
-    config.pool.learning_rate = 1e-2
-    train(config, str(tmp_path / "usual"))
-    assert "warning" not in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """A run small enough for tests, and a way to have it killed.
 
-    python -m tests.training.tiny WORKDIR CORPUS SEED [when N]
+    python -m tests.training.tiny WORKDIR CORPUS [when N]
 
 `when` is "step N", "writing N" (soon after the writing of the checkpoint of step N has begun) or
 "sealing N" (when it is in its place, but has no checksums yet). "full N" instead lets no file grow
@@ -37,10 +37,9 @@ def write_corpus(folder: Path, documents: int = 48) -> str:
     return str(folder / "*.txt")
 
 
-def tiny_config(pattern: str, seed: int = 0) -> ml_collections.ConfigDict:
+def tiny_config(pattern: str) -> ml_collections.ConfigDict:
     """Two layers, 64 experts, 12 steps of 8 rows; a folder as `pattern` is one of shards."""
     config = default_config()
-    config.seed = seed
     config.steps = STEPS
     config.data.source = "shards" if Path(pattern).is_dir() else "files"
     config.data.pattern = pattern
@@ -109,9 +108,9 @@ def kill_at(when: str, step: int) -> None:
 
 
 if __name__ == "__main__":
-    workdir, pattern, seed = sys.argv[1:4]
-    if sys.argv[4:5] == ["full"]:
-        fill_disk_at(int(sys.argv[5]))
-    elif sys.argv[4:]:
-        kill_at(sys.argv[4], int(sys.argv[5]))
-    train(tiny_config(pattern, int(seed)), workdir)
+    workdir, pattern = sys.argv[1:3]
+    if sys.argv[3:4] == ["full"]:
+        fill_disk_at(int(sys.argv[4]))
+    elif sys.argv[3:]:
+        kill_at(sys.argv[3], int(sys.argv[4]))
+    train(tiny_config(pattern), workdir)
