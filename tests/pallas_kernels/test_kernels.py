@@ -76,12 +76,12 @@ def assert_equal_to_rounding(found, expected, tolerance=5e-6):
     ("storage", "width", "num_experts", "tokens", "chosen", "activation"),
     [
         ("int4", 256, 100, 7, 8, "gelu"),  # two experts in a unit
-        ("int4", 1024, 37, 5, 16, "gelu"),  # an expert in two units
+        slow("int4", 1024, 37, 5, 16, "gelu"),  # an expert in two units
         slow("int4", 64, 1001, 33, 5, "relu"),  # eight experts in a unit; K pads
         slow("int4", 576, 41, 4, 8, "relu2"),  # eight experts in nine units
         slow("int4", 512, 300, 2, 130, "gelu"),  # more experts a token than one product takes
         ("int4", 256, 64, 1, 40, "gelu"),  # decoding
-        ("int8", 128, 77, 5, 8, "gelu"),
+        slow("int8", 128, 77, 5, 8, "gelu"),
         slow("int8", 1024, 19, 4, 12, "relu"),
     ],
 )
@@ -96,6 +96,7 @@ def test_the_lookup_and_its_gradients(
     assert_equal_to_rounding(found, expected)
 
 
+@pytest.mark.slow
 def test_several_tiles_in_a_block_of_mosaic_gpu(monkeypatch):
     monkeypatch.setattr(lookup_gpu, "BLOCKS", 1)
     num_experts, width, tokens, chosen = 90, 256, 2, 150
@@ -187,10 +188,10 @@ def after_steps(implementation, pool, gradient, rule, steps=2):
     ("storage", "width", "num_experts", "tokens", "chosen", "learning_rate"),
     [
         ("int4", 256, 101, 7, 8, 0.02),  # two experts in a row, the last row half full
-        ("int4", 1024, 37, 5, 6, 0.005),
+        slow("int4", 1024, 37, 5, 6, 0.005),
         slow("int4", 64, 1001, 30, 5, 0.02),  # more pairs than a block
         slow("int4", 576, 41, 7, 8, 0.02),
-        ("int4", 256, 101, 7, 8, 0.5),  # scales grow
+        slow("int4", 256, 101, 7, 8, 0.5),  # scales grow
         slow("int8", 128, 77, 10, 6, 0.02),
     ],
 )
