@@ -21,10 +21,11 @@ import ml_collections
 
 from benchmarks.targets import device_of, on
 from configs import peer_1m_cpu
-from peerjax.config import model_config, validate
-from peerjax.model import Decoder
+from peerjax.config import validate
+from peerjax.objectives import language_model
 from peerjax.pool import memory_report
-from peerjax.training.state import TrainState, create_state, make_optimizer
+from peerjax.training.optimizer import make_optimizer
+from peerjax.training.state import TrainState, create_state
 from peerjax.training.step import make_train_step
 
 VOCABULARY = 4096
@@ -122,13 +123,12 @@ def step_of(
 ) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """The step of a configuration, and shapes of what it takes."""
     validate(config)
-    model = Decoder(model_config(config, vocabulary))
-    optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    task, optimizer = language_model(config, vocabulary), make_optimizer(config)
+    state = jax.eval_shape(lambda: create_state(config, task, optimizer))
     rows, length = config.data.batch_size, config.data.sequence_length
     names = ("inputs", "targets", "positions", "segments")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
-    return jax.jit(make_train_step(config, model, optimizer), donate_argnums=0), state, batch
+    return jax.jit(make_train_step(config, task, optimizer), donate_argnums=0), state, batch
 
 
 def total_bytes(memory: Any) -> int:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from benchmarks.compiled_step import VOCABULARY, config_of, step_of
 from benchmarks.result import Figure, Result
 from benchmarks.targets import GIB
-from peerjax.config import model_config
-from peerjax.model import Decoder
+from peerjax.objectives import language_model
 from peerjax.pool import memory_report
-from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.optimizer import make_optimizer
+from peerjax.training.state import create_state
 from peerjax.training.step import make_first_statistics
 
 # Recipe, expert parameters wanted.
@@ -65,9 +65,9 @@ def execute(recipe: str, steps: int) -> dict[str, Any]:
         and "peak_bytes" of the device, `None` where it does not count them.
     """
     config = config_of(recipe, ())
-    model, optimizer = Decoder(model_config(config, VOCABULARY)), make_optimizer(config)
+    task, optimizer = language_model(config, VOCABULARY), make_optimizer(config)
     step, _, shapes = step_of(config)
-    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    state = jax.jit(lambda: create_state(config, task, optimizer))()
 
     @jax.jit
     def batch(number: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def execute(recipe: str, steps: int) -> dict[str, Any]:
             "segments": jnp.ones(shape, jnp.int32),
         }
 
-    state = jax.jit(make_first_statistics(config, model), donate_argnums=0)(state, batch(0))
+    state = jax.jit(make_first_statistics(config, task), donate_argnums=0)(state, batch(0))
     losses, seconds = [], []
     for number in range(1, steps + 1):
         start = time.perf_counter()

@@ -13,8 +13,8 @@ from benchmarks.monet_models import HD, PEER_INT4, VD, arm_named, start_of
 from benchmarks.protocol import QUICK_STEPS, RECIPE, STEPS
 from benchmarks.result import Figure, Result
 from benchmarks.sweep import tune_rates
+from peerjax.evaluation import ALL
 from peerjax.inference.evaluating import evaluate_without
-from peerjax.inference.removal import ALL
 from peerjax.inference.trained import open_run
 
 

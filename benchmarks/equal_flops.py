@@ -12,10 +12,10 @@ import numpy as np
 from benchmarks.protocol import RECIPE
 from benchmarks.sweep import Run, Settings, at_once, from_seeds, tune_rates
 from configs import quickstart
-from peerjax.analysis.flops import forward_flops
 from peerjax.config import model_config
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.model import Decoder
+from peerjax.planning.flops import forward_flops
 from peerjax.pool import count_expert_parameters
 from peerjax.training.checkpoint import count_parameters
 

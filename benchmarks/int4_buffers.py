@@ -17,7 +17,7 @@ BUFFERS = (0, 2, 4, 8)
 SMALL_MODEL = "a small model"  # that can be trained for long
 BEST, TENTH = "best rate", "a tenth of it"
 LONG: Settings = {
-    "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (64, 64), "peer.key_width": 32,
+    "model.width": 64, "mlp.hidden": 256, "peer.num_experts": (64, 64), "peer.key_width": 32,
     "data.sequence_length": 128, "data.batch_size": 2, "checkpoint.every": 500,
 }  # fmt: skip
 WHERE = ((RECIPE, BEST), (RECIPE, TENTH), (SMALL_MODEL, TENTH))

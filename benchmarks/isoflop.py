@@ -38,7 +38,7 @@ from benchmarks.sweep import ROOT, Settings, paired
 
 SIZES: dict[str, Settings] = {
     "D=64": {
-        "model.width": 64, "model.mlp_width": 256, "peer.num_experts": (128, 128),
+        "model.width": 64, "mlp.hidden": 256, "peer.num_experts": (128, 128),
         "peer.key_width": 32,
     },
     "D=128": {},
@@ -52,7 +52,7 @@ MODELS: dict[str, Settings] = {
 }
 QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
 # The field that makes FLOPs equal.
-ADJUSTED = {DENSE: "model.mlp_width", MOE: "moe.hidden"}
+ADJUSTED = {DENSE: "mlp.hidden", MOE: "moe.hidden"}
 
 
 def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:

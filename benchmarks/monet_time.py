@@ -16,9 +16,10 @@ from benchmarks.monet_models import HD, MODELS, PEER, arm_named
 from benchmarks.protocol import RECIPE
 from benchmarks.result import Result
 from peerjax.data.pipeline import load_corpus, train_batches
+from peerjax.evaluation import put_batch
 from peerjax.inference.trained import open_run, restore
+from peerjax.objectives import language_model
 from peerjax.sharding import make_mesh
-from peerjax.training.evaluation import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
 STEPS, TURNS = 40, 3
@@ -76,10 +77,13 @@ def gradient_share(workdir: str) -> float:
     batch = next(train_batches(run.config, load_corpus(run.config).train, run.step))
     with jax.set_mesh(mesh):
         variables = restore(run, mesh)
-        differentiate = jax.jit(partial(loss_and_gradients, run.model))
+        differentiate = jax.jit(
+            partial(loss_and_gradients, language_model(run.config, run.model.config.vocab_size))
+        )
         _, gradients = differentiate(variables, put_batch(mesh, batch))
     leaves = jax.tree_util.tree_leaves_with_path(gradients.params)
     experts = [leaf for path, leaf in leaves if "'monet'" in jax.tree_util.keystr(path)]
-    for name, factored in gradients.pools.items():
-        experts.append(factored.dense(variables["pools"][name]["pool"].num_experts))
+    for stack, of_stack in gradients.pools.items():
+        for name, factored in of_stack.items():
+            experts.append(factored.dense(variables["pools"][stack][name].num_experts))
     return sum(int(np.count_nonzero(each)) for each in experts) / sum(each.size for each in experts)

@@ -1,6 +1,6 @@
 """`peer_small.py` with mixtures for pools: two of 64 experts, 2 a token, in eight layers.
 
-57.16 MFLOPs a token forward, as its 57.16, by `peerjax.analysis.flops`.
+57.16 MFLOPs a token forward, as its 57.16, by `peerjax.planning.flops`.
 """
 
 from configs import peer_small

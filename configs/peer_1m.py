@@ -12,7 +12,7 @@ def get_config():
     config.data.batch_size = 2
     config.model.width = 256
     config.model.layers = (("dense", 3), ("peer", 1), ("dense", 2))
-    config.model.mlp_width = 1024
+    config.mlp.hidden = 1024
     config.peer.num_experts = (1024, 1024)
     config.peer.heads = 8
     config.peer.experts_per_head = 16

@@ -12,7 +12,7 @@ def get_config():
     config.model.width = 512
     config.model.layers = (("dense", 2), ("peer", 1), ("dense", 2), ("peer", 1), ("dense", 2))
     config.model.heads = 8
-    config.model.mlp_width = 2048
+    config.mlp.hidden = 2048
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.peer.num_experts = (256, 256)

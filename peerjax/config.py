@@ -1,30 +1,24 @@
 """Every field of a configuration, its default, and what makes a configuration valid."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
-from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.expert_update import accumulator_bits_of
 from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import BITS
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
-from peerjax.model import (
-    KINDS,
-    MONET_VD,
-    MONETS,
-    ModelConfig,
-    MoeConfig,
-    MonetConfig,
-    PeerConfig,
-)
+from peerjax.layers import FEED_FORWARDS
+from peerjax.layers.spec import FeedForward
+from peerjax.model import ModelConfig
 from peerjax.pool import STORAGES
-from peerjax.routing.monet import keys_per_side, quantile
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
 # Rules of pools that take a dense gradient.
@@ -39,10 +33,18 @@ CHANGEABLE = (
     "data.workers",
     "kernels",
 )
+# Fields that earlier versions had elsewhere, by the names they had.
+RENAMED = {
+    "model.mlp_width": ("mlp.hidden",),
+    "model.activation": ("mlp.activation", "moe.activation"),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """A locked configuration with every field there is; recipes in `configs/` change some."""
+    """A locked configuration with every field there is; recipes in `configs/` change some.
+
+    Each kind of layer has a section, whose fields its class in `peerjax.layers` documents.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1000
@@ -68,8 +70,6 @@ def default_config() -> ml_collections.ConfigDict:
     model.width = 128  # D
     model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # runs of equal blocks
     model.heads = 4  # attention heads
-    model.mlp_width = 512  # hidden neurons of a dense feed-forward layer
-    model.activation = "gelu"  # of dense feed-forward layers and of mixtures
     model.max_length = 2048  # the longest sequence the model accepts, in tokens
     model.rope_base = 10_000.0
     model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
@@ -82,31 +82,8 @@ def default_config() -> ml_collections.ConfigDict:
     # spread in a step: with the customary 0.1, statistics lag behind and experts fall idle.
     model.routing_momentum = 0.9
 
-    peer = config.peer = ml_collections.ConfigDict()
-    peer.num_experts = (256, 256)  # N1, N2; a pool has N1 * N2 experts
-    peer.heads = 4  # H, routing heads
-    peer.experts_per_head = 8  # k
-    peer.key_width = 64  # of each half of a query
-    peer.activation = "gelu"
-    peer.query_norm = "layernorm"  # or "batchnorm", "none"
-
-    moe = config.moe = ml_collections.ConfigDict()
-    moe.num_experts = 8  # E
-    moe.experts_per_token = 2  # k
-    moe.hidden = 256  # hidden neurons of an expert
-    moe.balance_weight = 1e-2  # of the loss that spreads tokens over experts; 0 means none
-
-    monet = config.monet = ml_collections.ConfigDict()
-    monet.num_experts = 64**2  # N, a square: n keys a side
-    monet.expert_width = 4  # m, hidden neurons of an expert
-    monet.heads = 4  # H, routing heads
-    monet.top_k = 8  # keys that a side and head has on, on average
-    monet.group = 2  # blocks that share a router, one after the other
-    monet.uniformity_weight = 1e-3  # of the loss that spreads use over keys
-    monet.ambiguity_weight = 1e-3  # of the loss that makes choices sharp
-    # Of its matrices: "float32", under AdamW; or "int4", "int8", in packed codes under the rule and
-    # the learning rates of pools.
-    monet.storage = "float32"
+    for kind in FEED_FORWARDS.values():
+        config[kind.section] = ml_collections.ConfigDict(dataclasses.asdict(kind()))
 
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # or "int8", "bfloat16", "float32"
@@ -153,8 +130,13 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """
     config = default_config()
     try:
-        config.update(_with_tuples(json.loads(text)))
-    except (KeyError, TypeError, ValueError) as error:
+        fields = _flatten(_with_tuples(json.loads(text)))
+        for old, names in RENAMED.items():
+            if old in fields:
+                value = fields.pop(old)
+                fields |= {name: value for name in names if name not in fields}
+        config.update_from_flattened_dict(fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"it is of another version of peerjax: {error}") from None
     return config
 
@@ -166,31 +148,21 @@ def validate(config: ml_collections.ConfigDict) -> None:
         ConfigError: naming the first field that does not fit.
     """
     _require_positive(config, "steps", "data.sequence_length", "data.batch_size", "model.width")
-    _require_positive(config, "model.heads", "model.mlp_width", "peer.heads", "peer.key_width")
-    _require_positive(config, "peer.experts_per_head", "eval.every", "eval.rows", "log_every")
-    _require_positive(config, "moe.num_experts", "moe.experts_per_token", "moe.hidden")
-    _require_positive(config, "monet.expert_width", "monet.heads", "monet.top_k", "monet.group")
-    _require_positive(config, "checkpoint.every", "optimizer.clip_norm")
+    _require_positive(config, "model.heads", "model.rope_base", "eval.every", "eval.rows")
+    _require_positive(config, "log_every", "checkpoint.every", "optimizer.clip_norm")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
-    _require_positive(config, "model.rope_base")
     _require_not_negative(config, "optimizer.learning_rate", "optimizer.warmup_steps")
     _require_not_negative(config, "optimizer.weight_decay", "pool.learning_rate", "pool.clip_norm")
-    _require_not_negative(config, "moe.balance_weight")
-    _require_not_negative(config, "monet.uniformity_weight", "monet.ambiguity_weight")
     for name in ("optimizer.beta1", "optimizer.beta2", "pool.beta2"):
         _require(config, name, lambda decay: 0 <= decay < 1, "is not in [0, 1)")
     _require(config, "optimizer.final_fraction", lambda part: 0 <= part <= 1, "is not in [0, 1]")
     _require_choice(config, "data.source", ("packages", "files", "shards"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
-    _require_choice(config, "model.activation", ACTIVATIONS)
     _require_choice(config, "model.routing_statistics", (RUNNING, IN_BATCH))
-    _require_choice(config, "peer.activation", ACTIVATIONS)
-    _require_choice(config, "peer.query_norm", ("layernorm", "batchnorm", "none"))
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
-    _require_choice(config, "monet.storage", ("float32", *BITS))
-    model, peer, data = config.model, config.peer, config.data
+    model, data = config.model, config.data
     if data.source in ("files", "shards") and not data.pattern:
         raise ConfigError(f"data.source is {data.source!r} but data.pattern is empty")
     if data.source == "files":
@@ -218,39 +190,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "(rotary positions turn pairs of features)"
         )
     _validate_layers(model.layers)
-    if len(peer.num_experts) != 2 or not all(
-        isinstance(size, int) and size >= 1 for size in peer.num_experts
-    ):
-        raise ConfigError(f"peer.num_experts={peer.num_experts} is not a pair of positive sizes")
-    total = peer.num_experts[0] * peer.num_experts[1]
-    if total < peer.experts_per_head:
-        raise ConfigError(
-            f"peer.num_experts={peer.num_experts} makes {total} experts, fewer than "
-            f"peer.experts_per_head={peer.experts_per_head}"
-        )
-    moe = config.moe
-    if moe.experts_per_token > moe.num_experts:
-        raise ConfigError(
-            f"moe.experts_per_token={moe.experts_per_token} is more than "
-            f"moe.num_experts={moe.num_experts}"
-        )
-    _validate_pool(config)
-    _validate_monet(config)
+    layers = feed_forwards(config)
+    for (kind, count), (spec, _) in zip(model.layers, layers, strict=True):
+        _validate_feed_forward(config, spec)
+        if count % spec.period:
+            raise ConfigError(
+                f"model.layers has {count} blocks of {kind!r} in a row, which is not divisible by "
+                f"{spec.period}, the number of blocks that share a router"
+            )
+    if any(spec.pools for spec, _ in layers):
+        _validate_pool(config)
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
+
+
+def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward, int], ...]:
+    """The feed-forward layers that `model.layers` names, with the number of blocks of each."""
+    layers = []
+    for kind, count in config.model.layers:
+        cls = FEED_FORWARDS[kind]
+        fields = _with_tuples(config[cls.section].to_dict())
+        layers.append((cls(**fields), count))
+    return tuple(layers)
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
     """The part of a configuration that the model is built from."""
     fields = dict(config.model)
     del fields["max_length"], fields["routing_momentum"]
-    fields["layers"] = tuple((kind, count) for kind, count in config.model.layers)
-    peer = PeerConfig(**{**config.peer, "num_experts": tuple(config.peer.num_experts)})
+    fields["layers"] = feed_forwards(config)
     return ModelConfig(
         vocab_size=vocab_size,
-        peer=peer,
-        moe=MoeConfig(**config.moe),
-        monet=MonetConfig(**{name: config.monet[name] for name in MonetConfig.__annotations__}),
         pool_storage=config.pool.storage,
         implementation=implementation_of(config),
         **fields,
@@ -288,41 +258,33 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
             f"pool.rule='adamw' needs float storage, but pool.storage={storage!r}; "
             "choose pool.rule='rowwise'"
         )
-    try:
-        accumulator_bits = accumulator_bits_of(storage, config.pool.accumulator_bits)
-    except ValueError as error:
-        raise ConfigError(f"pool.accumulator_bits: {error}") from None
-    for bits in filter(None, (BITS[storage], accumulator_bits)):
+    for bits in filter(None, (BITS[storage], _accumulator_bits(config, storage))):
         try:
             words_per_vector(config.model.width, bits)
         except ValueError as error:
             raise ConfigError(f"model.width={config.model.width}: {error}") from None
 
 
-def _validate_monet(config: ml_collections.ConfigDict) -> None:
-    monet, kinds = config.monet, dict(config.model.layers)
-    if not kinds.keys() & MONETS.keys():
-        return
+def _validate_feed_forward(config: ml_collections.ConfigDict, spec: FeedForward) -> None:
     try:
-        quantile(keys_per_side(monet.num_experts), monet.top_k)
+        spec.check(config.model.width)
     except ValueError as error:
-        raise ConfigError(f"monet: {error}") from None
-    if monet.storage in BITS and config.pool.rule in DENSE_RULES:
+        raise ConfigError(str(error)) from None
+    if spec.packed_storage not in BITS:
+        return
+    if config.pool.rule in DENSE_RULES:
         raise ConfigError(
-            f"monet.storage={monet.storage!r} needs pool.rule='rowwise', but "
+            f"{spec.section}.storage={spec.packed_storage!r} needs pool.rule='rowwise', but "
             f"pool.rule={config.pool.rule!r}"
         )
-    if MONET_VD in kinds and (monet.expert_width % 2 or config.model.width % 2):
-        raise ConfigError(
-            f"monet.expert_width={monet.expert_width} and model.width={config.model.width} must be "
-            "even for 'monet_vd', which halves them"
-        )
-    for kind, count in config.model.layers:
-        if kind in MONETS and count % monet.group:
-            raise ConfigError(
-                f"model.layers has {count} blocks of {kind!r} in a row, which is not divisible by "
-                f"monet.group={monet.group}"
-            )
+    _accumulator_bits(config, spec.packed_storage)
+
+
+def _accumulator_bits(config: ml_collections.ConfigDict, storage: str) -> int:
+    try:
+        return accumulator_bits_of(storage, config.pool.accumulator_bits)
+    except ValueError as error:
+        raise ConfigError(f"pool.accumulator_bits: {error}") from None
 
 
 def _validate_layers(layers: tuple) -> None:
@@ -333,9 +295,10 @@ def _validate_layers(layers: tuple) -> None:
         if not isinstance(run, tuple) or len(run) != 2:
             raise ConfigError(f"model.layers has {run!r}; give {form}")
         kind, count = run
-        if kind not in KINDS:
+        if kind not in FEED_FORWARDS:
             raise ConfigError(
-                f"model.layers names the unknown kind {kind!r}; choose from {', '.join(KINDS)}"
+                f"model.layers names the unknown kind {kind!r}; "
+                f"choose from {', '.join(FEED_FORWARDS)}"
             )
         if not isinstance(count, int) or count < 1:
             raise ConfigError(f"model.layers gives {kind!r} the count {count!r}; it must be >= 1")
@@ -345,7 +308,7 @@ def _require(
     config: ml_collections.ConfigDict, name: str, holds: Callable[[Any], bool], otherwise: str
 ) -> None:
     value = _flatten(config)[name]
-    if not holds(value):  # as nothing does that is not a number
+    if not holds(value):  # NaN fails every comparison
         raise ConfigError(f"{name}={value} {otherwise}")
 
 
@@ -377,11 +340,8 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = _as_tuples(value)
-    return flat
+def _flatten(fields: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """Fields by their full name, such as "model.width"."""
+    if isinstance(fields, ml_collections.ConfigDict):
+        fields = fields.to_dict()
+    return flatten_dict(_with_tuples(fields), sep=".")

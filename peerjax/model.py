@@ -1,73 +1,26 @@
-"""The decoder: puts layers together as a configuration says."""
+"""The decoder: stacks of equal blocks, each with attention and a feed-forward layer of any kind."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peerjax.layers.attention import Attention, KVCache, same_document, seen
-from peerjax.layers.mlp import MLP
-from peerjax.layers.moe import MoE
-from peerjax.layers.monet import MonetHD, MonetVD
-from peerjax.layers.peer import PEER
+from peerjax.layers.attention import Attention, KVCache
+from peerjax.layers.look_up import TAPS
+from peerjax.layers.spec import Context, FeedForward, Sizes
 from peerjax.pool import ExpertPool, initialize_pool
-from peerjax.routing.auxiliary import (
-    EXPERT_IDS,
-    LOSSES,
-    REMOVED,
-    ROUTING,
-    keep_factored_routing,
-    removed_experts,
-    sow_loss,
-)
-from peerjax.routing.monet import MonetRouter, ambiguity, uniformity
+from peerjax.routing.auxiliary import DECODE, EXPERT_IDS, LOSSES, REMOVED, ROUTING
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
-# The kinds of feed-forward layer that `ModelConfig.layers` may name. To add one: write its
-# module in `peerjax/layers/`, name it here, and give it a branch in `Block.feed_forward`.
-DENSE, PEER_KIND, MOE_KIND, MONET_HD, MONET_VD = "dense", "peer", "moe", "monet_hd", "monet_vd"
-KINDS = (DENSE, PEER_KIND, MOE_KIND, MONET_HD, MONET_VD)
-KINDS_WITH_POOL = (PEER_KIND,)
-MONETS = {MONET_HD: MonetHD, MONET_VD: MonetVD}
-
-
-@dataclasses.dataclass(frozen=True)
-class PeerConfig:
-    """Fields of a PEER layer; see `peerjax.layers.peer.PEER`."""
-
-    num_experts: tuple[int, int]
-    heads: int
-    experts_per_head: int
-    key_width: int
-    activation: str
-    query_norm: str
-
-
-@dataclasses.dataclass(frozen=True)
-class MoeConfig:
-    """Fields of a mixture of experts; see `peerjax.layers.moe.MoE`."""
-
-    num_experts: int
-    experts_per_token: int
-    hidden: int
-    balance_weight: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MonetConfig:
-    """Fields of Monet's layers; see `peerjax.layers.monet` and `peerjax.routing.monet`."""
-
-    num_experts: int
-    expert_width: int
-    heads: int
-    top_k: int
-    group: int
-    uniformity_weight: float
-    ambiguity_weight: float
+# In the cache, beside the collection "decode".
+ATTENTION = "attention"
+BLOCK, GROUP = "block", "group"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +29,11 @@ class ModelConfig:
 
     vocab_size: int
     width: int
-    layers: tuple[tuple[str, int], ...]
+    layers: tuple[tuple[FeedForward, int], ...]
     heads: int
-    mlp_width: int
-    activation: str
     rope_base: float
     dtype: str
     remat: bool
-    peer: PeerConfig
-    moe: MoeConfig
-    monet: MonetConfig
     pool_storage: str
     routing_statistics: str = RUNNING  # of routers with batch normalisation
     implementation: str | None = None  # of lookups and mixtures
@@ -96,172 +44,158 @@ class ModelConfig:
         return sum(count for _, count in self.layers)
 
     @property
-    def residual_scale(self) -> float:
-        """Initial scale of what a sub-layer adds, so that the stream's variance stays O(1)."""
-        return (2 * self.depth) ** -0.5
+    def routes(self) -> bool:
+        """Whether a layer has experts."""
+        return any(spec.routes for spec, _ in self.layers)
 
-    @property
-    def monet_routers(self) -> int:
-        """Number of Monet's routers."""
-        return sum(count // self.monet.group for kind, count in self.layers if kind in MONETS)
+    def sizes(self, spec: FeedForward) -> Sizes:
+        """What layers of a kind share with the others of the model.
 
-    def experts_by_run(self) -> dict[str, int]:
-        """Number of experts a layer of each run `run_<i>` whose layers route."""
-        n1, n2 = self.peer.num_experts
-        of_kind = {PEER_KIND: n1 * n2, MOE_KIND: self.moe.num_experts}
-        of_kind |= dict.fromkeys(MONETS, self.monet.num_experts)
-        kinds = enumerate(kind for kind, _ in self.layers)
-        return {f"run_{index}": of_kind[kind] for index, kind in kinds if kind in of_kind}
+        The residual scale keeps the variance of the stream at O(1) over all sub-layers.
+        """
+        same = (each for each in self.layers if each[0].section == spec.section)
+        return Sizes(
+            width=self.width,
+            residual_scale=(2 * self.depth) ** -0.5,
+            dtype=self.dtype,
+            statistics=self.routing_statistics,
+            implementation=self.implementation,
+            routers=sum(count // each.period for each, count in same),
+        )
+
+    def place(self, path: tuple[str, ...]) -> Place:
+        """Where in the model the module of a path is: `("run_1", "block", "peer", ...)`."""
+        stack = int(path[0].removeprefix("run_"))
+        first = sum(count for _, count in self.layers[:stack])
+        spec, count = self.layers[stack]
+        if path[1] == BLOCK:
+            return Place(stack, range(first, first + count), path[2:])
+        number = int(path[2].removeprefix(f"{BLOCK}_"))
+        return Place(stack, range(first + number, first + count, spec.period), path[3:])
+
+
+class Place(NamedTuple):
+    """Where a module is.
+
+    Attributes:
+        stack: number of its stack.
+        layers: numbers of the layers that have it, in the order of the leading axis of its arrays.
+        within: its path in the block.
+    """
+
+    stack: int
+    layers: range
+    within: tuple[str, ...]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream.
-
-    The first block of a group that shares a router has it, and hands its gates on.
-    """
+    """Pre-norm attention and feed-forward, each added to the stream."""
 
     config: ModelConfig
-    kind: str
+    feed_forward: FeedForward
 
     @nn.compact
-    def __call__(self, carry, positions_BL, mask, pool, layer, gates=None):
-        """Maps `(x, cache)`, and gives the gates; `layer` is the index in stacks."""
+    def __call__(
+        self, carry: tuple[Array, KVCache | None], context: Context, routed: Any = None
+    ) -> tuple[tuple[Array, KVCache | None], Any]:
+        """Maps `(x, cache)`; also returns what the layer hands on to the blocks of its period."""
         x_BLD, cache = carry
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
+        config, sizes = self.config, self.config.sizes(self.feed_forward)
         attention = Attention(
-            config.heads, config.rope_base, config.residual_scale, dtype, name="attention"
+            config.heads,
+            config.rope_base,
+            sizes.residual_scale,
+            jnp.dtype(config.dtype),
+            name="attention",
         )
         normed = nn.RMSNorm(dtype=config.dtype, name="attention_norm")(x_BLD)
-        mixed, cache = attention(normed, positions_BL, mask, cache, layer)
+        mixed, cache = attention(normed, context, cache)
         x_BLD = x_BLD + mixed
         normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
-        y_BLD, gates = self.feed_forward(normed, pool, layer, gates)
-        return (x_BLD + y_BLD, cache), gates
-
-    def feed_forward(self, x_BLD, pool, layer, gates):
-        """The feed-forward layer of this block's kind, and gates that the next block shares."""
-        if self.kind in MONETS:
-            return self._monet(x_BLD, gates)
-        return self._of_one_block(x_BLD, pool, layer), None
-
-    def _of_one_block(self, x_BLD, pool, layer):
-        config = self.config
-        if self.kind == PEER_KIND:
-            fields = dataclasses.asdict(config.peer)
-            peer = PEER(
-                **fields,
-                statistics=config.routing_statistics,
-                implementation=config.implementation,
-                name="peer",
-            )
-            return peer(x_BLD, pool.at_layer(layer))
-        dtype = jnp.dtype(config.dtype)
-        if self.kind == MOE_KIND:
-            moe = MoE(
-                **dataclasses.asdict(config.moe),
-                activation=config.activation,
-                residual_scale=config.residual_scale,
-                dtype=dtype,
-                implementation=config.implementation,
-                name="moe",
-            )
-            return moe(x_BLD)
-        mlp = MLP(config.mlp_width, config.activation, config.residual_scale, dtype, name="mlp")
-        return mlp(x_BLD)
-
-    def _monet(self, x_BLD, gates):
-        monet = self.config.monet
-        routed = {"num_experts": monet.num_experts, "heads": monet.heads, "top_k": monet.top_k}
-        if gates is None:
-            statistics = self.config.routing_statistics
-            gates = MonetRouter(**routed, statistics=statistics, name="router")(x_BLD)
-            keep_factored_routing(self, *gates)
-            share = 1 / self.config.monet_routers
-            for name, weight, loss in (
-                ("uniformity", monet.uniformity_weight, uniformity),
-                ("ambiguity", monet.ambiguity_weight, ambiguity),
-            ):
-                sow_loss(self, name, share * weight * loss(*gates))
-            gates = (*gates, removed_experts(self))
-        experts = MONETS[self.kind](
-            **routed,
-            expert_width=monet.expert_width,
-            residual_scale=self.config.residual_scale,
-            dtype=jnp.dtype(self.config.dtype),
-            name="monet",
-        )
-        return experts(x_BLD, *gates), gates
+        layer = self.feed_forward.module(sizes, name=self.feed_forward.section)
+        y_BLD, routed = layer(normed, context, routed)
+        return (x_BLD + y_BLD, cache), routed
 
 
 class Group(nn.Module):
-    """Blocks of Monet that share a router, one after the other."""
+    """The blocks of one period, one after the other."""
 
     config: ModelConfig
-    kind: str
+    feed_forward: FeedForward
 
     @nn.compact
-    def __call__(self, carry, positions_BL, mask, pool, group):
-        """As `Block`; `group` is the number of the group in its run."""
-        gates = None
-        size = self.config.monet.group
-        for number in range(size):
-            block = Block(self.config, self.kind, name=f"block_{number}")
-            carry, gates = block(carry, positions_BL, mask, pool, group * size + number, gates)
+    def __call__(
+        self, carry: tuple[Array, KVCache | None], context: Context
+    ) -> tuple[tuple[Array, KVCache | None], None]:
+        """Like `Block`; the `layer` of the context is the number of the group in its stack."""
+        routed, period = None, self.feed_forward.period
+        unit = _unit(Block, self.config)
+        for number in range(period):
+            block = unit(self.config, self.feed_forward, name=f"{BLOCK}_{number}")
+            own = context._replace(layer=context.layer * period + number)
+            carry, routed = block(carry, own, routed)
         return carry, None
 
 
-class Run(nn.Module):
-    """A run of equal blocks, scanned block by block or group by group; owns their pools."""
+class Stack(nn.Module):
+    """Equal blocks, scanned block by block or period by period; owns their pools."""
 
     config: ModelConfig
-    kind: str
+    feed_forward: FeedForward
     length: int
 
     @nn.compact
-    def __call__(self, x_BLD, positions_BL, mask, cache):
-        """Returns the stream after the run, and the run's cache if there is one."""
-        pool = None
-        if self.kind in KINDS_WITH_POOL:
-            pool = self.variable("pools", "pool", self._initialize_pool).value
-        grouped = self.kind in MONETS
-        unit = Group if grouped else Block
-        length = self.length // self.config.monet.group if grouped else self.length
-        if self.config.remat:
-            policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
-            unit = nn.remat(unit, policy=policy, prevent_cse=False)
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context: Context, cache: KVCache | None
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Returns the stream after the stack, and the stack's cache if there is one."""
+        pools = {
+            name: self.variable("pools", name, self._initialize_pool, num_experts).value
+            for name, num_experts in self.feed_forward.pools.items()
+        }
+        grouped = self.feed_forward.period > 1
+        unit = Group if grouped else _unit(Block, self.config)
+        length = self.length // self.feed_forward.period
+        kept = ("params", STATS, MOMENTS, TAPS, ROUTING, LOSSES, REMOVED, DECODE)
         units = nn.scan(
             unit,
-            variable_axes=dict.fromkeys(
-                ("params", STATS, MOMENTS, "taps", ROUTING, LOSSES, REMOVED), 0
-            ),
+            variable_axes=dict.fromkeys(kept, 0),
             split_rngs={"params": True},
-            # The pool is closed over: as a scanned input it would be copied layer by layer.
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            # The pools are closed over: as scanned inputs they would be copied layer by layer.
+            in_axes=(Context(*[nn.broadcast] * len(Context._fields))._replace(layer=0),),
             length=length,
-        )(self.config, self.kind, name="group" if grouped else "block")
-        (x_BLD, cache), _ = units((x_BLD, cache), positions_BL, mask, pool, jnp.arange(length))
+        )(self.config, self.feed_forward, name=GROUP if grouped else BLOCK)
+        context = context._replace(pools=pools, layer=jnp.arange(length))
+        (x_BLD, cache), _ = units((x_BLD, cache), context)
         return x_BLD, cache
 
-    def _initialize_pool(self) -> ExpertPool:
-        peer = self.config.peer
+    def _initialize_pool(self, num_experts: int) -> ExpertPool:
         return initialize_pool(
             self.make_rng("params"),
             self.length,
-            peer.num_experts[0] * peer.num_experts[1],
+            num_experts,
             self.config.width,
-            residual_scale=self.config.residual_scale,
+            residual_scale=self.config.sizes(self.feed_forward).residual_scale,
             storage=self.config.pool_storage,
         )
+
+
+def _unit(block: type[Block], config: ModelConfig) -> type[Block]:
+    """A block, recomputed in the backward pass if the configuration says so."""
+    if not config.remat:
+        return block
+    policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
+    return nn.remat(block, policy=policy, prevent_cse=False)
 
 
 class Decoder(nn.Module):
     """A causal language model over packed documents.
 
-    Collections: "params" (float leaves), "pools" (`run_<i>/pool`, the stacked `ExpertPool` of
-    run i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
-    `peerjax.layers.peer.PEER`, "routing", "losses" and "removed" as `peerjax.routing.auxiliary`,
-    stacked over the blocks of a run.
+    Collections: "params" (float leaves), "pools" (`run_<i>/<name>`, the stacked `ExpertPool`s of
+    stack i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
+    `peerjax.layers.look_up`, "routing", "losses", "removed" and "decode" as
+    `peerjax.routing.auxiliary`. Arrays of a stack have a leading axis of its blocks, or of its
+    periods: `ModelConfig.place` gives the layer numbers.
     """
 
     config: ModelConfig
@@ -274,18 +208,24 @@ class Decoder(nn.Module):
         segments_BL: Int[Array, "B L"] | None = None,
         cache: dict[str, KVCache] | None = None,
         only: Int[Array, " B"] | None = None,
-    ) -> Float[Array, "B _ V"] | tuple[Float[Array, "B _ V"], dict[str, KVCache]]:
-        """Returns the logits of the next token, float32.
+        budget_BL: Int[Array, "B L"] | None = None,
+        seed: Int[Array, ""] | int | None = None,
+        step: Int[Array, ""] | int | None = None,
+    ) -> Any:
+        """Returns the logits of the next token, float32 [B, L, V].
 
         Args:
             tokens_BL: token numbers.
             positions_BL: position of each token in its document.
-            segments_BL: which document of its row each token belongs to; by default, every row
-                is of one.
-            cache: as `empty_cache` makes it, or from an earlier call: then a row goes on with its
-                document at `positions_BL`, and `(logits, cache)` is returned. What is written at
-                a position is seen from there on, until it is overwritten.
-            only: the one place of each row whose logits are wanted; then L is 1 in the logits.
+            segments_BL: which document of its sequence each token belongs to; by default, every
+                sequence is one document.
+            cache: keys and values by stack; `decode` passes it. With a cache, a sequence
+                continues its document at `positions_BL`, and `(logits, cache)` is returned. What
+                is written at a position is seen from there on, until it is overwritten.
+            only: the one place of each sequence whose logits are returned; L is then 1.
+            budget_BL: how many experts of a pool each token may use; no limit by default.
+            seed: of the run, in training: for layers that draw.
+            step: number of the training step, likewise.
         """
         config = self.config
         embed = nn.Embed(
@@ -296,15 +236,20 @@ class Decoder(nn.Module):
             name="embed",
         )
         x_BLD = embed(tokens_BL)
-        if cache is not None:
-            mask = seen(positions_BL, next(iter(cache.values())).key.shape[2])
-        else:
-            mask = same_document(jnp.zeros_like(tokens_BL) if segments_BL is None else segments_BL)
+        if segments_BL is None and cache is None:
+            segments_BL = jnp.zeros_like(tokens_BL)
+        context = Context(
+            positions=positions_BL,
+            segments=segments_BL,
+            budget=budget_BL,
+            seed=None if seed is None else jnp.asarray(seed),
+            step=None if step is None else jnp.asarray(step),
+        )
         caches = {}
-        for index, (kind, length) in enumerate(config.layers):
+        for index, (feed_forward, length) in enumerate(config.layers):
             name = f"run_{index}"
-            run = Run(config, kind, length, name=name)
-            x_BLD, caches[name] = run(x_BLD, positions_BL, mask, cache and cache[name])
+            stack = Stack(config, feed_forward, length, name=name)
+            x_BLD, caches[name] = stack(x_BLD, context, None if cache is None else cache[name])
         if only is not None:
             x_BLD = jnp.take_along_axis(x_BLD, only[:, None, None], axis=1)
         x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
@@ -322,10 +267,45 @@ class Decoder(nn.Module):
         return logits_BLV if cache is None else (logits_BLV, caches)
 
 
-def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, KVCache]:
-    """A cache for `batch` rows of at most `size` tokens each, by run of blocks."""
+def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:
+    """A cache for `batch` sequences of at most `size` tokens each, as `decode` takes it.
+
+    Layers add what they keep between tokens when they first read some.
+    """
     per_head = (config.heads, config.width // config.heads)
-    return {
-        f"run_{index}": KVCache.zeros(length, batch, size, *per_head, jnp.dtype(config.dtype))
+    zeros = partial(KVCache.zeros, batch=batch, size=size, heads=per_head[0], dim=per_head[1])
+    dtype = jnp.dtype(config.dtype)
+    keys_and_values = {
+        f"run_{index}": zeros(layers=length, dtype=dtype)
         for index, (_, length) in enumerate(config.layers)
     }
+    return {ATTENTION: keys_and_values, DECODE: {}}
+
+
+def decode(
+    model: Decoder,
+    variables: dict[str, Any],
+    cache: dict[str, Any],
+    tokens_BL: Int[Array, "B L"],
+    positions_BL: Int[Array, "B L"],
+    **options: Any,
+) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
+    """Reads some tokens of every sequence after those that are in the cache.
+
+    Args:
+        model: the decoder.
+        variables: its collections "params", "pools" and "stats", packed matrices as floats.
+        cache: from `empty_cache` or an earlier call.
+        tokens_BL: token numbers.
+        positions_BL: their positions.
+        **options: further arguments of `Decoder`.
+
+    Returns:
+        The logits, and the cache with these tokens.
+    """
+    given = {**variables, DECODE: cache[DECODE]}
+    read, kept = model.apply(
+        given, tokens_BL, positions_BL, cache=cache[ATTENTION], mutable=[DECODE], **options
+    )
+    logits, keys_and_values = read
+    return logits, {ATTENTION: keys_and_values, DECODE: kept.get(DECODE, {})}

@@ -8,38 +8,46 @@ import numpy as np
 import pytest
 
 from peerjax.layers.attention import rotate
-from peerjax.model import Decoder, ModelConfig, MoeConfig, MonetConfig, PeerConfig
+from peerjax.layers.dense import DenseConfig
+from peerjax.layers.moe import MoeConfig
+from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
+from peerjax.layers.peer import PeerConfig
+from peerjax.model import Decoder, ModelConfig
 
 VOCAB, LENGTH = 61, 24
+DENSE = DenseConfig(hidden=64)
+PEER = PeerConfig(num_experts=(8, 16), heads=2, experts_per_head=4, key_width=8)
+MOE = MoeConfig(num_experts=5, experts_per_token=2, hidden=24)
+MONET_HD, MONET_VD = (
+    kind(num_experts=64, expert_width=4, heads=2, top_k=3, group=2)
+    for kind in (MonetHDConfig, MonetVDConfig)
+)
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
     width=32,
-    layers=(("dense", 1), ("peer", 2), ("dense", 1)),
+    layers=((DENSE, 1), (PEER, 2), (DENSE, 1)),
     heads=4,
-    mlp_width=64,
-    activation="gelu",
     rope_base=10_000.0,
     dtype="float32",
     remat=False,
-    peer=PeerConfig((8, 16), 2, 4, 8, "gelu", "layernorm"),
-    moe=MoeConfig(num_experts=5, experts_per_token=2, hidden=24, balance_weight=1e-2),
-    monet=MonetConfig(64, 4, 2, 3, 2, 1e-3, 1e-3),
     pool_storage="float32",
 )
+
+
+def with_layers(*layers, **changes):
+    return dataclasses.replace(CONFIG, layers=layers, **changes)
+
+
 VARIANTS = {
-    "dense": dataclasses.replace(CONFIG, layers=(("dense", 3),)),
+    "dense": with_layers((DENSE, 3)),
     "peer": CONFIG,
-    "bfloat16": dataclasses.replace(
-        CONFIG, layers=(("peer", 2),), dtype="bfloat16", pool_storage="bfloat16"
-    ),
-    "batchnorm": dataclasses.replace(
-        CONFIG, layers=(("peer", 2),), peer=dataclasses.replace(CONFIG.peer, query_norm="batchnorm")
-    ),
-    "monet_hd": dataclasses.replace(CONFIG, layers=(("dense", 1), ("monet_hd", 4))),
-    "monet_vd": dataclasses.replace(CONFIG, layers=(("monet_vd", 2),), remat=True),
+    "bfloat16": with_layers((PEER, 2), dtype="bfloat16", pool_storage="bfloat16"),
+    "batchnorm": with_layers((dataclasses.replace(PEER, query_norm="batchnorm"), 2)),
+    "monet_hd": with_layers((DENSE, 1), (MONET_HD, 4)),
+    "monet_vd": with_layers((MONET_VD, 2), remat=True),
     "remat": dataclasses.replace(CONFIG, remat=True),
-    "moe": dataclasses.replace(CONFIG, layers=(("moe", 2), ("dense", 1))),
-    "moe, bfloat16": dataclasses.replace(CONFIG, layers=(("moe", 2),), dtype="bfloat16"),
+    "moe": with_layers((MOE, 2), (DENSE, 1)),
+    "moe, bfloat16": with_layers((MOE, 2), dtype="bfloat16"),
 }
 
 

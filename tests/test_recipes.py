@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from peerjax.analysis.codes import code_statistics
 from peerjax.config import model_config, validate
+from peerjax.evaluation.codes import code_statistics
+from peerjax.evaluation.usage import GateSums
 from peerjax.model import Decoder
-from peerjax.training.state import create_state, make_optimizer
-from peerjax.training.step import make_eval_step
+from peerjax.objectives import language_model
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted(path.stem for path in Path(REPOSITORY, "configs").glob("*.py"))
@@ -45,14 +45,9 @@ def test_monet_has_as_many_parameters_as_in_the_paper(recipe, kind):
 def test_the_largest_can_be_evaluated():
     # Its pool has more codes than an int32 counts.
     config = config_of("peer_60b_one_gpu")
-    model = Decoder(model_config(config, vocab_size=4096))
-    state = jax.eval_shape(lambda: create_state(config, model, make_optimizer(config)))
-    shape = (config.data.batch_size, config.data.sequence_length)
-    names = ("inputs", "targets", "positions", "segments")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    batch["weight"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-    sums = jax.eval_shape(make_eval_step(model), state.variables, batch)
-    (run,) = state.variables["pools"]
-    pool = state.variables["pools"][run]["pool"]
-    assert sums["gate_sums"][run].shape == (12, pool.num_experts)
+    task = language_model(config, vocab_size=4096)
+    pools = jax.eval_shape(task.init, jax.random.key(0))["pools"]
+    ((pool,),) = (of_stack.values() for of_stack in pools.values())
+    (sums,) = jax.eval_shape(lambda: GateSums().zeros(task.model)).values()
+    assert sums.shape == (12, pool.num_experts)
     assert jax.eval_shape(code_statistics, pool).histogram.shape == (12, 8)

@@ -6,9 +6,9 @@ and the first of each group of `moe_groups` layers a `router`. Here a model is
 
     {"params": {"embed", "layer_0", .., "final_norm", "head"}, "stats": {"layer_0", ..}}
 
-where a layer has "attention_norm", "attention", "feed_forward_norm", "monet" and perhaps "router",
-each with the parameters of the module of that name: `nn.RMSNorm`, `Attention`, `MonetHD` or
-`MonetVD`, `MonetRouter`; and "stats" has each router's moments. The published layout is that of
+where a layer has "attention_norm", "attention", "feed_forward_norm" and "monet", each with the
+parameters of the module of that name: `nn.RMSNorm`, `Attention`, and `MonetHD` or `MonetVD`, of
+which some have a "router", `MonetRouter`; and "stats" has each router's moments. The published layout is that of
 dmis-lab/Monet, `modeling_monet.py`.
 """
 
@@ -127,7 +127,7 @@ def read_hf(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, A
             arrays[place.name] = place.read(where[name].get_tensor(name))
     tree = unflatten_dict(arrays, sep=".")
     for layer in tree[STATS].values():
-        for norm in layer["router"].values():
+        for norm in layer["monet"]["router"].values():
             norm["moments"] = Moments(**norm["moments"])
     return config, tree
 
@@ -243,12 +243,12 @@ def _router_places(config: dict[str, Any], index: int) -> dict[str, Place]:
     places = {}
     for side in ("1", "2"):
         places[f"{theirs}.w{side}.weight"] = _same(
-            f"params.layer_{index}.router.w{side}",
+            f"params.layer_{index}.monet.router.w{side}",
             heads * config["moe_experts"],
             config["hidden_size"],
         )
         for name, own in (("running_mean", "mean"), ("running_var", "variance")):
-            path = f"{STATS}.layer_{index}.router.norm{side}.moments.{own}"
+            path = f"{STATS}.layer_{index}.monet.router.norm{side}.moments.{own}"
             places[f"{theirs}.norm{side}.{name}"] = Place((heads,), path, (1, heads, 1))
     return places
 

@@ -22,7 +22,6 @@ from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
 from peerjax.exchange.monet import HORIZONTAL, VERTICAL, read_hf, write_hf
 from peerjax.inference.trained import Run, open_run, restore
-from peerjax.model import MONET_HD, MONET_VD, MONETS
 from peerjax.optim import dequantize
 from peerjax.routing.monet import keys_per_side
 from peerjax.routing.running_norm import STATS
@@ -31,7 +30,7 @@ from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.state import PARAMS
 from peerjax.training.workdir import folder_of, identity_of_imported, record
 
-KINDS = {HORIZONTAL: MONET_HD, VERTICAL: MONET_VD}
+KINDS = {HORIZONTAL: "monet_hd", VERTICAL: "monet_vd"}
 # The published tokenizer, and the fields of the published `config.json`.
 TOKENIZER, PUBLISHED = "tokenizer.json", "monet.json"
 # Fields that both configurations have, by the published name.
@@ -104,7 +103,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
     """
     kinds = {kind: name for name, kind in KINDS.items()}
     layers = run.config.model.layers
-    if len(layers) != 1 or layers[0][0] not in MONETS:
+    if len(layers) != 1 or layers[0][0] not in kinds:
         raise ConfigError(
             f"model.layers={layers}, where a published Monet has layers of one decomposition only"
         )
@@ -132,7 +131,6 @@ def config_of(published: dict[str, Any]) -> ml_collections.ConfigDict:
     model.layers = ((KINDS[published["moe_decompose"]], published["num_hidden_layers"]),)
     model.dtype = "float32" if published.get("torch_dtype") in (None, "float32") else "bfloat16"
     config.monet.num_experts = published["moe_experts"] ** 2
-    config.pool.storage = "float32"  # there is no pool
     config.data.sequence_length = min(config.data.sequence_length, model.max_length)
     return config
 
@@ -156,13 +154,14 @@ def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
     stats = blocks(STATS, range(1))
     groups = blocks(PARAMS, range(group))
     for side in ("1", "2"):
-        keys = groups["block_0"]["router"][f"w{side}"]
-        heads = stats["block_0"]["router"][f"norm{side}"]["moments"].mean.shape[2]
+        keys = groups["block_0"]["monet"]["router"][f"w{side}"]
+        of_routers = stats["block_0"]["monet"]["router"]
+        heads = of_routers[f"norm{side}"]["moments"].mean.shape[2]
         per_head = keys.reshape(len(keys), heads, -1, keys.shape[-1])
-        stats["block_0"]["router"][f"initial_norm_w{side}"] = np.linalg.norm(per_head, axis=-1)
+        of_routers[f"initial_norm_w{side}"] = np.linalg.norm(per_head, axis=-1)
     return {
-        PARAMS: {**tree[PARAMS], RUN: {"group": groups}},
-        STATS: {RUN: {"group": stats}},
+        PARAMS: {**tree[PARAMS], RUN: _as_stack(groups, group)},
+        STATS: {RUN: _as_stack(stats, group)},
     }
 
 
@@ -180,9 +179,19 @@ def unstacked(variables: dict[str, Any], group: int) -> dict[str, Any]:
 
     params = dict(variables[PARAMS])
     return {
-        PARAMS: layers(params.pop(RUN)["group"]) | params,
-        STATS: layers(variables[STATS][RUN]["group"]),
+        PARAMS: layers(_blocks(params.pop(RUN))) | params,
+        STATS: layers(_blocks(variables[STATS][RUN])),
     }
+
+
+def _as_stack(blocks: dict[str, Any], group: int) -> dict[str, Any]:
+    """Blocks of a group, by name, where the decoder has them."""
+    return {"group": blocks} if group > 1 else {"block": blocks["block_0"]}
+
+
+def _blocks(stack: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_as_stack`."""
+    return stack["group"] if "group" in stack else {"block_0": stack["block"]}
 
 
 if __name__ == "__main__":

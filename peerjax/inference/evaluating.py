@@ -1,4 +1,4 @@
-"""The loss of a trained model and the use of its experts, on its validation text or any other."""
+"""Evaluates a trained model on its validation text or any other, and shows what was found."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import jax
 import rich.console
 from etils import epath
 
-from peerjax.analysis.plots import plot_expert_usage, plot_losses_by_domain, plot_removals
 from peerjax.atomic import make_folder, write_atomically
 from peerjax.data.packing import PackedRows
 from peerjax.data.pipeline import load_corpus, load_text, validation_rows
-from peerjax.inference.removal import Removal, checked_domains, remove_domains
+from peerjax.evaluation import ALL, Evaluation, evaluate, probes_for
+from peerjax.evaluation.loss import Loss
+from peerjax.evaluation.probe import only_numbers
+from peerjax.evaluation.removal import Removal, checked_domains, remove_domains
 from peerjax.inference.trained import Run, restore
+from peerjax.plots import plot_expert_usage, plot_losses_by_domain, plot_removals
 from peerjax.sharding import make_mesh
-from peerjax.training.evaluation import Evaluation, evaluate
-from peerjax.training.report import USAGE_PLOT, print_table
-from peerjax.training.step import make_eval_step
+from peerjax.tables import print_probes, print_table
+from peerjax.training.report import USAGE_PLOT
 from peerjax.training.workdir import check_data, check_trained_here
 
 FILE, LOSS_PLOT, REMOVAL_PLOT = "evaluation.json", "losses.png", "removals.png"
@@ -34,6 +36,9 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
         run: whose checkpoint.
         pattern: files to read, as `data.pattern`; by default, the validation text of the run.
         rows: how many of each domain to read, spread evenly; all by default.
+
+    Returns:
+        By text ("all" or a domain), then by probe of `peerjax.evaluation.PROBES`, what was found.
 
     Raises:
         DataError: if text is missing, unreadable or too short, or the run's text has changed.
@@ -61,18 +66,15 @@ def evaluate_without(
     domains = checked_domains(run.model, texts, domains, choose)
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        evaluate_on = partial(
-            evaluate,
-            jax.jit(make_eval_step(run.model)),
-            tokenizer=run.tokenizer,
-            mesh=mesh,
-            batch_size=run.config.data.batch_size,
-        )
         variables = restore(run, mesh)
-        whole = evaluate_on(variables, texts, rows=choose)
+        evaluate_on = partial(
+            evaluate, run.model, variables, mesh=mesh, batch_size=run.config.data.batch_size
+        )
+        whole = evaluate_on(texts, probes_for(run.tokenizer), rows=choose)
         if not domains:
             return whole, []
-        return whole, remove_domains(evaluate_on, run.model, variables, texts, domains, choose)
+        loss = Loss.of(run.tokenizer)
+        return whole, remove_domains(evaluate_on, run.model, loss, texts, domains, choose)
 
 
 def _texts(run: Run, pattern: str) -> Mapping[str, PackedRows]:
@@ -95,31 +97,20 @@ def write_evaluation(
 
     Args:
         folder: where to; made if it is not there.
-        evaluation: what was found.
+        evaluation: what was found, by text and probe.
         facts: further fields of the file.
         removals: what was found without the experts of some domains.
     """
     make_folder(folder)
-    losses = {"all": evaluation.overall, **evaluation.losses}
     record = {
         **facts,
-        "losses": {
-            domain: {
-                "nats_per_token": loss.nats_per_token,
-                "bits_per_byte": loss.bits_per_byte,
-                "tokens": loss.tokens,
-                "bytes": loss.num_bytes,
-            }
-            for domain, loss in losses.items()
-        },
-        "experts": {layer: usage._asdict() for layer, usage in evaluation.usage.items()},
+        "texts": {text: only_numbers(found) for text, found in evaluation.items()},
         "removals": [dataclasses.asdict(removal) for removal in removals],
     }
-    plot_losses_by_domain(
-        folder / LOSS_PLOT, {domain: loss.bits_per_byte for domain, loss in losses.items()}
-    )
-    if evaluation.gate_sums:
-        plot_expert_usage(folder / USAGE_PLOT, evaluation.gate_sums)
+    losses = {text: found["loss"]["bits_per_byte"] for text, found in evaluation.items()}
+    plot_losses_by_domain(folder / LOSS_PLOT, losses)
+    if usage := evaluation[ALL]["experts"]:
+        plot_expert_usage(folder / USAGE_PLOT, usage)
     if removals:
         plot_removals(
             folder / REMOVAL_PLOT, {removal.domain: removal.changes for removal in removals}
@@ -131,23 +122,8 @@ def print_evaluation(folder: epath.Path) -> None:
     """Prints what `write_evaluation` wrote."""
     record = json.loads((folder / FILE).read_text())
     console = rich.console.Console(highlight=False, soft_wrap=True)
-    rows = [
-        [
-            domain,
-            f"{loss['nats_per_token']:.4f}",
-            f"{loss['bits_per_byte']:.4f}",
-            f"{loss['tokens']:,}",
-        ]
-        for domain, loss in record["losses"].items()
-    ]
-    columns = ("text", "nats/token", "bits/byte", "tokens")
-    print_table(console, f"Loss after {record['step']} steps", columns, rows)
-    rows = [
-        [layer, f"{usage['usage']:.1%}", f"{usage['unevenness']:.3f}"]
-        for layer, usage in record["experts"].items()
-    ]
-    if rows:
-        print_table(console, "Experts", ("layer", "usage", "unevenness"), rows)
+    console.print(f"after {record['step']} steps")
+    print_probes(console, record["texts"])
     if record["removals"]:
         _print_removals(console, record["removals"])
     console.print(f"figures and plots: {folder}")

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from peerjax.layers.attention import KVCache
-from peerjax.model import Decoder, empty_cache
+from peerjax.model import Decoder, decode, empty_cache
 from peerjax.optim import dequantize
 
 
@@ -84,6 +83,7 @@ def generate(
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
+    variables = jax.jit(dequantize)(variables)  # once, not for every token
     cache = empty_cache(model.config, len(prompts), int(max(lengths)) + count)
     read = partial(
         _read, model, sampling._replace(seed=0), jax.random.key(sampling.seed), variables
@@ -107,19 +107,18 @@ def _read(
     sampling: Sampling,
     key: Key[Array, ""],
     variables: dict[str, Any],
-    cache: dict[str, KVCache],
+    cache: dict[str, Any],
     tokens: Int[Array, "B L"],
     positions: Int[Array, "B L"],
     last: Int[Array, " B"],
     numbers: Int[Array, " B"],
-) -> tuple[Int[Array, " B"], dict[str, KVCache]]:
+) -> tuple[Int[Array, " B"], dict[str, Any]]:
     """Reads some tokens of every row, and draws what follows number `last` of them.
 
     Rows draw by the `numbers` of their prompts. What is read and written behind the end of a
     shorter prompt is overwritten before it is seen.
     """
-    read: Any = model.apply(dequantize(variables), tokens, positions, cache=cache, only=last)
-    logits, cache = read
+    logits, cache = decode(model, variables, cache, tokens, positions, only=last)
     rows = jnp.arange(len(last))
     keys = jax.vmap(
         lambda number, position: jax.random.fold_in(jax.random.fold_in(key, number), position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_tokenizer
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.model import Decoder
+from peerjax.objectives.task import drawn_variables
 from peerjax.sharding import state_shardings
 from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
-from peerjax.training.state import create_state, make_optimizer
 from peerjax.training.workdir import (
     TOKENIZER,
     check_tokenizer,
@@ -82,8 +83,7 @@ def restore(run: Run, mesh: Mesh) -> dict[str, Any]:
 
     What only training needs, such as accumulators, is not read.
     """
-    optimizer = make_optimizer(run.config)
-    shapes = jax.eval_shape(lambda: create_state(run.config, run.model, optimizer)).variables
+    shapes = jax.eval_shape(partial(drawn_variables, run.model), jax.random.key(0))
     # A collection that is empty was not saved.
     part = {name: tree for name, tree in shapes.items() if tree}
     return shapes | restore_part(run.checkpoint, abstract(part, state_shardings(mesh, part)))

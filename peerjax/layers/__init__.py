@@ -1,1 +1,16 @@
-"""Layers of the decoder: thin Linen modules."""
+"""Layers of the decoder, and the registry of feed-forward kinds."""
+
+from peerjax.layers.dense import DenseConfig
+from peerjax.layers.moe import MoeConfig
+from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
+from peerjax.layers.peer import PeerConfig
+from peerjax.layers.spec import FeedForward
+
+# The kinds that `model.layers` of a configuration may name. To add one, add a line.
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "dense": DenseConfig,
+    "peer": PeerConfig,
+    "moe": MoeConfig,
+    "monet_hd": MonetHDConfig,
+    "monet_vd": MonetVDConfig,
+}

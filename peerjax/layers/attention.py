@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from peerjax.layers.spec import Context
+
 
 def rotate(
     x: Float[Array, "B L heads dim"], positions: Int[Array, "B L"], base: float
@@ -34,7 +36,7 @@ def same_document(segments: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens that a run of blocks has read, by position."""
+    """Keys and values of the tokens that a stack of blocks has read, by position."""
 
     key: Float[Array, "layers B S heads dim"]
     value: Float[Array, "layers B S heads dim"]
@@ -43,7 +45,7 @@ class KVCache(NamedTuple):
     def zeros(
         layers: int, batch: int, size: int, heads: int, dim: int, dtype: jnp.dtype
     ) -> "KVCache":
-        """An empty cache for rows of at most `size` tokens."""
+        """An empty cache for sequences of at most `size` tokens."""
         shape = (layers, batch, size, heads, dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -55,10 +57,10 @@ class KVCache(NamedTuple):
         value: Float[Array, "B L heads dim"],
     ) -> "KVCache":
         """The cache with a layer's keys and values at `positions`, in place where donated."""
-        rows = jnp.arange(positions.shape[0])[:, None]
+        sequences = jnp.arange(positions.shape[0])[:, None]
         return KVCache(
-            self.key.at[layer, rows, positions].set(key),
-            self.value.at[layer, rows, positions].set(value),
+            self.key.at[layer, sequences, positions].set(key),
+            self.value.at[layer, sequences, positions].set(value),
         )
 
 
@@ -86,19 +88,16 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
-        positions_BL: Int[Array, "B L"],
-        mask: Bool[Array, "B 1 L S"],
+        context: Context,
         cache: KVCache | None = None,
-        layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Attends to x itself, or to a cache that x is written into first.
 
         Args:
             x_BLD: the stream.
-            positions_BL: position of each token in its document.
-            mask: which of x (intersected with causality) or of the cache each token sees.
-            cache: of all layers of the run.
-            layer: which of them this is.
+            context: has positions; segments, within which tokens see each other, unless there is
+                a cache; and the layer, which a cache is read at.
+            cache: keys and values of all layers of the stack.
 
         Returns:
             The attention output, and the cache.
@@ -110,12 +109,15 @@ class Attention(nn.Module):
             dense = nn.DenseGeneral(per_head, use_bias=False, dtype=self.dtype, name=name)
             return dense(x_BLD)
 
-        query = rotate(project("query"), positions_BL, self.rope_base)
-        key = rotate(project("key"), positions_BL, self.rope_base)
+        query = rotate(project("query"), context.positions, self.rope_base)
+        key = rotate(project("key"), context.positions, self.rope_base)
         value = project("value")
-        if cache is not None:
-            cache = cache.written(layer, positions_BL, key, value)
-            key, value = cache.key[layer], cache.value[layer]
+        if cache is None:
+            mask = same_document(context.segments)
+        else:
+            cache = cache.written(context.layer, context.positions, key, value)
+            key, value = cache.key[context.layer], cache.value[context.layer]
+            mask = seen(context.positions, key.shape[1])
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=cache is None)
         init = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "normal")
         out = nn.DenseGeneral(

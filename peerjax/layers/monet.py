@@ -1,296 +1,222 @@
-"""Monet's expert layers: n * n experts of m neurons from two sets of n halves.
+"""Monet's layers (Park et al. 2024, arXiv:2412.04139): a router shared by consecutive blocks.
 
-Park et al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139, section 3
-and appendix A. Expert (i, j) has the gate `sum_h g1_hi * g2_hj`; sums are reordered so that
-nothing of the size of all N = n * n experts exists. Every matrix is kept as its linear map,
-[out, in], as in the published checkpoints; neuron l of half i is number i * m + l.
+`peerjax.layers.decompositions` has the experts' mathematics, `peerjax.routing.monet` the router.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.activations import ACTIVATIONS
-from peerjax.routing.monet import keys_per_side, mean_square_sum
-
-# The mean and the mean square of relu^2 over standard normal inputs.
-MEAN, MEAN_SQUARE = 0.5, 1.5
-# Names of parameters.
-MATRICES = ("u", "v", "u1", "u2", "v11", "v12", "v21", "v22")
-BIASES = ("c", "b", "c1", "c2", "b1", "b2")
-
-
-def horizontal(
-    x: Float[Array, "*S D"],
-    g1: Float[Array, "*S H n"],
-    g2: Float[Array, "*S H n"],
-    u: Float[Array, "nm D"],
-    v: Float[Array, "D nm"],
-    c: Float[Array, " nm"],
-    b: Float[Array, "n D"],
-    removed: Bool[Array, " N"] | None = None,
-) -> Float[Array, "*S D"]:
-    """Horizontal decomposition: expert (i, j) is `V_j relu2(U_i x + c_i) + b_j`.
-
-    Equation 12. A token takes about `4 D n m` operations for the two matrices, `4 H n m` to mix
-    hidden neurons, `2 n D` for output biases; the largest intermediate values are 2 n m a token.
-
-    Args:
-        x: inputs; their dtype is that of the computation.
-        g1: gates of the first halves; each head's sum to 1, or `b` would need their sum.
-        g2: gates of the second halves; likewise.
-        u: U_1 .. U_n, one above the other.
-        v: V_1 .. V_n, side by side.
-        c: hidden biases.
-        b: output biases.
-        removed: experts that add nothing, number i * n + j. With them, n^2 numbers a token exist.
-    """
-    gates = _Gates(g1, g2, removed)
-    moved = gates.to_second(_hidden(x, u, c, num_keys=g1.shape[-1]))
-    return _linear(_flat(moved), v) + _biases(gates.of_second(), b)
+from pallas_kernels.storage import BITS
+from peerjax.layers.decompositions import (
+    MEAN_SQUARE,
+    horizontal,
+    kept_square_sum,
+    moved_square_sum,
+    vertical,
+)
+from peerjax.layers.spec import (
+    Context,
+    FeedForward,
+    Sizes,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
+from peerjax.routing.auxiliary import keep_choice, removed_experts, sow_loss
+from peerjax.routing.choice import FactoredChoice
+from peerjax.routing.monet import MonetRouter, ambiguity, keys_per_side, quantile, uniformity
 
 
-def vertical(
-    x: Float[Array, "*S D"],
-    g1: Float[Array, "*S H n"],
-    g2: Float[Array, "*S H n"],
-    u1: Float[Array, "half_nm D"],
-    u2: Float[Array, "half_nm D"],
-    v11: Float[Array, "half_D half_nm"],
-    v12: Float[Array, "half_D half_nm"],
-    v21: Float[Array, "half_D half_nm"],
-    v22: Float[Array, "half_D half_nm"],
-    c1: Float[Array, " half_nm"],
-    c2: Float[Array, " half_nm"],
-    b1: Float[Array, "n half_D"],
-    b2: Float[Array, "n half_D"],
-    removed: Bool[Array, " N"] | None = None,
-) -> Float[Array, "*S D"]:
-    """Vertical decomposition: each half gives m / 2 hidden neurons and D / 2 outputs.
-
-    With `x1 = relu2(U1_i x + c1_i)` and `x2 = relu2(U2_j x + c2_j)`, expert (i, j) is
-    `[V11_i x1 + V12_i x2 + b1_i; V21_j x1 + V22_j x2 + b2_j]`: equation 15, in the terms of
-    equations 22 to 29. Operations and intermediate values are as many as in `horizontal`.
-
-    Args:
-        x: inputs; their dtype is that of the computation.
-        g1: gates of the first halves; each head's sum to 1, as the sums over the other side
-            that are left out suppose.
-        g2: gates of the second halves; likewise.
-        u1: U1_1 .. U1_n, one above the other.
-        u2: U2_1 .. U2_n.
-        v11: V11_1 .. V11_n, side by side: from first halves to the left outputs.
-        v12: from second halves to the left outputs, chosen by the first.
-        v21: from first halves to the right outputs, chosen by the second.
-        v22: from second halves to the right outputs.
-        c1: hidden biases of first halves.
-        c2: hidden biases of second halves.
-        b1: biases of the left outputs.
-        b2: biases of the right outputs.
-        removed: as in `horizontal`.
-    """
-    gates = _Gates(g1, g2, removed)
-    x1 = _hidden(x, u1, c1, num_keys=g1.shape[-1])
-    x2 = _hidden(x, u2, c2, num_keys=g2.shape[-1])
-    first, second = gates.of_first(), gates.of_second()
-    kept1 = first.astype(x.dtype)[..., None] * x1
-    kept2 = second.astype(x.dtype)[..., None] * x2
-    left = _linear(_flat(kept1), v11) + _linear(_flat(gates.to_first(x2)), v12)
-    right = _linear(_flat(gates.to_second(x1)), v21) + _linear(_flat(kept2), v22)
-    return jnp.concatenate([left + _biases(first, b1), right + _biases(second, b2)], axis=-1)
-
-
-class _Gates(NamedTuple):
-    """The gates of all experts by their factors, and how hidden neurons are mixed by them.
-
-    Without removed experts no sum is taken that is known to be 1, and pairs are never written
-    down. With them, each sum is that of the pairs that are left.
+@dataclasses.dataclass(frozen=True)
+class MonetConfig(FeedForward):
+    """The section "monet", of both kinds.
 
     Attributes:
-        g1: of the first halves.
-        g2: of the second halves.
-        removed: experts, if any, that add nothing.
+        num_experts: N, the square of the number n of keys, and halves, of a side.
+        expert_width: m, hidden neurons of an expert.
+        heads: H, routing heads.
+        top_k: keys that a side and head has on, on average.
+        group: consecutive blocks that share a router.
+        uniformity_weight: of the loss that spreads use over keys.
+        ambiguity_weight: of the loss that makes choices sharp.
+        storage: of the matrices. "float32" trains them with AdamW; "int4" and "int8" keep them in
+            packed codes, with the rule and the learning rate of pools.
     """
 
-    g1: Float[Array, "*S H n"]
-    g2: Float[Array, "*S H n"]
-    removed: Bool[Array, " N"] | None
+    section: ClassVar[str] = "monet"
+    undecayed: ClassVar[tuple[str, ...]] = ("c", "b", "c1", "c2", "b1", "b2")
+    packable: ClassVar[tuple[str, ...]] = ("u", "v", "u1", "u2", "v11", "v12", "v21", "v22")
 
-    def of_first(self) -> Float[Array, "*S n"]:
-        """`sum_j gate_ij`."""
-        if self.removed is None:
-            return jnp.sum(self.g1, axis=-2)
-        return jnp.sum(self._left(self.removed), axis=-1)
+    num_experts: int = 64**2
+    expert_width: int = 4
+    heads: int = 4
+    top_k: int = 8
+    group: int = 2
+    uniformity_weight: float = 1e-3
+    ambiguity_weight: float = 1e-3
+    storage: str = "float32"
 
-    def of_second(self) -> Float[Array, "*S n"]:
-        """`sum_i gate_ij`."""
-        return self._turned().of_first()
+    @property
+    def period(self) -> int:
+        """Blocks that share a router."""
+        return self.group
 
-    def to_second(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
-        """`sum_i gate_ij hidden_i`; by way of [*S, H, m] if no expert is removed."""
-        if self.removed is not None:
-            left = self._left(self.removed).astype(hidden.dtype)
-            return jnp.einsum("...ij,...im->...jm", left, hidden)
-        g1, g2 = self.g1.astype(hidden.dtype), self.g2.astype(hidden.dtype)
-        per_head = jnp.einsum("...im,...hi->...hm", hidden, g1)
-        return jnp.einsum("...hm,...hj->...jm", per_head, g2)
+    @property
+    def routes(self) -> bool:
+        """Yes, without a pool."""
+        return True
 
-    def to_first(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
-        """`sum_j gate_ij hidden_j`."""
-        return self._turned().to_second(hidden)
+    def check(self, width: int) -> None:
+        """Raises a ValueError for fields out of range or that do not fit together."""
+        require_positive(self, "expert_width", "heads", "top_k", "group")
+        require_not_negative(self, "uniformity_weight", "ambiguity_weight")
+        require_choice(self, "storage", ("float32", *BITS))
+        try:
+            quantile(keys_per_side(self.num_experts), self.top_k)
+        except ValueError as error:
+            raise ValueError(f"monet: {error}") from None
 
-    def _turned(self) -> "_Gates":
-        """The same with sides exchanged."""
-        n = self.g1.shape[-1]
-        removed = None if self.removed is None else self.removed.reshape(n, n).T.reshape(-1)
-        return _Gates(self.g2, self.g1, removed)
-
-    def _left(self, removed: Bool[Array, " N"]) -> Float[Array, "*S n n"]:
-        """The gate of every expert that is left."""
-        gates = jnp.einsum("...hi,...hj->...ij", self.g1, self.g2)
-        return jnp.where(removed.reshape(gates.shape[-2:]), 0, gates)
-
-
-def _hidden(x: Array, u: Array, c: Array, num_keys: int) -> Array:
-    """`relu2(U x + c)`, [*S, n, m]."""
-    return ACTIVATIONS["relu2"](_linear(x, u) + c).reshape(*x.shape[:-1], num_keys, -1)
-
-
-def _biases(gates: Array, b: Array) -> Array:
-    return gates.astype(b.dtype) @ b
+    def flops(self, width: int) -> dict[str, float]:
+        """The share of a router that a block has, and its experts."""
+        keys = keys_per_side(self.num_experts)
+        hidden = keys * self.expert_width
+        return {
+            "router": 2 * width * 2 * self.heads * keys / self.group,
+            "experts": 4 * width * hidden + 4 * self.heads * hidden + 2 * width * keys,
+        }
 
 
-def _linear(x: Array, weights: Array) -> Array:
-    return jnp.einsum("...i,oi->...o", x, weights)
+@dataclasses.dataclass(frozen=True)
+class MonetHDConfig(MonetConfig):
+    """Horizontal decomposition."""
+
+    def module(self, sizes: Sizes, name: str | None = None) -> "MonetHD":
+        """Builds the layer."""
+        return MonetHD(self, sizes, name=name)
 
 
-def _flat(hidden: Array) -> Array:
-    return hidden.reshape(*hidden.shape[:-2], -1)
+@dataclasses.dataclass(frozen=True)
+class MonetVDConfig(MonetConfig):
+    """Vertical decomposition."""
+
+    def check(self, width: int) -> None:
+        """Raises a ValueError as `MonetConfig`, and for odd widths."""
+        super().check(width)
+        if self.expert_width % 2 or width % 2:
+            raise ValueError(
+                f"monet.expert_width={self.expert_width} and model.width={width} must be "
+                "even for 'monet_vd', which halves them"
+            )
+
+    def module(self, sizes: Sizes, name: str | None = None) -> "MonetVD":
+        """Builds the layer."""
+        return MonetVD(self, sizes, name=name)
 
 
-def kept_square_sum(num_keys: int, heads: int, top_k: int) -> float:
-    """Mean of `sum_i (sum_h g_hi)^2 x_i^2` for a hidden neuron of a fresh layer.
+class Routed(NamedTuple):
+    """What the first block of a group hands on.
 
-    Heads are taken as independent: two of them share a key with probability 1 / n.
+    Attributes:
+        choice: gates of all experts, by factors.
+        removed: experts that are to add nothing, if any are given.
     """
-    concentration = mean_square_sum(num_keys, top_k)
-    return MEAN_SQUARE * heads * (concentration + (heads - 1) / num_keys)
 
-
-def moved_square_sum(num_keys: int, heads: int, top_k: int) -> float:
-    """Mean of `sum_j (sum_h g2_hj sum_i g1_hi x_i)^2` for a hidden neuron of a fresh layer.
-
-    Heads are taken as independent, as in `kept_square_sum`.
-    """
-
-    def of_two_heads(together: float) -> float:
-        """`sum_j g2_hj g2_kj` times the mean of the two heads' neurons' product."""
-        return together * (MEAN**2 + (MEAN_SQUARE - MEAN**2) * together)
-
-    concentration = mean_square_sum(num_keys, top_k)
-    return heads * of_two_heads(concentration) + heads * (heads - 1) * of_two_heads(1 / num_keys)
+    choice: FactoredChoice
+    removed: Bool[Array, " N"] | None = None
 
 
 class MonetLayer(nn.Module):
-    """What `MonetHD` and `MonetVD` share: sizes, and how their parameters are drawn.
+    """What `MonetHD` and `MonetVD` share: the router, and how parameters are drawn.
+
+    The first block of a group has the router, and sows its choice into the collection "routing";
+    "losses" gets `uniformity` and `ambiguity`, means over the routers of the model.
 
     Hidden weights have variance 1 / D, biases are 0. Output weights have the deviation with which
     a fresh layer's outputs are as large as those of a fresh dense MLP with relu^2. (The published
     code draws every weight with deviation 0.02, from which outputs are several times smaller.)
-
-    Attributes:
-        num_experts: N, the square of the number n of halves on a side.
-        expert_width: m, hidden neurons of an expert.
-        heads: H, routing heads.
-        top_k: of the router; like `heads`, only the initial scale depends on it.
-        residual_scale: scale of the outputs' initial values.
-        dtype: compute dtype; parameters are float32.
     """
 
-    num_experts: int
-    expert_width: int
-    heads: int
-    top_k: int
-    residual_scale: float
-    dtype: jnp.dtype
+    config: MonetConfig
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context: Context, routed: Routed | None = None
+    ) -> tuple[Float[Array, "B L D"], Routed]:
+        """Applies the layer to every token."""
+        routed = self._route(x_BLD) if routed is None else routed
+        return self._experts(x_BLD.astype(jnp.dtype(self.sizes.dtype)), routed), routed
+
+    def _route(self, x_BLD: Array) -> Routed:
+        config = self.config
+        router = MonetRouter(
+            config.num_experts, config.heads, config.top_k, self.sizes.statistics, name="router"
+        )
+        choice = FactoredChoice(*router(x_BLD))
+        keep_choice(self, FactoredChoice(*(g.reshape(-1, *g.shape[-2:]) for g in choice)))
+        for name, weight, loss in (
+            ("uniformity", config.uniformity_weight, uniformity),
+            ("ambiguity", config.ambiguity_weight, ambiguity),
+        ):
+            sow_loss(self, name, weight / self.sizes.routers * loss(*choice))
+        return Routed(choice, removed_experts(self))
+
+    def _experts(self, x_BLD: Array, routed: Routed) -> Array:
+        raise NotImplementedError
 
     def _parameter(self, name: str, shape: tuple[int, ...], variance: float = 0.0) -> Array:
         init = nn.initializers.normal(variance**0.5) if variance else nn.initializers.zeros
-        return self.param(name, init, shape).astype(self.dtype)
+        return self.param(name, init, shape).astype(jnp.dtype(self.sizes.dtype))
 
 
 class MonetHD(MonetLayer):
-    """Monet's layer in horizontal decomposition; see `horizontal`.
+    """Monet's layer in horizontal decomposition; see `peerjax.layers.decompositions.horizontal`.
 
     Parameters: "u" [n m, D], "v" [D, n m], "c" [n m], "b" [n, D].
     """
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*S D"],
-        g1: Float[Array, "*S H n"],
-        g2: Float[Array, "*S H n"],
-        removed: Bool[Array, " N"] | None = None,
-    ) -> Float[Array, "*S D"]:
-        """Applies the layer to every token, with the gates of a `MonetRouter`.
-
-        Raises:
-            ValueError: if `num_experts` is not a square.
-        """
-        n, width = keys_per_side(self.num_experts), x.shape[-1]
-        hidden = n * self.expert_width
-        fan_in = self.expert_width * moved_square_sum(n, self.heads, self.top_k)
+    def _experts(self, x_BLD: Array, routed: Routed) -> Array:
+        config, width = self.config, x_BLD.shape[-1]
+        n = keys_per_side(config.num_experts)
+        hidden = n * config.expert_width
+        fan_in = config.expert_width * moved_square_sum(n, config.heads, config.top_k)
+        variance = self.sizes.residual_scale**2 * MEAN_SQUARE / fan_in
         return horizontal(
-            x.astype(self.dtype),
-            g1,
-            g2,
+            x_BLD,
+            routed.choice.g1,
+            routed.choice.g2,
             u=self._parameter("u", (hidden, width), 1 / width),
-            v=self._parameter("v", (width, hidden), self.residual_scale**2 * MEAN_SQUARE / fan_in),
+            v=self._parameter("v", (width, hidden), variance),
             c=self._parameter("c", (hidden,)),
             b=self._parameter("b", (n, width)),
-            removed=removed,
+            removed=routed.removed,
         )
 
 
 class MonetVD(MonetLayer):
-    """Monet's layer in vertical decomposition; see `vertical`.
+    """Monet's layer in vertical decomposition; see `peerjax.layers.decompositions.vertical`.
 
     Parameters: "u1", "u2" [n m/2, D], "v11", "v12", "v21", "v22" [D/2, n m/2], "c1", "c2" [n m/2],
     "b1", "b2" [n, D/2].
     """
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*S D"],
-        g1: Float[Array, "*S H n"],
-        g2: Float[Array, "*S H n"],
-        removed: Bool[Array, " N"] | None = None,
-    ) -> Float[Array, "*S D"]:
-        """Applies the layer to every token, with the gates of a `MonetRouter`.
-
-        Raises:
-            ValueError: if `num_experts` is not a square, or D or m is odd.
-        """
-        n, m, width = keys_per_side(self.num_experts), self.expert_width, x.shape[-1]
-        if m % 2 or width % 2:
-            raise ValueError(
-                f"vertical decomposition halves experts of {m} neurons and {width} features; "
-                "both must be even"
-            )
+    def _experts(self, x_BLD: Array, routed: Routed) -> Array:
+        config, width = self.config, x_BLD.shape[-1]
+        n, m = keys_per_side(config.num_experts), config.expert_width
         hidden, out = n * m // 2, width // 2
-        of_neuron = kept_square_sum(n, self.heads, self.top_k) + moved_square_sum(
-            n, self.heads, self.top_k
+        of_neuron = kept_square_sum(n, config.heads, config.top_k) + moved_square_sum(
+            n, config.heads, config.top_k
         )
-        variance = self.residual_scale**2 * MEAN_SQUARE / (m // 2 * of_neuron)
+        variance = self.sizes.residual_scale**2 * MEAN_SQUARE / (m // 2 * of_neuron)
         parameter = self._parameter
         return vertical(
-            x.astype(self.dtype),
-            g1,
-            g2,
+            x_BLD,
+            routed.choice.g1,
+            routed.choice.g2,
             **{name: parameter(name, (hidden, width), 1 / width) for name in ("u1", "u2")},
             **{
                 name: parameter(name, (out, hidden), variance)
@@ -298,5 +224,5 @@ class MonetVD(MonetLayer):
             },
             **{name: parameter(name, (hidden,)) for name in ("c1", "c2")},
             **{name: parameter(name, (n, out)) for name in ("b1", "b2")},
-            removed=removed,
+            removed=routed.removed,
         )

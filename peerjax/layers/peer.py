@@ -1,17 +1,79 @@
 """PEER: parameter-efficient expert retrieval (He 2024, arXiv:2407.04153)."""
 
+import dataclasses
+from typing import ClassVar
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.factored_gradient import Tap
-from peerjax.pool import ExpertPool
-from peerjax.routing.auxiliary import EXPERT_IDS, keep_routing, without_removed
-from peerjax.routing.product_keys import pair_scores, top_k_pairs
-from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
-from peerjax.sharding.pools import sharded_lookup
+from pallas_kernels.activations import ACTIVATIONS
+from peerjax.layers.look_up import LookUp
+from peerjax.layers.spec import Context, FeedForward, Sizes, require_choice, require_positive
+from peerjax.routing.product_keys import product_key_choice
+from peerjax.routing.running_norm import STATS, RunningNorm
+
+QUERY_NORMS = ("layernorm", "batchnorm", "none")
+POOL = "pool"
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerConfig(FeedForward):
+    """The section "peer".
+
+    Attributes:
+        num_experts: (N1, N2), sizes of the two sets of sub-keys; a pool has N1 * N2 experts.
+        heads: H, routing heads.
+        experts_per_head: k.
+        key_width: width of a sub-key, half of a query.
+        activation: "gelu" (exact), "relu" or "relu2".
+        query_norm: "layernorm", "batchnorm" (over the tokens of earlier steps) or "none".
+    """
+
+    section: ClassVar[str] = "peer"
+
+    num_experts: tuple[int, int] = (256, 256)
+    heads: int = 4
+    experts_per_head: int = 8
+    key_width: int = 64
+    activation: str = "gelu"
+    query_norm: str = "layernorm"
+
+    @property
+    def pools(self) -> dict[str, int]:
+        """One pool."""
+        return {POOL: self.num_experts[0] * self.num_experts[1]}
+
+    def check(self, width: int) -> None:
+        """Raises a ValueError for fields out of range, or more experts a head than there are."""
+        require_positive(self, "heads", "experts_per_head", "key_width")
+        require_choice(self, "activation", ACTIVATIONS)
+        require_choice(self, "query_norm", QUERY_NORMS)
+        if len(self.num_experts) != 2 or not all(
+            isinstance(size, int) and size >= 1 for size in self.num_experts
+        ):
+            raise ValueError(f"peer.num_experts={self.num_experts} is not a pair of positive sizes")
+        if self.pools[POOL] < self.experts_per_head:
+            raise ValueError(
+                f"peer.num_experts={self.num_experts} makes {self.pools[POOL]} experts, fewer than "
+                f"peer.experts_per_head={self.experts_per_head}"
+            )
+
+    def module(self, sizes: Sizes, name: str | None = None) -> "PEER":
+        """Builds the layer."""
+        return PEER(self, sizes, name=name)
+
+    def flops(self, width: int) -> dict[str, float]:
+        """Queries and their scores, the sums of retrieval, and the experts."""
+        n1, n2 = self.num_experts
+        queries = 2 * width * self.heads * 2 * self.key_width
+        scores = 2 * self.heads * (n1 + n2) * self.key_width
+        pairs = min(self.experts_per_head, n1) * min(self.experts_per_head, n2)
+        return {
+            "router": queries + scores,
+            "retrieval": self.heads * pairs,
+            "lookup": 2 * self.heads * self.experts_per_head * 2 * width,
+        }
 
 
 class PEER(nn.Module):
@@ -20,85 +82,45 @@ class PEER(nn.Module):
     Queries are `norm(W_q x)` per head, split in halves that score the two sets of sub-keys;
     each head retrieves its `experts_per_head` best experts of the product. Routing is float32.
 
-    Sows into the collection "routing": `ids` [T, K] and `gates` [T, K]. Reads, where it is
-    given, the collection "taps", whose gradient is the factored gradient of the pool.
+    The pool is `context.pools["pool"]`; `LookUp` says what is kept and read beside it.
     Initialisation also records each sub-key's norm in the collection "stats".
-
-    Attributes:
-        num_experts: (N1, N2), sizes of the two sets of sub-keys.
-        heads: H, routing heads.
-        experts_per_head: k.
-        key_width: width of a sub-key.
-        activation: "gelu" (exact), "relu" or "relu2".
-        query_norm: "layernorm", "batchnorm" (over the tokens of earlier steps) or "none".
-        statistics: of "batchnorm", as `peerjax.routing.running_norm.RunningNorm` takes it.
-        implementation: of the lookup; `None` chooses by the platform.
     """
 
-    num_experts: tuple[int, int]
-    heads: int
-    experts_per_head: int
-    key_width: int
-    activation: str = "gelu"
-    query_norm: str = "layernorm"
-    statistics: str = RUNNING
-    implementation: str | None = None
+    config: PeerConfig
+    sizes: Sizes
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"], pool: ExpertPool) -> Float[Array, "B L D"]:
-        """Applies the layer to every token, with experts from `pool`."""
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context: Context, routed: None = None
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """Applies the layer to every token."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         scores1_HTN, scores2_HTM = self._sub_key_scores(x_TD.astype(jnp.float32))
-        ids_HTk = top_k_pairs(
-            jax.lax.stop_gradient(scores1_HTN),
-            jax.lax.stop_gradient(scores2_HTM),
-            self.experts_per_head,
-        )
-        ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
-        gates_HTk = jax.nn.softmax(pair_scores(scores1_HTN, scores2_HTM, ids_HTk), axis=-1)
-
-        ids_TK = ids_HTk.swapaxes(0, 1).reshape(x_TD.shape[0], -1)
-        gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
-        keep_routing(self, ids_TK, gates_TK)
-        tap = self._tap(ids_TK, x_TD)
-        y_TD = sharded_lookup(
-            pool,
-            ids_TK,
-            without_removed(self, ids_TK, gates_TK),
-            x_TD,
-            activation=self.activation,
-            tap=tap,
-            implementation=self.implementation,
-        )
-        return y_TD.reshape(x_BLD.shape)
+        choice = product_key_choice(scores1_HTN, scores2_HTM, self.config.experts_per_head)
+        look_up = LookUp(self.config.activation, self.sizes.implementation, name=POOL)
+        return look_up(x_TD, choice, context).reshape(x_BLD.shape), routed
 
     def _sub_key_scores(self, x_TD: Array) -> tuple[Array, Array]:
-        features = self.heads * 2 * self.key_width
+        config = self.config
+        features = config.heads * 2 * config.key_width
         query_THd = nn.Dense(features, use_bias=False, name="query")(x_TD)
-        query_THd = query_THd.reshape(-1, self.heads, 2 * self.key_width)
-        if self.query_norm == "layernorm":
+        query_THd = query_THd.reshape(-1, config.heads, 2 * config.key_width)
+        if config.query_norm == "layernorm":
             query_THd = nn.LayerNorm(name="query_norm")(query_THd)
-        elif self.query_norm == "batchnorm":
-            query_THd = RunningNorm((0,), self.statistics, name="query_norm")(query_THd)
-        elif self.query_norm != "none":
-            raise ValueError(f"unknown query_norm {self.query_norm!r}")
+        elif config.query_norm == "batchnorm":
+            query_THd = RunningNorm((0,), self.sizes.statistics, name="query_norm")(query_THd)
 
-        def scores(name: str, query: Array, num_keys: int) -> Array:
-            init = nn.initializers.normal(self.key_width**-0.5)
-            keys = self.param(name, init, (self.heads, num_keys, self.key_width))
+        def scores(name: str, query_THd: Array, num_keys: int) -> Array:
+            init = nn.initializers.normal(config.key_width**-0.5)
+            keys_HNd = self.param(name, init, (config.heads, num_keys, config.key_width))
             if self.is_initializing():
-                self.variable(STATS, f"initial_norm_{name}", jnp.linalg.norm, keys, axis=-1)
+                self.variable(STATS, f"initial_norm_{name}", jnp.linalg.norm, keys_HNd, axis=-1)
             # Heads first, as in the keys: the scores are the largest arrays of a step, and with
             # tokens first XLA on CPU would write them down once more in another order.
-            return jnp.einsum("thd,hnd->htn", query, keys)
+            return jnp.einsum("thd,hnd->htn", query_THd, keys_HNd)
 
         first, second = jnp.split(query_THd, 2, axis=-1)
         return (
-            scores("keys1", first, self.num_experts[0]),
-            scores("keys2", second, self.num_experts[1]),
+            scores("keys1", first, config.num_experts[0]),
+            scores("keys2", second, config.num_experts[1]),
         )
-
-    def _tap(self, ids_TK: Array, x_TD: Array) -> Tap | None:
-        if not (self.is_initializing() or self.has_variable("taps", "pool")):
-            return None
-        return self.variable("taps", "pool", Tap.zeros_for, ids_TK, x_TD).value

@@ -21,7 +21,7 @@ from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool, storage_of
 from peerjax.optim.overwrite import Overwrite
 from peerjax.optim.packed_matrix import PackedMatrix, update_matrix, zero_state
-from peerjax.sharding.pools import replicated_update
+from peerjax.sharding.pools import gather_tokens, replicated_update
 
 
 class AccumulationState(NamedTuple):
@@ -197,6 +197,7 @@ def int4_accumulation(
                 return update_matrix(
                     leaf, own, gradient, hyperparameters, accumulator_bits=bits_of(leaf), **options
                 )
+            gradient = gather_tokens(gradient)
             if clip_norm is not None:
                 gradient = gradient.clip(clip_norm, leaf.num_experts)
             pool, *rest = replicated_update(

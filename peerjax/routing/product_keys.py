@@ -5,7 +5,48 @@ Expert (i, j) has number i * N2 + j and score s1_i + s2_j.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from peerjax.routing.auxiliary import EXPERT_IDS
+from peerjax.routing.choice import Choice
+from peerjax.routing.gates import SOFTMAX, Gate
+
+
+def product_key_choice(
+    scores1_HTN: Float[Array, "H T N1"],
+    scores2_HTM: Float[Array, "H T N2"],
+    k: int,
+    gate: Gate = SOFTMAX,
+) -> Choice:
+    """Chooses the k experts of the largest scores for every token and head.
+
+    Args:
+        scores1_HTN: scores of the first sub-keys, by head.
+        scores2_HTM: scores of the second sub-keys.
+        k: experts of a head.
+        gate: how scores become gates.
+
+    Returns:
+        A choice of K = H k experts out of N1 * N2 for each token, head by head. No gradient flows
+        through the ids. Rematerialisation saves them, after experts that are off are left out.
+
+    Raises:
+        ValueError: if there are fewer than k experts.
+    """
+    num_experts = scores1_HTN.shape[-1] * scores2_HTM.shape[-1]
+    fixed = jax.lax.stop_gradient((scores1_HTN, scores2_HTM))
+    ids_HTk = top_k_pairs(*fixed, k)
+    if gate.is_on is not None:
+        is_on_HTk = gate.is_on(pair_scores(*fixed, ids_HTk))
+        ids_HTk = jnp.where(is_on_HTk, ids_HTk, num_experts)
+    ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
+    gates_HTk = gate.weigh(pair_scores(scores1_HTN, scores2_HTM, ids_HTk))
+    if gate.is_on is not None:
+        gates_HTk = jnp.where(ids_HTk == num_experts, 0, gates_HTk)
+    ids_TK = ids_HTk.swapaxes(0, 1).reshape(ids_HTk.shape[1], -1)
+    gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
+    return Choice(ids_TK, gates_TK, num_experts)
 
 
 def top_k_pairs(

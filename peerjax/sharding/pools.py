@@ -4,7 +4,6 @@ Under `jax.set_mesh` these run inside `jax.shard_map`; without a mesh they are t
 operations, so that a layer can be used on its own.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_lookup import lookup
-from pallas_kernels.expert_update import Statistics, UpdateState, update
+from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
+from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import BATCH
 
 
@@ -25,6 +25,7 @@ def sharded_lookup(
     x: Float[Array, "T D"],
     *,
     activation: str,
+    hidden_bias: Float[Array, "T K"] | None = None,
     tap: Tap | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
@@ -32,20 +33,28 @@ def sharded_lookup(
     if tap is None:
         tap = Tap.zeros_for(ids, x)
 
-    def local(pool, ids, gates, x, tap):
+    def local(pool, ids, gates, x, hidden_bias, tap):
         return lookup(
-            pool, ids, gates, x, activation=activation, tap=tap, implementation=implementation
+            pool,
+            ids,
+            gates,
+            x,
+            activation=activation,
+            hidden_bias=hidden_bias,
+            tap=tap,
+            implementation=implementation,
         )
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(pool, ids, gates, x, tap)
-    # check_vma: a custom backward cannot state which cotangents vary over which axis.
-    over_mesh = partial(jax.shard_map, check_vma=False, out_specs=BATCH)
-    return over_mesh(local, in_specs=(P(), BATCH, BATCH, BATCH, BATCH))(pool, ids, gates, x, tap)
+    specs = (P(), BATCH, BATCH, BATCH, BATCH, BATCH)
+    return over_mesh(local, specs, BATCH)(pool, ids, gates, x, hidden_bias, tap)
 
 
 def replicated_update(
-    *operands: Any,
+    pool: ExpertPool,
+    state: UpdateState,
+    gradient: FactoredGradient,
+    hyperparameters: Hyperparameters,
+    *,
     seed: Any,
     step: Any,
     accumulator_bits: int | None = None,
@@ -65,11 +74,8 @@ def replicated_update(
             implementation=implementation,
         )
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(seed, step, *operands)
-    # A kernel cannot be partitioned: that there is nothing to partition must be said.
-    over_mesh = jax.shard_map(local, check_vma=False, in_specs=P(), out_specs=P())
-    return over_mesh(seed, step, *operands)
+    operands = (pool, state, gradient, hyperparameters)
+    return over_mesh(local, P(), P())(seed, step, *operands)
 
 
 def dense_pool_gradient(
@@ -77,13 +83,12 @@ def dense_pool_gradient(
 ) -> Float[Array, "layers N 2 D"]:
     """The dense gradient of a stack of pools, summed over the mesh's `data` axis."""
 
-    def local(gradient):
+    def local(gradient: FactoredGradient) -> Array:
         return jax.lax.psum(gradient.dense(num_experts), "data")
 
     if jax.sharding.get_abstract_mesh().empty:
         return gradient.dense(num_experts)
-    per_token = P(None, *BATCH)
-    return jax.shard_map(local, check_vma=False, in_specs=(per_token,), out_specs=P())(gradient)
+    return over_mesh(local, (P(None, *BATCH),), P())(gradient)
 
 
 def gather_tokens(gradient: FactoredGradient) -> FactoredGradient:

@@ -95,11 +95,11 @@ class Checkpoints:
             raise self._save_error(error) from error
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, int]:
-        """Reads a step back.
+        """Reads a step back. What else a checkpoint holds is left out.
 
         Args:
             step: a step that exists.
-            abstract_state: shapes, dtypes and shardings that the state is to have.
+            abstract_state: shapes, dtypes and shardings that the train state is to have.
 
         Returns:
             `(state, next_batch)`.
@@ -107,18 +107,16 @@ class Checkpoints:
         Raises:
             CheckpointError: if the state in it has another structure.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-        )
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
         try:
-            restored = self._manager.restore(step, args=items)
+            restored = restore_part(self.path(step), abstract_state._asdict())
         except ValueError as error:
             raise CheckpointError(
                 f"the checkpoint {self.path(step)} holds another state than this version of "
                 f"peerjax keeps ({_first_line(error)}); go on with the version that wrote it, or "
                 "choose another --workdir"
             ) from error
-        return restored["state"], restored["data"]["next_batch"]
+        return abstract_state._replace(**restored), data["data"]["next_batch"]
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -1,23 +1,20 @@
 """The gradient of a batch: of params as a tree of arrays, of pools in factored form."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import optax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
-from peerjax.model import Decoder
+from peerjax.layers.look_up import TAP, TAPS
+from peerjax.model import ModelConfig
+from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import dequantize
-from peerjax.pool import ExpertPool
-from peerjax.routing.auxiliary import LOSSES, ROUTING
+from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
 from peerjax.routing.running_norm import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
-from peerjax.sharding.pools import dense_pool_gradient, gather_tokens
-
-Batch = dict[str, Array]
 
 
 class Gradients(NamedTuple):
@@ -25,19 +22,26 @@ class Gradients(NamedTuple):
 
     Attributes:
         params: a tree like the params.
-        pools: by run of blocks, the factored gradient of its stack of pools.
+        pools: a tree like the pools, with the factored gradient of each stack of pools.
         moments: what routers found in the batch; see `peerjax.routing.running_norm`.
         losses: the terms that layers add to the loss; see `loss_terms`.
     """
 
     params: Any
-    pools: dict[str, FactoredGradient]
+    pools: dict[str, dict[str, FactoredGradient]]
     moments: Any
     losses: dict[str, Float[Array, ""]]
 
 
 def loss_and_gradients(
-    model: Decoder, variables: dict[str, Any], batch: Batch, microbatches: int = 1
+    task: Task,
+    variables: dict[str, Any],
+    batch: Batch,
+    *,
+    frozen: Any = (),
+    microbatches: int = 1,
+    seed: int = 0,
+    step: Any = 0,
 ) -> tuple[Float[Array, ""], Gradients]:
     """Mean loss of a batch, and the gradients of its sum with the terms that layers add.
 
@@ -46,29 +50,36 @@ def loss_and_gradients(
     Only terms of layers may differ from it: they are means over the parts.
 
     Args:
-        model: the decoder.
-        variables: its collections "params", "pools" and "stats"; the gradient of params is that
-            with respect to `peerjax.optim.dequantize` of them.
-        batch: rows of tokens.
+        task: has the model and the loss.
+        variables: the model's collections "params", "pools" and "stats"; the gradient of params is
+            that with respect to `peerjax.optim.dequantize` of them.
+        batch: rows of text.
+        frozen: what else the loss reads.
         microbatches: in how many parts to compute; they divide the rows.
+        seed: of the run, for layers that draw.
+        step: number of the step.
     """
+    model = task.model
     params, fixed = dequantize(variables["params"]), {**variables, "params": None}
+    kept_collections = list(dict.fromkeys((ROUTING, MOMENTS, LOSSES, *task.keeps)))
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
-        trained = {**fixed, "params": params, "taps": taps}
-        logits, kept = model.apply(trained, *inputs_of(part), mutable=[ROUTING, MOMENTS, LOSSES])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["targets"])
-        loss = losses.mean()
+        trained = {**fixed, "params": params, TAPS: taps}
+        logits, kept = model.apply(
+            trained, *inputs_of(part), seed=seed, step=step, mutable=kept_collections
+        )
+        loss = task.loss(logits, kept, part, frozen, step).mean()
         terms = [jnp.sum(term) for term in jax.tree.leaves(kept.get(LOSSES, {}))]
+        kept = {name: kept.get(name, {}) for name in (ROUTING, MOMENTS, LOSSES)}
         return sum(terms, loss) / microbatches, (loss / microbatches, kept)
 
     def of_part(part: Batch) -> tuple[Array, Gradients]:
-        taps = _zero_taps(model, part)
+        taps = _zero_taps(task, part)
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         (_, (loss, kept)), (grads, tap_grads) = differentiate(params, taps, part)
-        factored = factored_gradients(kept.get(ROUTING, {}), tap_grads)
-        terms = loss_terms(kept.get(LOSSES, {}))
-        return loss, Gradients(grads, factored, kept.get(MOMENTS, {}), terms)
+        factored = factored_gradients(model.config, kept[ROUTING], tap_grads)
+        terms = loss_terms(model.config, kept[LOSSES])
+        return loss, Gradients(grads, factored, kept[MOMENTS], terms)
 
     if microbatches == 1:
         return of_part(batch)
@@ -85,33 +96,58 @@ def loss_and_gradients(
     return loss, Gradients(grads, factored, pooled(moments), terms)
 
 
-def loss_terms(collection: Any) -> dict[str, Float[Array, ""]]:
-    """Terms that layers added to the loss, named `<run>/<name>`: means over a run's layers."""
-    return {
-        f"{run}/{name}": jnp.mean(term)
-        for run, layer in layer_by_run(collection).items()
-        for name, term in layer.items()
-    }
+def loss_terms(config: ModelConfig, collection: Any) -> dict[str, Float[Array, ""]]:
+    """Terms that layers added to the loss, named `<stack>/<name>`: means over a stack's layers.
+
+    Where several modules of a block add terms of one name, the name has the module's path too.
+    """
+    found: dict[tuple[int, str], dict[tuple[str, ...], list[Array]]] = {}
+    for path, values in by_module(collection).items():
+        place = config.place(path)
+        for name, term in values.items():
+            of_name = found.setdefault((place.stack, name), {})
+            of_name.setdefault(place.within, []).append(term)
+    terms = {}
+    for (stack, name), by_path in found.items():
+        for within, parts in by_path.items():
+            module = "" if len(by_path) == 1 else ".".join(within) + "/"
+            terms[f"run_{stack}/{module}{name}"] = jnp.mean(jnp.stack(parts))
+    return terms
 
 
-def factored_gradients(routing: Any, tap_grads: Any) -> dict[str, FactoredGradient]:
-    """Joins the ids that the forward pass kept with the cotangents of its taps, by run."""
-    layers = layer_by_run(routing)
-    return {
-        run: FactoredGradient.from_tap(layers[run]["ids"], taps["pool"])
-        for run, taps in layer_by_run(tap_grads).items()
-    }
+def factored_gradients(
+    config: ModelConfig, routing: Any, tap_grads: Any
+) -> dict[str, dict[str, FactoredGradient]]:
+    """Joins the ids that lookups kept with the cotangents of their taps, as a tree like the pools.
+
+    Raises:
+        ValueError: if two modules of a block read one pool.
+    """
+    choices = by_module(routing)
+    found: dict[tuple[str, str], dict[int, FactoredGradient]] = {}
+    for path, taps in by_module(tap_grads).items():
+        of_pool = found.setdefault((path[0], path[-1]), {})
+        first = config.place(path).layers[0]
+        if first in of_pool:
+            raise ValueError(
+                f"two modules of a block of {path[0]} read the pool {path[-1]!r}; give each a pool"
+            )
+        of_pool[first] = FactoredGradient.from_tap(choices[path][CHOICE].ids, taps[TAP])
+    gradients: dict[str, dict[str, FactoredGradient]] = {}
+    for (stack, pool), of_pool in found.items():
+        blocks = [of_pool[first] for first in sorted(of_pool)]
+        gradients.setdefault(stack, {})[pool] = _interleaved(blocks)
+    return gradients
 
 
-def gradient_shapes(
-    config: ml_collections.ConfigDict, model: Decoder
-) -> dict[str, FactoredGradient]:
-    """Shapes of the factored gradients of one step, by run."""
+def gradient_shapes(task: Task, rows: int, length: int) -> dict[str, dict[str, FactoredGradient]]:
+    """Shapes of the factored gradients of a batch, as a tree like the pools."""
 
-    def gradients() -> dict[str, FactoredGradient]:
-        tokens = jnp.zeros((config.data.batch_size, config.data.sequence_length), jnp.int32)
-        variables = model.init(jax.random.key(0), tokens, tokens, tokens)
-        return factored_gradients(variables.get(ROUTING, {}), variables.get("taps", {}))
+    def gradients() -> dict[str, dict[str, FactoredGradient]]:
+        tokens = jnp.zeros((rows, length), jnp.int32)
+        variables = task.model.init(jax.random.key(0), tokens, tokens, tokens)
+        routing, taps = variables.get(ROUTING, {}), variables.get(TAPS, {})
+        return factored_gradients(task.model.config, routing, taps)
 
     return jax.eval_shape(gradients)
 
@@ -122,36 +158,22 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
-def dense_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
-    """The dense gradients of pools as trees like the pools themselves, as floats."""
-    gradients = {}
-    for run, gradient in factored.items():
-        pool = pools[run]["pool"]
-        weights = dense_pool_gradient(gradient, pool.num_experts)
-        if not pool.is_packed:
-            weights = weights.astype(pool.weights.dtype)
-        gradients[run] = {"pool": ExpertPool.of_floats(weights)}
-    return gradients
+def map_pools(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps a function over the factored gradients of trees like the pools."""
+    is_gradient = lambda node: isinstance(node, FactoredGradient)  # noqa: E731
+    return jax.tree.map(function, tree, *rest, is_leaf=is_gradient)
 
 
-def whole_gradients(pools: Any, factored: dict[str, FactoredGradient]) -> Any:
-    """Factored gradients as a tree like the pools, with the tokens of all devices."""
-    return {run: {"pool": gather_tokens(factored[run])} for run in pools}
+def _interleaved(blocks: list[FactoredGradient]) -> FactoredGradient:
+    """The gradient of a stack from those of the blocks of its periods."""
+    if len(blocks) == 1:
+        return blocks[0]
 
+    def interleave(*leaves: Array) -> Array:
+        stacked = jnp.stack(leaves, axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
 
-def layer_by_run(collection: Any) -> dict[str, Any]:
-    """The leaves of each run, by name: one module of what a run scans has some."""
-
-    def leaves_of(tree: Any) -> Any:
-        inner = next(iter(tree.values()))
-        return leaves_of(inner) if isinstance(inner, dict) else tree
-
-    return {run: leaves_of(tree) for run, tree in collection.items()}
-
-
-def inputs_of(batch: Batch) -> tuple[Array, Array, Array]:
-    """What of a batch the model reads."""
-    return batch["inputs"], batch["positions"], batch["segments"]
+    return jax.tree.map(interleave, *blocks)
 
 
 def _join_tokens(parts: Array) -> Array:
@@ -160,7 +182,7 @@ def _join_tokens(parts: Array) -> Array:
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])
 
 
-def _zero_taps(model: Decoder, batch: Batch) -> Any:
+def _zero_taps(task: Task, batch: Batch) -> Any:
     """Zeros for the model's taps; their shapes depend on the batch."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs_of(batch))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get("taps", {}))
+    shapes = jax.eval_shape(task.model.init, jax.random.key(0), *inputs_of(batch))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get(TAPS, {}))

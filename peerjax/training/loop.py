@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import ml_collections
 
-from peerjax.analysis.flops import forward_flops
 from peerjax.atomic import alone_in, make_folder
-from peerjax.config import model_config, validate
-from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
+from peerjax.config import validate
+from peerjax.data.pipeline import Corpus, load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
+from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for, put_batch
 from peerjax.model import Decoder
+from peerjax.objectives import Task, language
+from peerjax.planning.flops import forward_flops
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
-from peerjax.training.evaluation import Evaluation, evaluate, put_batch
 from peerjax.training.gradients import gradient_shapes
 from peerjax.training.metrics import MetricsWriter, Progress
+from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
-from peerjax.training.state import (
-    TrainState,
-    create_state,
-    make_optimizer,
-    state_of_pools,
-)
-from peerjax.training.step import make_eval_step, make_first_statistics, make_train_step
+from peerjax.training.state import TrainState, create_state
+from peerjax.training.step import make_first_statistics, make_train_step
 from peerjax.training.workdir import check_config, check_data, folder_of, record
 
+MakeTask = Callable[[ml_collections.ConfigDict, Corpus], Task]
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+
+def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask = language) -> None:
     """Trains as `config` says, or goes on from the newest checkpoint in `workdir`.
 
     Args:
         config: see `peerjax.config`.
         workdir: a folder. It gets `config.json`, `data.json`, `tokenizer.json`, `checkpoints/`,
             `metrics.jsonl`, `tensorboard/`, and at the end `report.json` and plots.
+        make_task: what to minimise, from the configuration and its text.
 
     One process with all devices; several are refused.
 
@@ -56,8 +57,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
     make_folder(folder)
-    model = Decoder(model_config(config, corpus.tokenizer.vocab_size))
-    optimizer = make_optimizer(config)
+    task, optimizer = make_task(config, corpus), make_optimizer(config)
+    train_rows = task.of_rows(corpus.train)
     mesh = make_mesh()
 
     with contextlib.ExitStack() as stack:
@@ -67,7 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
         # ---- State: fresh, or from the newest intact checkpoint ----
         def fresh_state() -> TrainState:
-            return create_state(config, model, optimizer)
+            return create_state(config, task, optimizer)
 
         shapes = jax.eval_shape(fresh_state)
         shardings = state_shardings(mesh, shapes)
@@ -79,46 +80,46 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
             return
         if start is None:
             state = jax.jit(fresh_state, out_shardings=shardings)()
-            batches = train_batches(config, corpus.train)
+            batches = train_batches(config, train_rows)
             first = next(batches)
-            first_statistics = jax.jit(make_first_statistics(config, model), donate_argnums=0)
+            first_statistics = jax.jit(make_first_statistics(config, task), donate_argnums=0)
             state = first_statistics(state, put_batch(mesh, first))
             batches = itertools.chain([first], batches)
         else:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
-            batches = train_batches(config, corpus.train, next_batch)
+            batches = train_batches(config, train_rows, next_batch)
         record(folder, config, corpus.tokenizer, corpus.identity)
 
         # ---- What is computed and shown ----
-        train_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
-        eval_step = jax.jit(make_eval_step(model))
+        train_step = jax.jit(make_train_step(config, task, optimizer), donate_argnums=0)
+        probes = probes_for(corpus.tokenizer)
         tokens_per_step = config.data.batch_size * config.data.sequence_length
         step = start or 0
         first_written = 0 if start is None else start + 1
         writer = stack.enter_context(MetricsWriter(folder, first_written))
         if shapes.pools and jax.process_index() == 0:
-            gradients = gradient_shapes(config, model)
+            gradients = gradient_shapes(task, config.data.batch_size, config.data.sequence_length)
             report.print_memory(
                 memory_report(shapes.pools, state_of_pools(shapes.opt_state), gradients)
             )
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
         stack.enter_context(progress)
-        progress.say(_describe(config, model, shapes, mesh, step))
+        progress.say(_describe(config, task.model, shapes, mesh, step))
 
         def evaluate_now() -> Evaluation:
             evaluation = evaluate(
-                eval_step,
+                task.model,
                 state.variables,
                 corpus.validation,
-                corpus.tokenizer,
+                probes,
                 mesh,
                 rows=partial(validation_rows, count=config.eval.rows),
                 batch_size=config.data.batch_size,
             )
-            loss = evaluation.overall
+            loss = evaluation[ALL]["loss"]
             progress.say(
-                f"validation after {step} steps: {loss.nats_per_token:.4f} nats/token, "
-                f"{loss.bits_per_byte:.4f} bits/byte"
+                f"validation after {step} steps: {loss['nats_per_token']:.4f} nats/token, "
+                f"{loss['bits_per_byte']:.4f} bits/byte"
             )
             return evaluation
 
@@ -135,11 +136,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
 
         # ---- Steps ----
         if start is None:
-            writer.write(0, evaluate_now().metrics())
+            writer.write(0, figures_of(probes, evaluate_now()))
         pending: Pending | None = None
         while step < config.steps:
             batch = next(batches)
-            state, metrics = train_step(state, put_batch(mesh, batch))
+            state, metrics = train_step(state, put_batch(mesh, batch), task.frozen)
             step += 1
             # The figures of the step before are fetched while this step computes.
             if pending is not None:
@@ -155,7 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> None:
                 figures, pending = finish(pending), None
                 if evaluating:
                     evaluation = evaluate_now()
-                    figures |= evaluation.metrics()
+                    figures |= figures_of(probes, evaluation)
                 writer.write(step, figures)
                 saving = ending or (saving and not figures["skipped/in_a_row"])
             if saving:

@@ -1,18 +1,17 @@
 """The short report at the end of a run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import rich.box
 import rich.console
-import rich.table
 from etils import epath
 
-from peerjax.analysis.plots import plot_expert_usage, plot_losses, plot_pools
 from peerjax.atomic import write_atomically
+from peerjax.evaluation import ALL, Evaluation
+from peerjax.plots import plot_expert_usage, plot_losses, plot_pools
 from peerjax.pool import MemoryReport
-from peerjax.training.evaluation import Evaluation
+from peerjax.tables import print_table
 from peerjax.training.metrics import read_metrics
 
 FILE = "report.json"
@@ -24,35 +23,38 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
 
     Args:
         workdir: the run's folder, whose `metrics.jsonl` is complete.
-        evaluation: the last evaluation.
+        evaluation: the last evaluation, with the probes of `peerjax.evaluation.PROBES`.
         run: further facts (steps, parameters, checkpoint...), kept as they are; paths relative to
             the folder.
     """
     records = read_metrics(workdir)
     first = next(record for record in records if "validation/all/nats_per_token" in record)
     losses = {
-        domain: {
+        text: {
             measure: {
-                "before": first[f"validation/{domain}/{measure}"],
-                "after": getattr(loss, measure),
+                "before": first[f"validation/{text}/{measure}"],
+                "after": found["loss"][measure],
             }
             for measure in ("nats_per_token", "bits_per_byte")
         }
-        for domain, loss in {"all": evaluation.overall, **evaluation.losses}.items()
+        for text, found in evaluation.items()
     }
-    experts = {layer: usage._asdict() for layer, usage in evaluation.usage.items()}
+    usage, codes = (evaluation[ALL].get(probe, {}) for probe in ("experts", "codes"))
     plots = [LOSS_PLOT]
     plot_losses(workdir / LOSS_PLOT, records)
-    if experts:
+    if usage:
         plots.append(USAGE_PLOT)
-        plot_expert_usage(workdir / USAGE_PLOT, evaluation.gate_sums)
-    if evaluation.code_figures:
+        plot_expert_usage(workdir / USAGE_PLOT, usage)
+    if codes:
         plots.append(POOLS_PLOT)
         plot_pools(workdir / POOLS_PLOT, records)
     report = {
         **run,
         "validation": losses,
-        "experts": experts,
+        "experts": {
+            layer: {name: found[name] for name in ("usage", "unevenness")}
+            for layer, found in usage.items()
+        },
         "plots": plots,
     }
     write_atomically(workdir / FILE, json.dumps(report, indent=1))
@@ -113,15 +115,3 @@ def print_report(workdir: epath.Path) -> None:
     for plot in report["plots"]:
         console.print(f"plot        {workdir / plot}")
     console.print(f"checkpoint  {workdir / report['checkpoint']}")
-
-
-def print_table(
-    console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    """Prints a table whose columns, but for the first, are numbers."""
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

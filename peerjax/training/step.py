@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions of state and batch."""
+"""One training step: a pure function of state and batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,54 +8,50 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.factored_gradient import FactoredGradient
-from peerjax.config import DENSE_RULES
 from peerjax.model import Decoder
+from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
-from peerjax.routing.auxiliary import ROUTING
 from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
 from peerjax.sharding.batches import split_rows
-from peerjax.training.gradients import (
-    Batch,
-    all_finite,
-    dense_gradients,
-    inputs_of,
-    layer_by_run,
-    loss_and_gradients,
-    whole_gradients,
-)
-from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState, learning_rate_schedule
+from peerjax.training.gradients import all_finite, loss_and_gradients, map_pools
+from peerjax.training.optimizer import learning_rate_schedule
+from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState
 
 Metrics = dict[str, Array]
 
 
 def make_train_step(
-    config: ml_collections.ConfigDict, model: Decoder, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds the step. The gradient of a pool leaves the model in factored form, by its tap.
+    config: ml_collections.ConfigDict, task: Task, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds the step, of signature `(state, batch, frozen=()) -> (state, metrics)`.
 
-    A step whose loss or gradient is not finite changes nothing but the counts of steps.
+    It differentiates, updates, skips and counts. The gradient of a pool leaves the model in
+    factored form, by its tap. A step whose loss or gradient is not finite changes nothing but the
+    counts of steps. `gradient_norm` is that of all parameters but pools.
     """
     schedule = learning_rate_schedule(config, config.optimizer.learning_rate)
-    microbatches = config.optimizer.microbatches
-    dense = config.pool.rule in DENSE_RULES
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, frozen: Any = ()) -> tuple[TrainState, Metrics]:
         loss, (grads, factored, moments, terms) = loss_and_gradients(
-            model, state.variables, batch, microbatches
+            task,
+            state.variables,
+            batch,
+            frozen=frozen,
+            microbatches=config.optimizer.microbatches,
+            seed=config.seed,
+            step=state.step,
         )
         finite = all_finite((loss, grads, factored))
         # Pools are rewritten in place, so there is no old one to go back to. They, and whatever
         # else moves row by row, are passed over by a gradient that hits nobody.
-        factored = {run: gradient.only_if(finite) for run, gradient in factored.items()}
-        pool_gradients = (dense_gradients if dense else whole_gradients)(state.pools, factored)
-        gradient_norm = optax.tree.norm((grads, pool_gradients) if dense else grads)
+        factored = map_pools(lambda gradient: gradient.only_if(finite), factored)
+        gradient_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), grads)
-        gradients = {PARAMS: grads, POOLS: pool_gradients}
+        gradients = {PARAMS: grads, POOLS: factored}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         trained = apply_updates(state.trained, updates)
         metrics = {
@@ -64,16 +60,15 @@ def make_train_step(
             "learning_rate": schedule(state.step - state.skipped.total),
             **{f"losses/{name}": term for name, term in terms.items()},
             **hit_shares(state.pools, factored),
+            **update_metrics(state.pools, opt_state),
         }
-        if not dense:
-            metrics |= update_metrics(state.pools, opt_state)
         new_state = state._replace(
             params=trained[PARAMS],
             pools=trained[POOLS],
             opt_state=opt_state,
             stats=updated(state.stats, moments, config.model.routing_momentum),
         )
-        new_state = _accept(finite, new_state, state, in_place=not dense)
+        new_state = _accept(finite, new_state, state)
         skipped = Skipped(
             total=state.skipped.total + ~finite,
             in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
@@ -84,14 +79,14 @@ def make_train_step(
     return train_step
 
 
-def _accept(finite: Bool[Array, ""], new: Any, old: Any, in_place: bool) -> Any:
+def _accept(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The new tree, or the old one after a step that is skipped.
 
-    Pools `in_place`, and accumulators, are taken as they are: nothing hit them.
+    Pools and what belongs to them are taken as they are: nothing hit them.
     """
 
     def is_of_pool(node: Any) -> bool:
-        return in_place and isinstance(node, ExpertPool | UpdateState)
+        return isinstance(node, ExpertPool | UpdateState)
 
     def choose(new: Any, old: Any) -> Any:
         return new if is_of_pool(new) else jnp.where(finite, new, old)
@@ -100,14 +95,14 @@ def _accept(finite: Bool[Array, ""], new: Any, old: Any, in_place: bool) -> Any:
 
 
 def make_first_statistics(
-    config: ml_collections.ConfigDict, model: Decoder
+    config: ml_collections.ConfigDict, task: Task
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Builds what starts the running statistics of routers: those of the first batch.
 
     Every router is normalised by the batch itself there, so that those behind it see what they
     will see.
     """
-    in_batch = Decoder(dataclasses.replace(model.config, routing_statistics=IN_BATCH))
+    in_batch = Decoder(dataclasses.replace(task.model.config, routing_statistics=IN_BATCH))
 
     def first_statistics(state: TrainState, batch: Batch) -> TrainState:
         def moments_of(part: Batch) -> Any:
@@ -121,66 +116,39 @@ def make_first_statistics(
     return first_statistics
 
 
-def make_eval_step(model: Decoder) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
-    """Builds the evaluation step: sums over a batch, each row counted `batch["weight"]` times."""
-    num_experts = model.config.experts_by_run()
-
-    def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        logits, kept = model.apply(dequantize(variables), *inputs_of(batch), mutable=[ROUTING])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses.shape)
-        gates = {
-            run: gate_sums(layer, weight_BL.reshape(-1), num_experts[run])
-            for run, layer in layer_by_run(kept.get(ROUTING, {})).items()
-        }
-        return {"nats": jnp.sum(losses * weight_BL), "gate_sums": gates}
-
-    return eval_step
-
-
-def gate_sums(
-    routing: dict[str, Array], weight: Float[Array, " T"], num_experts: int
-) -> Float[Array, "layers N"]:
-    """Sums each expert's gates over the tokens: z of the PEER paper, before normalisation.
-
-    Args:
-        routing: what `peerjax.routing.auxiliary` keeps, stacked over layers: `ids` and `gates`
-            [layers, T, K], or the factors `g1` and `g2` [layers, T, H, n].
-        weight: of each token.
-        num_experts: N.
-    """
-    if "g1" in routing:
-        weighted = routing["g1"] * weight[None, :, None, None]
-        sums = jnp.einsum("lthi,lthj->lij", weighted, routing["g2"])
-        return sums.reshape(-1, num_experts)
-    ids = routing["ids"]
-    weighted = routing["gates"] * weight[None, :, None]
-    zeros = jnp.zeros((ids.shape[0], num_experts), jnp.float32)
-    layer = jnp.arange(ids.shape[0])[:, None, None]
-    return zeros.at[layer, ids].add(weighted, mode="drop")
-
-
 def update_metrics(pools: Any, opt_state: Any) -> Metrics:
-    """What the last update did to the pools of each run, mean over its layers."""
+    """What the last update did to the pools of each stack, mean over its layers.
+
+    Rules with dense gradients do not count.
+    """
+    statistics = optax.tree.get(opt_state, "statistics", {}).get(POOLS, {})
     metrics = {}
-    statistics = optax.tree.get(opt_state, "statistics")[POOLS]
-    for run, tree in statistics.items():
-        pool, counts = pools[run]["pool"], jax.tree.map(jnp.mean, tree["pool"])
+    for name, (pool, counts) in _by_name(pools, statistics).items():
+        counts = jax.tree.map(jnp.mean, counts)
         weights = jnp.maximum(counts.rows * pool.width, 1)
-        metrics[f"pool_step/{run}"] = counts.step_size / weights
+        metrics[f"pool_step/{name}"] = counts.step_size / weights
         if pool.is_packed:
-            metrics[f"pool_clipped/{run}"] = counts.clipped / weights
-            metrics[f"pool_grown/{run}"] = counts.grown / jnp.maximum(counts.rows, 1)
+            metrics[f"pool_clipped/{name}"] = counts.clipped / weights
+            metrics[f"pool_grown/{name}"] = counts.grown / jnp.maximum(counts.rows, 1)
     return metrics
 
 
-def hit_shares(pools: Any, factored: dict[str, FactoredGradient]) -> Metrics:
-    """The share of experts that this batch chose, mean over the layers of each run."""
+def hit_shares(pools: Any, factored: Any) -> Metrics:
+    """The share of experts that this batch chose, mean over the layers of each stack."""
     shares = {}
-    for run, gradient in factored.items():
-        layers, num_experts = gradient.ids.shape[0], pools[run]["pool"].num_experts
-        hit = jnp.zeros((layers, num_experts), bool)
+    for name, (pool, gradient) in _by_name(pools, factored).items():
+        layers = gradient.ids.shape[0]
+        hit = jnp.zeros((layers, pool.num_experts), bool)
         layer = jnp.arange(layers)[:, None, None]
         hit = hit.at[layer, gradient.ids].set(True, mode="drop")
-        shares[f"experts_hit/{run}"] = hit.mean()
+        shares[f"experts_hit/{name}"] = hit.mean()
     return shares
+
+
+def _by_name(pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:
+    """Each pool with what a tree has for it; named by stack, and by pool if a stack has several."""
+    return {
+        stack if len(of_stack) == 1 else f"{stack}.{name}": (pools[stack][name], found)
+        for stack, of_stack in tree.items()
+        for name, found in of_stack.items()
+    }

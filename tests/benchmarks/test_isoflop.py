@@ -26,10 +26,10 @@ def test_all_models_of_a_size_take_the_same_flops():
 
 def test_the_width_found_is_the_nearest():
     settings = {"model.layers": (("dense", 3),)}
-    wanted = flops_of({**settings, "model.mlp_width": 345}) + 500  # a unit makes 3 * 512
-    assert with_flops(settings, "model.mlp_width", wanted)["model.mlp_width"] == 345
-    with pytest.raises(ValueError, match="no model.mlp_width makes"):
-        with_flops(settings, "model.mlp_width", 1000.0)
+    wanted = flops_of({**settings, "mlp.hidden": 345}) + 500  # a unit makes 3 * 512
+    assert with_flops(settings, "mlp.hidden", wanted)["mlp.hidden"] == 345
+    with pytest.raises(ValueError, match="no mlp.hidden makes"):
+        with_flops(settings, "mlp.hidden", 1000.0)
 
 
 def test_every_rate_of_every_arm_is_tuned_and_losses_are_paired_by_seed(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ import safetensors.numpy
 from peerjax.errors import UserError
 from peerjax.exchange.monet import layout, read_hf, write_hf
 from peerjax.layers.attention import Attention
-from peerjax.layers.monet import MonetHD, MonetVD
-from peerjax.routing.monet import MonetRouter
+from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
+from peerjax.layers.spec import Context, Sizes
 
 SIZES = {
     "vocab_size": 29,
@@ -62,9 +62,9 @@ def assert_same(one, other):
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_what_is_written_is_read_bit_by_bit(tmp_path, decomposition):
     config, tree = make(decomposition)
-    tree["stats"]["layer_0"]["router"]["initial_norm_w1"] = np.ones((3, 6), np.float32)
+    tree["stats"]["layer_0"]["monet"]["router"]["initial_norm_w1"] = np.ones((3, 6), np.float32)
     write_hf(tmp_path / "made", {**config, "bos_token_id": 1}, tree)
-    del tree["stats"]["layer_0"]["router"]["initial_norm_w1"]
+    del tree["stats"]["layer_0"]["monet"]["router"]["initial_norm_w1"]
     found_config, found = read_hf(tmp_path / "made")
     assert_same(found, tree)
     assert found_config.items() >= {**config, "bos_token_id": 1, "model_type": "monet"}.items()
@@ -300,16 +300,18 @@ def torch_model(torch, decomposition):
 
 def logits_of(config, tree, tokens):
     """What our own modules compute from a tree that was read."""
-    params = tree["params"]
+    params, routed = tree["params"], None
     float32 = jnp.dtype("float32")
     batch, length = tokens.shape
     positions = jnp.tile(jnp.arange(length), (batch, 1))
     experts = config["moe_experts"] ** 2
     heads, top_k = config["moe_heads"], config["moe_topk"]
     attention = Attention(config["num_attention_heads"], config["rope_theta"], 1.0, float32)
-    router = MonetRouter(experts, heads, top_k)
-    layer_type = MonetHD if config["moe_decompose"] == "horizontal" else MonetVD
-    monet = layer_type(experts, config["moe_dim"], heads, top_k, 1.0, float32)
+    layer_type = MonetHDConfig if config["moe_decompose"] == "horizontal" else MonetVDConfig
+    monet = layer_type(experts, config["moe_dim"], heads, top_k).module(
+        Sizes(config["hidden_size"])
+    )
+    context = Context(positions=positions, segments=jnp.zeros_like(positions))
 
     def norm(name, layer, x):
         return nn.RMSNorm().apply({"params": layer[name]}, x)
@@ -317,14 +319,14 @@ def logits_of(config, tree, tokens):
     x = jnp.asarray(params["embed"]["embedding"])[tokens]
     for index in range(config["num_hidden_layers"]):
         layer = params[f"layer_{index}"]
-        mask = jnp.ones((batch, 1, length, length), bool)
         normed = norm("attention_norm", layer, x)
-        x += attention.apply({"params": layer["attention"]}, normed, positions, mask)[0]
+        x += attention.apply({"params": layer["attention"]}, normed, context)[0]
         normed = norm("feed_forward_norm", layer, x)
-        if "router" in layer:
-            stats = tree["stats"][f"layer_{index}"]["router"]
-            gates = router.apply({"params": layer["router"], "stats": stats}, normed)
-        x += monet.apply({"params": layer["monet"]}, normed, *gates)
+        stats = tree["stats"].get(f"layer_{index}", {"monet": {}})["monet"]
+        routed = None if stats else routed
+        variables = {"params": layer["monet"], "stats": stats}
+        y, routed = monet.apply(variables, normed, context, routed)
+        x += y
     return norm("final_norm", params, x) @ params["head"]["kernel"]
 
 

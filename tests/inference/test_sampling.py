@@ -29,7 +29,10 @@ def test_reading_token_by_token_gives_the_logits_of_reading_at_once(name):
 
     @jax.jit
     def further(cache, tokens, positions):
-        return model.apply(readable, tokens, positions, cache=cache, mutable=["routing"])
+        (logits, of_attention), kept = model.apply(
+            readable, tokens, positions, cache=cache["attention"], mutable=["routing"]
+        )
+        return (logits, {"attention": of_attention}), kept
 
     expected, routing = jax.jit(at_once)(tokens, positions)
     for prompt in (1, 9):

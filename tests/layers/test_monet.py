@@ -6,13 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.layers.mlp import MLP
-from peerjax.layers.monet import MonetHD, MonetVD, horizontal, vertical
+from peerjax.layers.decompositions import horizontal, vertical
+from peerjax.layers.dense import DenseConfig
+from peerjax.layers.monet import MonetHDConfig, MonetVDConfig, Routed
+from peerjax.layers.spec import Context, Sizes
+from peerjax.routing.choice import FactoredChoice
 from peerjax.routing.monet import MonetRouter, gates
 from tests.conftest import compile_as_users_do
 
 D, KEYS, WIDTH, HEADS, TOKENS = 10, 4, 6, 3, 7
-DECOMPOSITIONS = {"horizontal": (MonetHD, horizontal), "vertical": (MonetVD, vertical)}
+DECOMPOSITIONS = {"horizontal": (MonetHDConfig, horizontal), "vertical": (MonetVDConfig, vertical)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +37,24 @@ PAPER = {
 VOCABULARY, EXPERTS, LAYERS_PER_ROUTER = 32_000, 512**2, 4
 
 
+class Experts:
+    """The experts of a layer, with gates that a test gives."""
+
+    def __init__(self, decomposition, width, *fields, **sizes):
+        config = DECOMPOSITIONS[decomposition][0](*fields)
+        config.check(width)
+        self.module = config.module(Sizes(width, **sizes))
+
+    def init(self, key, x, g1, g2):
+        return self.module.init(key, x, Context(), Routed(FactoredChoice(g1, g2)))
+
+    def apply(self, variables, x, g1, g2, removed=None):
+        routed = Routed(FactoredChoice(g1, g2), removed)
+        return self.module.apply(variables, x, Context(), routed)[0]
+
+
 def make(decomposition, dtype="float32", expert_width=WIDTH, num_experts=KEYS**2):
-    layer = DECOMPOSITIONS[decomposition][0](
-        num_experts=num_experts,
-        expert_width=expert_width,
-        heads=HEADS,
-        top_k=2,
-        residual_scale=1.0,
-        dtype=jnp.dtype(dtype),
-    )
+    layer = Experts(decomposition, D, num_experts, expert_width, HEADS, 2, dtype=dtype)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (1, TOKENS, D))
     z1, z2 = jax.random.normal(keys[1], (2, 1, TOKENS, HEADS, KEYS))
@@ -143,9 +155,9 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters(decomposition):
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_nothing_of_the_size_of_all_experts_exists_and_operations_are_as_stated(decomposition):
     tokens, n, m, heads, width = 64, 128, 4, 2, 32
-    layer = DECOMPOSITIONS[decomposition][0](n * n, m, heads, 8, 1.0, jnp.dtype("float32"))
-    x = jnp.zeros((tokens, width))
-    g = jnp.zeros((tokens, heads, n))
+    layer = Experts(decomposition, width, n * n, m, heads, 8)
+    x = jnp.zeros((1, tokens, width))
+    g = jnp.zeros((1, tokens, heads, n))
     variables = jax.eval_shape(layer.init, jax.random.key(0), x, g, g)
 
     def loss(variables, x, g1, g2):
@@ -172,20 +184,20 @@ def test_nothing_of_the_size_of_all_experts_exists_and_operations_are_as_stated(
 def test_fresh_output_has_the_scale_of_a_dense_mlp(decomposition, keys, heads, top_k, expert_width):
     width = 128
     x = jax.random.normal(jax.random.key(0), (4, 64, width))
-    mlp = MLP(4 * width, "relu2", 0.5, jnp.dtype("float32"))
-    dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
+    sizes = Sizes(width, residual_scale=0.5)
+    mlp = DenseConfig(4 * width, "relu2").module(sizes)
+    dense = mlp.apply(mlp.init(jax.random.key(1), x, Context()), x, Context())[0]
     router = MonetRouter(keys**2, heads, top_k)
     g1, g2 = router.apply(router.init(jax.random.key(2), x), x)
-    layer = DECOMPOSITIONS[decomposition][0](
-        keys**2, expert_width, heads, top_k, 0.5, jnp.dtype("float32")
-    )
+    layer = Experts(decomposition, width, keys**2, expert_width, heads, top_k, residual_scale=0.5)
     y = layer.apply(layer.init(jax.random.key(3), x, g1, g2), x, g1, g2)
     ratio = float(jnp.std(y) / jnp.std(dense))
     assert 0.8 < ratio < 1.25, ratio
 
 
 def test_vertical_halves_must_be_whole():
-    with pytest.raises(ValueError, match="experts of 3 neurons and 10 features; both must be even"):
+    message = "monet.expert_width=3 and model.width=10 must be even"
+    with pytest.raises(ValueError, match=message):
         make("vertical", expert_width=3)
     with pytest.raises(ValueError, match="24 experts are not a square"):
         make("horizontal", num_experts=24)
@@ -200,11 +212,10 @@ def count(module, *inputs):
 @pytest.mark.parametrize("name", PAPER)
 def test_parameter_counts_of_the_paper(name, decomposition):
     size = PAPER[name]
-    x = jnp.zeros((1, size.width))
-    gate = jnp.zeros((1, size.routing_heads, 512))
-    layer = DECOMPOSITIONS[decomposition][0](
-        EXPERTS, size.expert_width, size.routing_heads, 32, 1.0, jnp.dtype("bfloat16")
-    )
+    x = jnp.zeros((1, 1, size.width))
+    gate = jnp.zeros((1, 1, size.routing_heads, 512))
+    fields = (EXPERTS, size.expert_width, size.routing_heads, 32)
+    layer = Experts(decomposition, size.width, *fields, dtype="bfloat16")
     router = MonetRouter(EXPERTS, size.routing_heads, 32)
     attention, norms = 4 * size.width**2, 2 * size.width
     block = count(layer, x, gate, gate) + attention + norms

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.layers.mlp import MLP
-from peerjax.layers.peer import PEER
+from peerjax.layers.dense import DenseConfig
+from peerjax.layers.peer import PeerConfig
+from peerjax.layers.spec import Context, Sizes
 from peerjax.pool import ExpertPool, initialize_pool
 
 D, KEYS, HEADS, K_PER_HEAD, KEY_WIDTH = 32, 12, 3, 4, 16
@@ -17,11 +18,16 @@ def relative_error(actual, expected):
 
 
 def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
-    layer = PEER(num_experts, HEADS, K_PER_HEAD, KEY_WIDTH, query_norm=query_norm)
+    config = PeerConfig(num_experts, HEADS, K_PER_HEAD, KEY_WIDTH, query_norm=query_norm)
+    layer = config.module(Sizes(D))
     pool = initialize_pool(jax.random.key(0), 1, num_experts[0] * num_experts[1], D)
     pool = ExpertPool.of_floats(pool.weights[0])
     x = jax.random.normal(jax.random.key(1), SHAPE)
-    return layer, pool, x, layer.init(jax.random.key(2), x, pool)["params"]
+    return layer, pool, x, layer.init(jax.random.key(2), x, of(pool))["params"]
+
+
+def of(pool):
+    return Context(pools={"pool": pool})
 
 
 def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
@@ -48,7 +54,7 @@ def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
         theirs.keys.copy_(torch.tensor(keys))
 
     def loss(params, weights, x):
-        y = layer.apply({"params": params}, x, ExpertPool.of_floats(weights))
+        y = layer.apply({"params": params}, x, of(ExpertPool.of_floats(weights)))[0]
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), (d_params, d_weights, d_x) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
@@ -75,7 +81,7 @@ def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
 
 def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
     layer, pool, x, params = make(num_experts=(7, 11))
-    y = layer.apply({"params": params}, x, pool)
+    y = layer.apply({"params": params}, x, of(pool))[0]
 
     x_TD = np.asarray(x, np.float64).reshape(-1, D)
     query = (x_TD @ np.asarray(params["query"]["kernel"])).reshape(-1, HEADS, 2 * KEY_WIDTH)
@@ -97,12 +103,13 @@ def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
 def test_fresh_output_is_a_stated_share_of_a_dense_mlps(heads, k, keys):
     width = 128
     x = jax.random.normal(jax.random.key(0), (4, 64, width))
-    mlp = MLP(4 * width, "gelu", 1.0, jnp.dtype("float32"))
-    dense = mlp.apply(mlp.init(jax.random.key(1), x), x)
-    layer = PEER((keys, keys), heads, k, 64)
+    mlp = DenseConfig(4 * width).module(Sizes(width))
+    dense = mlp.apply(mlp.init(jax.random.key(1), x, Context()), x, Context())[0]
+    layer = PeerConfig((keys, keys), heads, k, 64).module(Sizes(width))
     pool = initialize_pool(jax.random.key(2), 1, keys**2, width)
     pool = ExpertPool.of_floats(pool.weights[0])
-    y = layer.apply({"params": layer.init(jax.random.key(3), x, pool)["params"]}, x, pool)
+    params = layer.init(jax.random.key(3), x, of(pool))["params"]
+    y = layer.apply({"params": params}, x, of(pool))[0]
     share = (heads / (k * width)) ** 0.5
     assert 0.8 * share < float(jnp.std(y) / jnp.std(dense)) < 1.25 * share
 
@@ -119,7 +126,7 @@ def test_pool_values_do_not_repeat_and_have_the_stated_moments():
 
 def test_initial_sub_key_norms_are_recorded():
     layer, pool, x, _ = make()
-    variables = layer.init(jax.random.key(2), x, pool)
+    variables = layer.init(jax.random.key(2), x, of(pool))
     for name in ("keys1", "keys2"):
         norms = np.linalg.norm(variables["params"][name], axis=-1)
         np.testing.assert_allclose(variables["stats"][f"initial_norm_{name}"], norms, rtol=1e-6)

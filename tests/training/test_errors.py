@@ -211,8 +211,8 @@ def files_of(workdir):
 def test_a_workdir_of_another_configuration_is_refused(corpus, finished):
     before = files_of(finished)
     config = tiny_config(corpus)
-    config.model.mlp_width = 48
-    with pytest.raises(ConfigError, match=r"model.mlp_width \(was 32, is 48\)"):
+    config.mlp.hidden = 48
+    with pytest.raises(ConfigError, match=r"mlp.hidden \(was 32, is 48\)"):
         train(config, str(finished))
     assert files_of(finished) == before
 

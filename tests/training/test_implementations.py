@@ -18,7 +18,7 @@ STEPS, LENGTH = 2, 4
 
 def losses_by(implementation):
     """4 tokens a step, a layer of 64 experts at D = 64, 8 experts a token."""
-    config, model, optimizer, state = make(
+    config, task, optimizer, state = make(
         **{
             "kernels.implementation": implementation,
             "model.width": 64,
@@ -26,7 +26,7 @@ def losses_by(implementation):
             "optimizer.warmup_steps": 1,
         }
     )
-    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+    step = jax.jit(make_train_step(config, task, optimizer), donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (STEPS, 1, LENGTH + 1))
     losses = []
     with jax.set_mesh(make_mesh()):

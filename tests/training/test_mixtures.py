@@ -24,19 +24,19 @@ WEIGHT = 0.5
 @functools.cache
 def make_mixtures(balance_weight):
     changes = {"model.layers": (("moe", 2),), "moe.balance_weight": balance_weight}
-    _, model, _, state = make(**changes)
-    differentiate = functools.partial(loss_and_gradients, model)
-    return model, state, jax.jit(differentiate, static_argnames="microbatches")
+    _, task, _, state = make(**changes)
+    differentiate = functools.partial(loss_and_gradients, task)
+    return task, state, jax.jit(differentiate, static_argnames="microbatches")
 
 
 def test_terms_of_layers_are_differentiated_but_not_part_of_the_loss_shown():
-    model, state, differentiate = make_mixtures(WEIGHT)
+    task, state, differentiate = make_mixtures(WEIGHT)
     batch = make_batch()
 
     def term(params):
         variables = {**state.variables, "params": params}
         inputs = (batch[name] for name in ("inputs", "positions", "segments"))
-        kept = model.apply(variables, *inputs, mutable=["losses"])[1]
+        kept = task.model.apply(variables, *inputs, mutable=["losses"])[1]
         return jnp.sum(kept["losses"]["run_0"]["block"]["moe"]["balance"])
 
     total, of_term = jax.jit(jax.value_and_grad(term))(state.params)
@@ -79,11 +79,11 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
         bound = 1e-5 if name.startswith("[0]") else 1e-4  # gradients; figures after steps
         assert np.abs(found[8][name] - one).max() <= bound * np.abs(one).max(), name
     # Each mixture's gates sum to 1, and each of the two heads of a pool's.
-    of_mixture, of_pool = (found[1][f"[2][0]['gate_sums']['run_{run}']"] for run in (0, 1))
-    assert (of_mixture.shape, of_pool.shape) == ((1, 8), (1, 64))
+    of_mixture, of_pool = (found[1][f"[2]['layer_{layer}']"] for layer in (0, 1))
+    assert (of_mixture.shape, of_pool.shape) == ((8,), (64,))
     np.testing.assert_allclose(of_mixture.sum(), ROWS * LENGTH, rtol=1e-5)
     np.testing.assert_allclose(of_pool.sum(), 2 * ROWS * LENGTH, rtol=1e-5)
-    with_all, with_half = (found[1][f"[2][{number}]['nats']"] for number in (0, 1))
+    with_all, with_half = (found[1][f"[2]['{name}']"] for name in ("loss", "without"))
     assert with_all != with_half
 
 
@@ -97,8 +97,8 @@ def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
-    assert report["experts"].keys() == {"run_1.0"}
-    assert report["experts"]["run_1.0"]["usage"] == 1
+    assert report["experts"].keys() == {"layer_1"}
+    assert report["experts"]["layer_1"]["usage"] == 1
     assert report["expert_parameters"] == 0
     last = json.loads(metrics_file(tmp_path / "whole").splitlines()[-1])
     terms = {name: value for name, value in last.items() if name.startswith("losses/")}
@@ -116,6 +116,6 @@ def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path
 )
 def test_a_mixture_that_cannot_be_is_refused(changes, message):
     config = tiny_config("unused")
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict({"model.layers": (("moe", 1),), **changes})
     with pytest.raises(ConfigError, match=message):
         validate(config)

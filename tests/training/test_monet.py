@@ -15,11 +15,12 @@ from peerjax.inference.prompts import continue_prompts
 from peerjax.inference.sampling import Sampling
 from peerjax.inference.trained import open_run, restore
 from peerjax.optim import dequantize, is_packed_matrix
+from peerjax.routing.choice import FactoredChoice
 from peerjax.sharding import make_mesh
 from peerjax.training.checkpoint import count_parameters
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
-from peerjax.training.step import gate_sums, make_first_statistics, make_train_step
+from peerjax.training.step import make_first_statistics, make_train_step
 from tests.training.test_resume import assert_same_run, metrics_file
 from tests.training.test_step import assert_close, make, make_batch
 from tests.training.tiny import STEPS, tiny_config
@@ -46,7 +47,7 @@ def test_learns_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, cor
     terms = {name for name in records[-1] if name.startswith("losses/")}
     assert terms == {"losses/run_1/uniformity", "losses/run_1/ambiguity"}
     experts = json.loads((tmp_path / "whole" / "report.json").read_text())["experts"]
-    assert experts.keys() == {"run_1.0", "run_1.1"}  # a router for two blocks
+    assert experts.keys() == {"layer_1", "layer_3"}  # a router for two layers
 
     run = open_run(str(tmp_path / "whole"))
     variables = restore(run, make_mesh(jax.devices()[:1]))
@@ -63,10 +64,10 @@ def test_packed_matrices_move_by_gradients_of_their_floats():
         "pool.learning_rate": 0.1,
         **CHANGES,
     }
-    config, model, optimizer, state = make(**packed)
+    config, task, optimizer, state = make(**packed)
     assert count_parameters(state.params) == count_parameters(make(**CHANGES)[-1].params)
 
-    differentiate = jax.jit(functools.partial(loss_and_gradients, model))
+    differentiate = jax.jit(functools.partial(loss_and_gradients, task))
     as_floats = {**state.variables, "params": dequantize(state.params)}
     (loss, found), (expected_loss, expected) = (
         differentiate(variables, make_batch()) for variables in (state.variables, as_floats)
@@ -74,7 +75,7 @@ def test_packed_matrices_move_by_gradients_of_their_floats():
     assert loss == expected_loss
     assert_close(found.params, expected.params)
 
-    after, _ = jax.jit(make_train_step(config, model, optimizer))(state, make_batch())
+    after, _ = jax.jit(make_train_step(config, task, optimizer))(state, make_batch())
     experts = after.params["run_0"]["group"]["block_1"]["monet"]
     before = state.params["run_0"]["group"]["block_1"]["monet"]
     for name in ("u", "v"):
@@ -88,7 +89,7 @@ def test_gates_of_all_experts_are_summed_from_those_of_their_halves():
     shape = (2, 5, 3, 4)  # routers, tokens, heads, keys
     g1, g2 = (jax.random.uniform(jax.random.key(side), shape) for side in (1, 2))
     weight = jnp.array([1.0, 0.0, 1.0, 0.5, 1.0])
-    found = gate_sums({"g1": g1, "g2": g2}, weight, 16)
+    found = FactoredChoice(g1, g2).gate_sums(weight)
     expected = np.zeros((2, 16))
     for router, token, head, i, j in np.ndindex(*shape, 4):
         gate = g1[router, token, head, i] * g2[router, token, head, j]
@@ -97,9 +98,9 @@ def test_gates_of_all_experts_are_summed_from_those_of_their_halves():
 
 
 def test_statistics_of_every_router_start_at_the_first_batch():
-    config, model, _, state = make(**CHANGES)
-    stats = jax.jit(make_first_statistics(config, model))(state, make_batch()).stats
-    router = stats["run_0"]["group"]["block_0"]["router"]
+    config, task, _, state = make(**CHANGES)
+    stats = jax.jit(make_first_statistics(config, task))(state, make_batch()).stats
+    router = stats["run_0"]["group"]["block_0"]["monet"]["router"]
     for side in ("norm1", "norm2"):
         moments = router[side]["moments"]
         assert moments.mean.shape == (2, 1, config.monet.heads, 1)
@@ -111,7 +112,7 @@ def test_statistics_of_every_router_start_at_the_first_batch():
     [
         ({"monet.num_experts": 60}, "monet: 60 experts are not a square"),
         ({"monet.top_k": 9}, "monet: top_k=9 is not in 1 .. 8"),
-        ({"monet.group": 3}, "4 blocks of 'monet_hd' in a row, which is not divisible by monet"),
+        ({"monet.group": 3}, "4 blocks of 'monet_hd' in a row, which is not divisible by 3"),
         ({"monet.group": 0}, "monet.group=0 is not positive"),
         ({"monet.storage": "int3"}, "monet.storage='int3' is unknown"),
         (

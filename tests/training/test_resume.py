@@ -33,7 +33,6 @@ def saved_arrays(workdir, step=STEPS):
     """Every array of a checkpoint, by path."""
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state")
-    state["rng"] = jax.random.key_data(state["rng"])
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.config import model_config
 from peerjax.errors import DivergenceError
-from peerjax.model import Decoder
+from peerjax.objectives import language_model
 from peerjax.sharding import make_mesh
 from peerjax.training import step as training_step
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
+from peerjax.training.optimizer import make_optimizer
 from peerjax.training.pending import Pending, Warnings
-from peerjax.training.state import create_state, make_optimizer
+from peerjax.training.state import create_state
 from peerjax.training.step import make_first_statistics, make_train_step
 from tests.training.tiny import tiny_config
 
@@ -27,10 +27,9 @@ def make(storage="int4", rule="rowwise", **changes):
     config = tiny_config("unused")
     config.pool.storage, config.pool.rule = storage, rule
     config.update_from_flattened_dict(changes)
-    model = Decoder(model_config(config, VOCABULARY))
-    optimizer = make_optimizer(config)
-    state = jax.jit(lambda: create_state(config, model, optimizer))()
-    return config, model, optimizer, state
+    task, optimizer = language_model(config, VOCABULARY), make_optimizer(config)
+    state = jax.jit(lambda: create_state(config, task, optimizer))()
+    return config, task, optimizer, state
 
 
 def make_batch(seed=0, low=0):
@@ -43,6 +42,11 @@ def make_batch(seed=0, low=0):
     }
 
 
+def as_rows(batch):
+    """The rows of a batch, one by one."""
+    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), batch) for row in range(ROWS)]
+
+
 def assert_close(found, expected, bound=1e-5):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -51,9 +55,9 @@ def assert_close(found, expected, bound=1e-5):
 
 @pytest.mark.parametrize("microbatches", [2, 8])
 def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
-    _, model, _, state = make(**{"peer.query_norm": "batchnorm"})
+    _, task, _, state = make(**{"peer.query_norm": "batchnorm"})
     differentiate = jax.jit(
-        functools.partial(loss_and_gradients, model), static_argnames="microbatches"
+        functools.partial(loss_and_gradients, task), static_argnames="microbatches"
     )
     whole_loss, whole = differentiate(state.variables, make_batch())
     with jax.set_mesh(make_mesh()):
@@ -61,8 +65,10 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
     np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
     assert_close(parts.params, whole.params)
     assert parts.pools.keys() == whole.pools.keys() == {"run_1"}
-    np.testing.assert_array_equal(parts.pools["run_1"].ids, whole.pools["run_1"].ids)
-    assert_close(parts.pools["run_1"].dense(64), whole.pools["run_1"].dense(64))
+    np.testing.assert_array_equal(
+        parts.pools["run_1"]["pool"].ids, whole.pools["run_1"]["pool"].ids
+    )
+    assert_close(parts.pools["run_1"]["pool"].dense(64), whole.pools["run_1"]["pool"].dense(64))
     assert_close(parts.moments, whole.moments)
     assert parts.losses == whole.losses == {}  # no layer adds a term
 
@@ -70,14 +76,14 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(microbatches):
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_running_statistics_start_at_the_first_batch_and_follow_the_steps(microbatches):
     changes = {"peer.query_norm": "batchnorm", "optimizer.microbatches": microbatches}
-    config, model, optimizer, state = make(**changes)
+    config, task, optimizer, state = make(**changes)
     batches = make_batch(0), make_batch(1)
 
     def moments_of(state, batch):
-        return loss_and_gradients(model, state.variables, batch)[1].moments
+        return loss_and_gradients(task, state.variables, batch)[1].moments
 
     expected = jax.jit(moments_of)(state, batches[0])
-    state = jax.jit(make_first_statistics(config, model))(state, batches[0])
+    state = jax.jit(make_first_statistics(config, task))(state, batches[0])
     stats = state.stats["run_1"]["block"]["peer"]
     assert stats.keys() == {"query_norm", "initial_norm_keys1", "initial_norm_keys2"}
     # The only router is behind no other: whatever normalises it, its queries are the same.
@@ -85,14 +91,14 @@ def test_running_statistics_start_at_the_first_batch_and_follow_the_steps(microb
 
     found = jax.jit(moments_of)(state, batches[1])["run_1"]["block"]["peer"]["query_norm"]
     expected = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, stats["query_norm"], found)
-    state, _ = jax.jit(make_train_step(config, model, optimizer))(state, batches[1])
+    state, _ = jax.jit(make_train_step(config, task, optimizer))(state, batches[1])
     assert_close(state.stats["run_1"]["block"]["peer"]["query_norm"], expected)
 
 
 @pytest.mark.parametrize(("storage", "rule"), CHOICES)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(storage, rule):
-    config, model, optimizer, state = make(storage, rule, **{"optimizer.warmup_steps": 0})
-    step = jax.jit(make_train_step(config, model, optimizer))
+    config, task, optimizer, state = make(storage, rule, **{"optimizer.warmup_steps": 0})
+    step = jax.jit(make_train_step(config, task, optimizer))
     embedding = state.params["embed"]["embedding"]
     poisoned = embedding.at[0].set(jnp.inf)  # token 0 is read by the second batch only
     state.params["embed"]["embedding"] = poisoned
@@ -123,13 +129,13 @@ def test_packed_matrices_are_passed_over_by_a_step_that_is_not_finite(monkeypatc
     layers = {"model.layers": (("peer", 1), ("monet_hd", 1)), "monet.storage": "int4"}
     sizes = {"monet.num_experts": 64, "monet.top_k": 2, "monet.group": 1}
     sizes["optimizer.warmup_steps"] = 0
-    config, model, optimizer, state = make(**layers, **sizes)
-    make_step = functools.partial(make_train_step, config, model, optimizer)
+    config, task, optimizer, state = make(**layers, **sizes)
+    make_step = functools.partial(make_train_step, config, task, optimizer)
     good = jax.jit(make_step())
     start, _ = good(state, make_batch(1))
 
-    def overflow_below(*args):
-        loss, gradients = loss_and_gradients(*args)
+    def overflow_below(*args, **options):
+        loss, gradients = loss_and_gradients(*args, **options)
         embed = jax.tree.map(lambda leaf: leaf + jnp.inf, gradients.params["embed"])
         return loss, gradients._replace(params={**gradients.params, "embed": embed})
 

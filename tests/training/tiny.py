@@ -49,7 +49,7 @@ def tiny_config(pattern: str) -> ml_collections.ConfigDict:
     config.model.width = 16
     config.model.layers = (("dense", 1), ("peer", 1))
     config.model.heads = 2
-    config.model.mlp_width = 32
+    config.mlp.hidden = 32
     config.peer.num_experts = (8, 8)
     config.peer.heads = 2
     config.peer.experts_per_head = 4

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import dense_small, moe_small, peer_small
-from peerjax.analysis.flops import EXPERTS, LOOKUP, forward_flops
 from peerjax.config import model_config
-from peerjax.model import KINDS, Decoder, PeerConfig
+from peerjax.layers import FEED_FORWARDS
+from peerjax.layers.dense import DenseConfig
+from peerjax.layers.peer import PeerConfig
+from peerjax.model import Decoder
+from peerjax.planning.flops import forward_flops
 from peerjax.routing.token_choice import block_size
 from tests.conftest import compile_as_users_do
-from tests.test_model import CONFIG
+from tests.test_model import CONFIG, MOE, MONET_HD, MONET_VD
 
 ROWS, LENGTH = 2, 64
 TOKENS = ROWS * LENGTH
@@ -25,11 +28,11 @@ TINY = dataclasses.replace(
     vocab_size=512,
     width=64,
     heads=2,
-    mlp_width=256,
-    peer=PeerConfig((64, 96), 2, 8, 32, "relu", "layernorm"),
-    activation="relu",
     implementation="xla",
 )
+DENSE = DenseConfig(hidden=256, activation="relu")
+PEER = PeerConfig((64, 96), heads=2, experts_per_head=8, key_width=32, activation="relu")
+MOE = dataclasses.replace(MOE, activation="relu")
 # Of the formula: what is elementwise at these widths is 1 to 4 percent.
 ELEMENTWISE = 0.05
 
@@ -55,7 +58,7 @@ def assert_counted(counted, expected):
     assert expected <= counted <= expected * (1 + ELEMENTWISE)
 
 
-@pytest.mark.parametrize("layers", [[("dense", 1)], [("dense", 1)] * 2])
+@pytest.mark.parametrize("layers", [[(DENSE, 1)], [(DENSE, 1)] * 2])
 def test_dense(layers):
     config = with_layers(*layers)
     assert_counted(
@@ -64,10 +67,10 @@ def test_dense(layers):
 
 
 def test_peer_where_the_lookup_is_a_loop_over_tokens():
-    config = with_layers(("peer", 1))
+    config = with_layers((PEER, 1))
     flops = forward_flops(config, LENGTH, full_attention=True)
-    one_of_all = flops[LOOKUP] / TOKENS
-    assert_counted(compiled_flops(config), sum(flops.values()) - flops[LOOKUP] + one_of_all)
+    one_of_all = flops["lookup"] / TOKENS
+    assert_counted(compiled_flops(config), sum(flops.values()) - flops["lookup"] + one_of_all)
 
     # The lookup by itself, without a loop: every expert gathered, multiplied and added.
     def lookup(weights, ids, gates, x):
@@ -75,25 +78,24 @@ def test_peer_where_the_lookup_is_a_loop_over_tokens():
         hidden = jax.nn.relu(jnp.einsum("tkd,td->tk", experts[:, :, 0], x))
         return jnp.einsum("tk,tkd->td", gates * hidden, experts[:, :, 1])
 
-    chosen = config.peer.heads * config.peer.experts_per_head
+    chosen = PEER.heads * PEER.experts_per_head
     shapes = [(6144, 2, 64), (TOKENS, chosen), (TOKENS, chosen), (TOKENS, 64)]
     dtypes = [jnp.float32, jnp.int32, jnp.float32, jnp.float32]
     operands = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
-    assert_counted(_count(lookup, *operands) / TOKENS, flops[LOOKUP])
+    assert_counted(_count(lookup, *operands) / TOKENS, flops["lookup"])
 
 
 def test_mixture_with_the_padding_of_its_blocks():
-    config = with_layers(("moe", 1), implementation="mosaic_gpu")  # all blocks at once
+    config = with_layers((MOE, 1), implementation="mosaic_gpu")  # all blocks at once
     flops = forward_flops(config, LENGTH, full_attention=True)
-    moe = config.moe
-    pairs = TOKENS * moe.experts_per_token
-    block = block_size(pairs, moe.num_experts)
-    slots = (pairs + moe.num_experts * (block - 1)) // block * block
-    padding = flops[EXPERTS] * (slots / pairs - 1)
+    pairs = TOKENS * MOE.experts_per_token
+    block = block_size(pairs, MOE.num_experts)
+    slots = (pairs + MOE.num_experts * (block - 1)) // block * block
+    padding = flops["experts"] * (slots / pairs - 1)
     assert_counted(compiled_flops(config), sum(flops.values()) + padding)
 
 
-@pytest.mark.parametrize("kind", ["monet_hd", "monet_vd"])
+@pytest.mark.parametrize("kind", [MONET_HD, MONET_VD])
 def test_monet_in_one_group(kind):
     assert_counted(
         compiled_flops(with_layers((kind, 2))),
@@ -109,10 +111,12 @@ def test_a_causal_token_sees_half_of_its_row_on_average():
     assert {**causal, part: 0} == {**whole, part: 0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEED_FORWARDS)
 def test_every_kind_of_layer_has_a_formula_and_counts_as_often_as_it_is_there(kind):
+    spec = FEED_FORWARDS[kind]()
+
     def total(count):
-        return sum(forward_flops(with_layers((kind, count)), LENGTH).values())
+        return sum(forward_flops(with_layers((spec, count)), LENGTH).values())
 
     assert total(3) - total(2) == total(2) - total(1) > 0
 

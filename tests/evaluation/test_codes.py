@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.storage import read_codes, write_codes
-from peerjax.analysis import codes as analysis
-from peerjax.analysis.codes import code_statistics
+from peerjax.evaluation import codes as evaluation
+from peerjax.evaluation.codes import code_statistics
 from peerjax.pool import initialize_pool
 
 
 @pytest.mark.parametrize("storage", ["int4", "int8"])
 def test_counts_every_code_once(storage, monkeypatch):
-    monkeypatch.setattr(analysis, "EXPERTS_PER_CHUNK", 16)  # 50 experts: the last chunk is partial
+    monkeypatch.setattr(
+        evaluation, "EXPERTS_PER_CHUNK", 16
+    )  # 50 experts: the last chunk is partial
     num_experts, width = 50, 64
     pool = initialize_pool(jax.random.key(0), 2, num_experts, width, storage=storage)
     top = {"int4": 7, "int8": 127}[storage]

@@ -6,23 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Bool
 
-from peerjax.analysis.domains import domain_experts, random_experts
 from peerjax.data.packing import PackedRows
 from peerjax.errors import ConfigError, DataError
+from peerjax.evaluation.domains import domain_experts, random_experts
+from peerjax.evaluation.loss import Loss
+from peerjax.evaluation.probe import ALL, Evaluation, Probe
+from peerjax.evaluation.usage import GateSums, routers
 from peerjax.model import Decoder
-from peerjax.routing.auxiliary import REMOVED, ROUTING
-from peerjax.training.evaluation import Evaluation
+from peerjax.routing.auxiliary import EXPERTS, REMOVED
 
-# By layer name, such as "run_1.0".
+# By layer name, such as "layer_1".
 Experts = Mapping[str, Bool[np.ndarray, " N"]]
 # Draws of random experts, whose mean is the control.
 DRAWS = 3
-ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def checked_domains(
     """
     if not domains:
         return []
-    if not model.config.experts_by_run():
+    if not model.config.routes:
         raise ConfigError("no layer of this model has experts that could be removed")
     there = ", ".join(texts)
     if len(texts) < 2:
@@ -88,58 +88,61 @@ def checked_domains(
 def remove_domains(
     evaluate: Callable[..., Evaluation],
     model: Decoder,
-    variables: dict[str, Any],
+    loss: Loss,
     texts: Mapping[str, PackedRows],
     domains: Sequence[str],
     rows: Callable[[PackedRows], Sequence[int]],
 ) -> list[Removal]:
     """Removes the experts of one domain after the other, and measures the loss on all.
 
-    Every second row says which experts belong to a domain; on the others losses are measured.
+    Every second row shows which experts belong to a domain; losses are measured on the others.
 
     Args:
-        evaluate: called with variables, texts, and `rows`, which of a text's rows to read.
+        evaluate: called with texts, probes, and `rows`, which of a text's rows to read.
         model: the decoder.
-        variables: its collections "params", "pools" and "stats".
+        loss: the probe of the loss.
         texts: packed rows by domain.
         domains: whose experts to remove, as `checked_domains` gives them.
         rows: which of a domain's rows to use.
     """
+    found = evaluate(texts, {"gates": GateSums(), "loss": loss}, rows=lambda text: rows(text)[::2])
+    experts = _by_domain({name: found[name] for name in texts})
+    used = {layer: sums > 0 for layer, sums in found[ALL]["gates"].items()}
+    probes: dict[str, Probe] = {"loss": loss, "gates": GateSums()}
 
-    def evaluate_half(number: int, variables: dict[str, Any]) -> dict[str, Evaluation]:
+    def leave_out(name: str, removed: Experts) -> str:
+        probes[name] = dataclasses.replace(loss, given=removed_collection(model, removed))
+        return name
+
+    without, controls = {}, {}
+    for domain in domains:
+        counts = {layer: int(which.sum()) for layer, which in experts[domain].items()}
+        without[domain] = leave_out(f"without {domain}", experts[domain])
+        controls[domain] = [
+            leave_out(
+                f"without as many as {domain}, {draw}",
+                {layer: random_experts(used[layer], count, rng) for layer, count in counts.items()},
+            )
+            for draw, rng in enumerate(np.random.default_rng(0).spawn(DRAWS))
+        ]
+    measured = evaluate(texts, probes, rows=lambda text: rows(text)[1::2])
+
+    def changes(name: str) -> dict[str, float]:
         return {
-            name: evaluate(variables, {name: text}, rows=lambda text: rows(text)[number::2])
-            for name, text in texts.items()
-        }
-
-    found = evaluate_half(0, variables)
-    before = evaluate_half(1, variables)
-    experts = _by_domain(found)
-    sums = [each.gate_sums for each in found.values()]
-    used = {layer: np.any([each[layer] > 0 for each in sums], axis=0) for layer in sums[0]}
-
-    def changes(removed: Experts) -> dict[str, float]:
-        without = evaluate_half(1, variables | removed_collection(model, removed))
-        return {
-            name: each.overall.nats_per_token - before[name].overall.nats_per_token
-            for name, each in without.items()
+            text: measured[text][name]["nats_per_token"] - measured[text]["loss"]["nats_per_token"]
+            for text in texts
         }
 
     removals = []
     for domain in domains:
-        chosen = experts[domain]
-        counts = {layer: int(which.sum()) for layer, which in chosen.items()}
-        draws = [
-            changes({layer: random_experts(used[layer], counts[layer], rng) for layer in chosen})
-            for rng in np.random.default_rng(0).spawn(DRAWS)
-        ]
+        draws = [changes(name) for name in controls[domain]]
         removals.append(
             Removal(
                 domain=domain,
-                experts=counts,
-                gates={name: _share(each, chosen) for name, each in before.items()},
-                changes=changes(chosen),
-                control={name: float(np.mean([draw[name] for draw in draws])) for name in before},
+                experts={layer: int(which.sum()) for layer, which in experts[domain].items()},
+                gates={text: _share(measured[text]["gates"], experts[domain]) for text in texts},
+                changes=changes(without[domain]),
+                control={text: float(np.mean([draw[text] for draw in draws])) for text in texts},
             )
         )
     return removals
@@ -152,38 +155,29 @@ def removed_collection(model: Decoder, experts: Experts) -> dict[str, Any]:
         model: the decoder.
         experts: by layer name, which to leave out; all layers that route.
     """
-
-    def routing() -> Any:
-        # Shapes of weights do not depend on it: the smallest that splits over the devices.
-        tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
-        return model.init(jax.random.key(0), tokens, tokens).get(ROUTING, {})
-
-    def in_place(tree: Any, run: str) -> Any:
-        """`experts` where the run's layers leave their routing."""
-        inner = next(iter(tree.values()))
-        if isinstance(inner, dict):
-            return {next(iter(tree)): in_place(inner, run)}
-        stacked = [experts[f"{run}.{layer}"] for layer in range(inner.shape[0])]
-        return {"experts": np.stack(stacked)}
-
-    shapes = jax.eval_shape(routing)
-    return {REMOVED: {run: in_place(tree, run) for run, tree in shapes.items()}}
+    return {
+        REMOVED: unflatten_dict(
+            {
+                (*router.path, EXPERTS): np.stack([experts[name] for name in router.names])
+                for router in routers(model)
+            }
+        )
+    }
 
 
-def _by_domain(found: Mapping[str, Evaluation]) -> Mapping[str, Experts]:
+def _by_domain(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Experts]:
     """The experts of every domain, by layer name."""
     experts: dict[str, dict[str, Any]] = {name: {} for name in found}
-    for layer in next(iter(found.values())).gate_sums:
+    for layer in next(iter(found.values()))["gates"]:
         routing = {
-            name: each.gate_sums[layer] / each.overall.tokens for name, each in found.items()
+            name: each["gates"][layer] / each["loss"]["tokens"] for name, each in found.items()
         }
         for name, which in domain_experts(routing).items():
             experts[name][layer] = which
     return experts
 
 
-def _share(evaluation: Evaluation, experts: Experts) -> float:
+def _share(gate_sums: Mapping[str, np.ndarray], experts: Experts) -> float:
     """The share of all gates that some experts have."""
-    sums = evaluation.gate_sums
-    removed = sum(float(sums[layer][which].sum()) for layer, which in experts.items())
-    return removed / sum(float(each.sum()) for each in sums.values())
+    removed = sum(float(gate_sums[layer][which].sum()) for layer, which in experts.items())
+    return removed / sum(float(each.sum()) for each in gate_sums.values())

@@ -1,5 +1,6 @@
 """A model without the experts of a domain."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -10,12 +11,15 @@ from etils import epath
 
 from peerjax.data.pipeline import load_text, validation_rows
 from peerjax.errors import ConfigError, DataError
+from peerjax.evaluation import evaluate
+from peerjax.evaluation.loss import Loss
+from peerjax.evaluation.removal import checked_domains, removed_collection
+from peerjax.evaluation.usage import routers
 from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
-from peerjax.inference.removal import checked_domains, removed_collection
 from peerjax.inference.trained import open_run
+from peerjax.sharding import make_mesh
 from peerjax.training.loop import train
-from peerjax.training.step import make_eval_step
-from tests.training.test_step import make, make_batch
+from tests.training.test_step import ROWS, VOCABULARY, as_rows, make, make_batch
 from tests.training.tiny import SAVE_EVERY, tiny_config
 
 
@@ -43,16 +47,27 @@ def trained(kind, texts, folder):
     return open_run(str(folder))
 
 
+def loss_of(model, variables, removed=None):
+    """The loss on some batch, without some experts."""
+    given = {} if removed is None else removed_collection(model, removed)
+    probes = {"loss": dataclasses.replace(Loss((1,) * VOCABULARY), given=given)}
+    text, mesh = {"text": as_rows(make_batch())}, make_mesh(jax.devices()[:1])
+    found = evaluate(
+        model, variables, text, probes, mesh, rows=lambda text: range(len(text)), batch_size=ROWS
+    )
+    return found["all"]["loss"]["nats_per_token"]
+
+
 @pytest.mark.parametrize("kind", ["peer", "moe", "monet_vd"])
 def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
     kind, texts, tmp_path, capsys
 ):
     run = trained(kind, texts, tmp_path)
     evaluation, removals = evaluate_without(run, ["all"])
-    assert evaluation.overall.tokens > 0
+    assert evaluation["all"]["loss"]["tokens"] > 0
     assert [removal.domain for removal in removals] == ["one", "two"]
     for removal in removals:
-        assert removal.experts.keys() == evaluation.usage.keys()
+        assert removal.experts.keys() == evaluation["all"]["experts"].keys()
         for figures in (removal.changes, removal.control, removal.gates):
             assert figures.keys() == {"one", "two"}
         other = "two" if removal.domain == "one" else "one"
@@ -69,29 +84,22 @@ def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
 
 
 def test_a_removed_expert_of_a_pool_is_one_whose_weights_are_0():
-    config, model, _, state = make(**{"pool.storage": "float32"})
+    _, task, _, state = make(**{"pool.storage": "float32"})
     removed = np.random.default_rng(0).random((1, 64)) < 0.5
-    eval_step = jax.jit(make_eval_step(model))
-    batch = make_batch() | {"weight": np.ones(config.data.batch_size, np.float32)}
-
-    def loss(variables):
-        return eval_step(variables, batch)["nats"]
-
-    by_layer = {"run_1.0": removed[0]}
-    found = loss(state.variables | removed_collection(model, by_layer))
+    found = loss_of(task.model, state.variables, {"layer_1": removed[0]})
     pool = state.pools["run_1"]["pool"]
     kept = ~removed[:, :, None]
     zeroed = jax.tree.map(
         lambda leaf: leaf * kept.reshape(kept.shape + (1,) * (leaf.ndim - 3)), pool.weights
     )
     pools = state.pools | {"run_1": {"pool": type(pool).of_floats(zeroed)}}
-    assert found == pytest.approx(float(loss(state.variables | {"pools": pools})), rel=1e-6)
-    assert found != loss(state.variables)
+    assert found == pytest.approx(loss_of(task.model, state.variables | {"pools": pools}), rel=1e-6)
+    assert found != loss_of(task.model, state.variables)
 
 
 @pytest.mark.parametrize("kind", ["peer", "moe", "monet_hd", "monet_vd"])
 def test_every_kind_of_layer_leaves_out_what_is_removed(kind):
-    _, model, _, state = make(
+    _, task, _, state = make(
         **{
             "model.layers": ((kind, 2),),
             "pool.storage": "float32",
@@ -102,20 +110,21 @@ def test_every_kind_of_layer_leaves_out_what_is_removed(kind):
             "moe.hidden": 8,
         }
     )
-    eval_step = jax.jit(make_eval_step(model))
-    batch = make_batch() | {"weight": np.ones(8, np.float32)}
-    (count,) = model.config.experts_by_run().values()
+    counts = {name: each.num_experts for each in routers(task.model) for name in each.names}
+    assert counts.keys() == {"layer_0", "layer_1"}
 
-    def loss_without(first, second):
-        experts = {"run_0.0": np.full(count, first), "run_0.1": np.full(count, second)}
-        found = eval_step(state.variables | removed_collection(model, experts), batch)
-        return float(found["nats"])
+    def loss_without(*removed):
+        experts = {
+            name: np.full(count, each)
+            for (name, count), each in zip(counts.items(), removed, strict=True)
+        }
+        return loss_of(task.model, state.variables, experts)
 
-    whole = float(eval_step(state.variables, batch)["nats"])
+    whole = loss_of(task.model, state.variables)
     assert loss_without(False, False) == pytest.approx(whole, rel=1e-6)
     # The experts of a layer are taken from that layer.
     losses = {whole, *(loss_without(*each) for each in ((True, False), (False, True)))}
-    assert len({round(each, 3) for each in losses}) == 3
+    assert len({round(each, 5) for each in losses}) == 3
 
 
 def test_what_cannot_be_removed_is_said_before_anything_is_read(texts, tmp_path, finished):
@@ -126,7 +135,7 @@ def test_what_cannot_be_removed_is_said_before_anything_is_read(texts, tmp_path,
         evaluate_without(run, ["one", "three"], texts)
     with pytest.raises(DataError, match="domain 'one' has one row of text, and needs two"):
         evaluate_without(run, ["one"], texts, rows=1)
-    dense = make(**{"model.layers": (("dense", 1),)})[1]
+    dense = make(**{"model.layers": (("dense", 1),)})[1].model
     two = load_text(texts, "text", run.tokenizer, 32)
     with pytest.raises(ConfigError, match="no layer of this model has experts"):
         checked_domains(dense, two, ["one"], partial(validation_rows, count=None))

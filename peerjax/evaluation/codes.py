@@ -1,6 +1,10 @@
 """What the codes of packed pools look like: how they are spread, how many rows are full, scales."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.expert_update.integer_step import largest_code
 from pallas_kernels.storage import BITS, ExpertPool, read_codes
+from peerjax.evaluation.probe import Probe
+from peerjax.model import Decoder
 
 EXPERTS_PER_CHUNK = 1024
 # Share of a row's codes at their limit. Normal weights, whose scale follows their RMS, have 1%.
@@ -28,6 +34,43 @@ class CodeStatistics(NamedTuple):
     histogram: Float[Array, "layers 8"]
     saturated_rows: Float[Array, " layers"]
     log_scale: Float[Array, " layers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes(Probe):
+    """How the codes of packed pools are spread, by layer; see `CodeStatistics`."""
+
+    of_model: ClassVar[bool] = True
+    columns: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "saturated_rows": ("saturated rows", ".2%"),
+        "log_scale": ("log scale", ".3f"),
+    }
+
+    def result(self, model: Decoder, sums: Any, variables: dict[str, Any]) -> dict[str, Any]:
+        """Figures by layer; nothing for pools in floats."""
+        found = {}
+        for stack, of_stack in variables["pools"].items():
+            for name, pool in of_stack.items():
+                if not pool.is_packed:
+                    continue
+                statistics = jax.device_get(_code_statistics(pool))
+                suffix = "" if len(of_stack) == 1 else f".{name}"
+                layers = model.config.place((stack, "block")).layers
+                for layer, histogram, saturated, log_scale in zip(layers, *statistics, strict=True):
+                    found[f"layer_{layer}{suffix}"] = {
+                        "saturated_rows": float(saturated),
+                        "log_scale": float(log_scale),
+                        **{f"share_{part}": float(share) for part, share in enumerate(histogram)},
+                    }
+        return found
+
+    def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
+        """All figures, as `codes/<layer>/...`."""
+        return {
+            f"codes/{layer}/{figure}": value
+            for layer, found in result.items()
+            for figure, value in found.items()
+        }
 
 
 def code_statistics(pool: ExpertPool) -> CodeStatistics:
@@ -56,3 +99,6 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
     log_scale = jnp.mean(jnp.log(pool.scales), axis=(1, 2))
     zeros = CodeStatistics(jnp.zeros((layers, 8)), jnp.zeros(layers), log_scale)
     return jax.lax.fori_loop(0, layers * chunks, add_chunk, zeros)
+
+
+_code_statistics = jax.jit(code_statistics)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from peerjax.analysis.domains import domain_experts, random_experts
+from peerjax.evaluation.domains import domain_experts, random_experts
 
 
 def test_an_expert_belongs_to_the_domain_that_uses_it_twice_as_often_as_any_other():

@@ -1,12 +1,14 @@
 """Pictures of a run, as PNG files."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+
+from peerjax.evaluation.usage import curve_ranks
 
 # The first colour of matplotlib's default cycle is kept for training.
 TRAIN_COLOR = "C0"
@@ -78,19 +80,19 @@ def plot_removals(path: epath.Path, changes: Mapping[str, Mapping[str, float]]) 
     _save(figure, path)
 
 
-def plot_expert_usage(path: epath.Path, gate_sums: Mapping[str, Float[np.ndarray, " N"]]) -> None:
-    """Draws, for each layer, every expert's share of the gates, most used first.
+def plot_expert_usage(path: epath.Path, usage: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws, for each layer, the experts' shares of the gates, most used first.
 
     Args:
         path: the PNG to write.
-        gate_sums: by layer name, the sum of every expert's gates.
+        usage: by layer, what the probe `peerjax.evaluation.usage.Usage` found.
     """
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, sums in gate_sums.items():
-        shares = np.sort(sums / sums.sum())[::-1] * len(sums)
-        rank = (np.arange(len(sums)) + 1) / len(sums)
-        axes.loglog(rank, np.where(shares > 0, shares, np.nan), label=name)
+    for name, found in usage.items():
+        rank = curve_ranks(found["num_experts"]) / found["num_experts"]
+        curve = found["curve"]
+        axes.loglog(rank, np.where(curve > 0, curve, np.nan), label=name.replace("_", " "))
     axes.axhline(1.0, color="grey", linestyle=":", label="even")
     axes.set(
         xlabel="experts, most used first (share of all)",

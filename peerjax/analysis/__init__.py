@@ -1,1 +1,0 @@
-"""What experts do: numbers and pictures of a trained model."""

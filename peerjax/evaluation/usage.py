@@ -1,0 +1,180 @@
+"""Probes of how experts are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from peerjax.evaluation.probe import ALL, Probe
+from peerjax.model import Decoder
+from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
+
+# At how many ranks, evenly spread on a logarithmic scale, `Usage` reads the shares of experts.
+CURVE_POINTS = 256
+
+
+class Router:
+    """A module that keeps its choices.
+
+    Attributes:
+        path: of the module.
+        names: of the layers that have it; with the module's name if a layer has several.
+        num_experts: N.
+    """
+
+    def __init__(self, path: tuple[str, ...], names: tuple[str, ...], num_experts: int):
+        self.path, self.names, self.num_experts = path, names, num_experts
+
+
+@functools.cache
+def routers(model: Decoder) -> tuple[Router, ...]:
+    """The modules of a model that keep their choices, in the order of their layers."""
+
+    def routing() -> Any:
+        # Shapes of weights do not depend on the batch: the smallest that splits over the devices.
+        tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
+        return model.init(jax.random.key(0), tokens, tokens).get(ROUTING, {})
+
+    found = by_module(jax.eval_shape(routing))
+    places = {path: model.config.place(path) for path in found}
+    owners = [layer for place in places.values() for layer in place.layers]
+    result = []
+    for path, place in sorted(places.items(), key=lambda each: tuple(each[1].layers)):
+        names = tuple(
+            f"layer_{layer}" if owners.count(layer) == 1 else f"layer_{layer}.{path[-1]}"
+            for layer in place.layers
+        )
+        result.append(Router(path, names, found[path][CHOICE].num_experts))
+    return tuple(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSums(Probe):
+    """The sum of every expert's gates over the text, by layer: float32 [N]."""
+
+    keeps: ClassVar[tuple[str, ...]] = (ROUTING,)
+
+    def zeros(self, model: Decoder) -> dict[str, Float[Array, "layers N"]]:
+        """Nothing read; by the path of the module."""
+        return {
+            "/".join(each.path): jnp.zeros((len(each.names), each.num_experts), jnp.float32)
+            for each in routers(model)
+        }
+
+    def add(
+        self, model: Decoder, sums: Any, logits_BLV: Array, kept: Any, batch: dict[str, Array]
+    ) -> Any:
+        """Adds a batch."""
+        weight_BL = jnp.broadcast_to(batch["weight"][:, None], logits_BLV.shape[:2])
+        choices = by_module(kept[ROUTING])
+        return {
+            path: total + choices[tuple(path.split("/"))][CHOICE].gate_sums(weight_BL.reshape(-1))
+            for path, total in sums.items()
+        }
+
+    def result(self, model: Decoder, sums: Any, variables: Any) -> dict[str, Any]:
+        """The sums, on the host."""
+        return _by_layer(model, jax.device_get(sums))
+
+    def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
+        """None: there are N of them."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage(GateSums):
+    """`usage` and `unevenness` of every layer's experts, and the `curve` of their shares.
+
+    See `expert_usage` for the first two. The curve has the share of the gates that the experts at
+    some ranks get, the most used first, times N; `curve_ranks` gives the ranks.
+    """
+
+    columns: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "usage": ("usage", ".1%"),
+        "unevenness": ("unevenness", ".3f"),
+    }
+
+    def result(self, model: Decoder, sums: Any, variables: Any) -> dict[str, Any]:
+        """Figures by layer; only they go to the host."""
+        reduced = jax.device_get(_usage_of_layers(sums))
+        by_layer = {
+            name: _by_layer(model, {path: each[name] for path, each in reduced.items()})
+            for name in ("usage", "unevenness", "curve")
+        }
+        return {
+            layer: {
+                "usage": float(by_layer["usage"][layer]),
+                "unevenness": float(by_layer["unevenness"][layer]),
+                "curve": by_layer["curve"][layer],
+                "num_experts": num_experts,
+            }
+            for layer, num_experts in _sizes(model).items()
+        }
+
+    def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
+        """Both figures on all text, as `experts/<layer>/...`."""
+        if text != ALL:
+            return {}
+        return {
+            f"experts/{layer}/{figure}": found[figure]
+            for layer, found in result.items()
+            for figure in ("usage", "unevenness")
+        }
+
+
+def expert_usage(
+    gate_sums: Float[Array, " N"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Usage and unevenness of a layer.
+
+    With z_i the sum of expert i's gates over the text, normalised to sum 1,
+    `usage = #{z_i > 0} / N`, and `unevenness = log N + sum_i z_i log z_i` is the KL divergence
+    of z from uniform, in nats: 0 is even, log N means that one expert gets everything.
+
+    Args:
+        gate_sums: z before normalisation; not all zero.
+
+    References:
+        He, "Mixture of A Million Experts", arXiv:2407.04153, section 3.3 ("Expert usage and
+        query batch normalisation").
+    """
+    share = gate_sums / jnp.sum(gate_sums) * gate_sums.size  # 1 is even
+    terms = jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0)
+    return jnp.mean(share > 0), jnp.maximum(jnp.mean(terms), 0)
+
+
+def curve_ranks(num_experts: int) -> np.ndarray:
+    """The ranks, from 1, at which the curve of N experts is read."""
+    ranks = np.geomspace(1, num_experts, min(CURVE_POINTS, num_experts))
+    return np.unique(np.round(ranks).astype(int))
+
+
+@jax.jit
+def _usage_of_layers(sums: dict[str, Array]) -> dict[str, dict[str, Array]]:
+    def of_layer(gate_sums: Array) -> dict[str, Array]:
+        usage, unevenness = expert_usage(gate_sums)
+        descending = -jnp.sort(-gate_sums)[curve_ranks(gate_sums.size) - 1]
+        curve = descending / jnp.sum(gate_sums) * gate_sums.size
+        return {"usage": usage, "unevenness": unevenness, "curve": curve}
+
+    return {path: jax.lax.map(of_layer, each) for path, each in sums.items()}
+
+
+def _by_layer(model: Decoder, by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of arrays by the names of their layers, layer by layer."""
+    return {
+        name: row
+        for router in routers(model)
+        for name, row in zip(router.names, by_path["/".join(router.path)], strict=True)
+    }
+
+
+def _sizes(model: Decoder) -> dict[str, int]:
+    return {name: router.num_experts for router in routers(model) for name in router.names}

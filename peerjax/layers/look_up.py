@@ -1,0 +1,67 @@
+"""The lookup of chosen experts: the only module that reads a pool."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from pallas_kernels.factored_gradient import Tap
+from peerjax.layers.spec import Context
+from peerjax.routing.auxiliary import keep_choice, removed_experts
+from peerjax.routing.choice import Choice
+from peerjax.sharding.pools import sharded_lookup
+
+# A collection that is given, and the name of the one value that a module has in it.
+TAPS, TAP = "taps", "tap"
+
+
+class LookUp(nn.Module):
+    """`sum_k gate_k * act(down_k . x + bias_k) * up_k` over the chosen experts of a pool.
+
+    The pool is the one of the context that has the module's name. A token uses as many experts as
+    the context's budget allows, without those that the collection "removed" names.
+
+    Sows the choice that results into "routing". Reads, where it is given, the collection "taps",
+    whose gradient is the factored gradient of the pool.
+
+    Attributes:
+        activation: "gelu" (exact), "relu" or "relu2".
+        implementation: of the lookup; `None` chooses by the platform.
+    """
+
+    activation: str = "gelu"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_TD: Float[Array, "T D"], choice: Choice, context: Context
+    ) -> Float[Array, "T D"]:
+        """Looks up the experts of every token.
+
+        Raises:
+            ValueError: if the choice is among more or fewer experts than the pool has.
+        """
+        pool = context.pools[str(self.name)]
+        if choice.num_experts != pool.num_experts:
+            raise ValueError(
+                f"the choice is among {choice.num_experts} experts, but the pool "
+                f"{self.name!r} has {pool.num_experts}"
+            )
+        if context.budget is not None:
+            choice = choice.limited(context.budget.reshape(-1))
+        if (removed := removed_experts(self)) is not None:
+            choice = choice.without(removed)
+        keep_choice(self, choice)
+        return sharded_lookup(
+            pool.at_layer(context.layer),
+            choice.ids,
+            choice.gates,
+            x_TD,
+            hidden_bias=choice.hidden_bias,
+            activation=self.activation,
+            tap=self._tap(choice, x_TD),
+            implementation=self.implementation,
+        )
+
+    def _tap(self, choice: Choice, x_TD: Array) -> Tap | None:
+        if not (self.is_initializing() or self.has_variable(TAPS, TAP)):
+            return None
+        return self.variable(TAPS, TAP, Tap.zeros_for, choice.ids, x_TD).value

@@ -1,0 +1,33 @@
+"""Language modelling: the cross-entropy of the next token."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import ml_collections
+import optax
+from jaxtyping import Array, Float
+
+from peerjax.config import model_config
+from peerjax.data.pipeline import Corpus
+from peerjax.model import Decoder
+from peerjax.objectives.task import Batch, Task, drawn_variables
+
+
+def language(config: ml_collections.ConfigDict, corpus: Corpus) -> Task:
+    """The task of `train.py`: predict the next token of a corpus."""
+    return language_model(config, corpus.tokenizer.vocab_size)
+
+
+def language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
+    """The same for any text of a vocabulary."""
+    model = Decoder(model_config(config, vocab_size))
+    return Task(model, partial(drawn_variables, model), next_token_loss)
+
+
+def next_token_loss(
+    logits_BLV: Float[Array, "B L V"], kept: Any, batch: Batch, frozen: Any, step: Any
+) -> Float[Array, "B L"]:
+    """The cross-entropy of every target."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch["targets"])

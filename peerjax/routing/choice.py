@@ -1,0 +1,88 @@
+"""What routing decides, as a value that later stages can change before experts are looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The experts of every token, best first. The id N, one beyond the last, means "no expert".
+
+    A stack of layers has leading axes.
+
+    Attributes:
+        ids: expert numbers, N where a token has fewer than K experts.
+        gates: weights of the experts, float32.
+        num_experts: N.
+        hidden_bias: added to the experts' hidden values, or `None`.
+    """
+
+    ids: Int[Array, "*S T K"]
+    gates: Float[Array, "*S T K"]
+    num_experts: int = dataclasses.field(metadata={"static": True})
+    hidden_bias: Float[Array, "*S T K"] | None = None
+
+    def limited(self, budget: Int[Array, "*S T"]) -> Choice:
+        """Keeps the first `budget` experts of each token."""
+        return self._where(jnp.arange(self.ids.shape[-1]) < budget[..., None])
+
+    def without(self, removed: Bool[Array, " N"]) -> Choice:
+        """Leaves out some experts; the gates of the others stay as they are."""
+        return self._where(~jnp.append(removed, True)[self.ids])
+
+    def moved(self, metaexpert: Int[Array, "*S T"], total: int) -> Choice:
+        """The same experts as numbers of the pool that all metaexperts share.
+
+        Expert i of metaexpert m has number `m * N + i` there, and "no expert" becomes `total`.
+
+        Args:
+            metaexpert: m, by token.
+            total: experts of that pool, a multiple of N.
+        """
+        ids = metaexpert[..., None] * self.num_experts + self.ids
+        ids = jnp.where(self.ids == self.num_experts, total, ids)
+        return dataclasses.replace(self, ids=ids, num_experts=total)
+
+    def gate_sums(self, weight: Float[Array, " T"]) -> Float[Array, "layers N"]:
+        """Sums each expert's gates over weighted tokens, of a choice with one leading axis."""
+        layers, layer = self.ids.shape[0], jnp.arange(self.ids.shape[0])[:, None, None]
+        weighted = self.gates * weight[None, :, None]
+        zeros = jnp.zeros((layers, self.num_experts), jnp.float32)
+        return zeros.at[layer, self.ids].add(weighted, mode="drop")
+
+    def _where(self, kept: Bool[Array, "*S T K"]) -> Choice:
+        return dataclasses.replace(
+            self,
+            ids=jnp.where(kept, self.ids, self.num_experts),
+            gates=jnp.where(kept, self.gates, 0),
+        )
+
+
+class FactoredChoice(NamedTuple):
+    """Gates of all n * n experts, by factors: expert i n + j has `sum_h g1_hi g2_hj`.
+
+    Attributes:
+        g1: gates of the first halves.
+        g2: gates of the second halves.
+    """
+
+    g1: Float[Array, "*S H n"]
+    g2: Float[Array, "*S H n"]
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.g1.shape[-1] ** 2
+
+    def gate_sums(self, weight: Float[Array, " T"]) -> Float[Array, "layers N"]:
+        """Sums each expert's gates over weighted tokens; the gates are [layers, T, H, n]."""
+        weighted = self.g1 * weight[None, :, None, None]
+        sums = jnp.einsum("lthi,lthj->lij", weighted, self.g2)
+        return sums.reshape(-1, self.num_experts)
