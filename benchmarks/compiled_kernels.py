@@ -2,9 +2,9 @@
 
     python -m benchmarks.compiled_kernels TARGET [--quick | --quick=N] [--loops]
 
-prints JSON, a list of `Compiled`. The target (`benchmarks.targets`) need not be there. `--quick`
-takes the first N of `QUICK_SHAPES`, or all. `--loops` has libtpu write its instructions down, which
-takes some time.
+prints JSON, a list of `Compiled`. The target (`peerjax.planning.targets`) need not be there.
+`--quick` takes the first N of `QUICK_SHAPES`, or all. `--loops` has libtpu write its instructions
+down, which takes some time.
 """
 
 import functools
@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.compiled_step import pool_copies
-from benchmarks.targets import TPUS, device_of, on
 from pallas_kernels.expert_lookup import api as lookup_api
 from pallas_kernels.expert_lookup import mosaic_gpu as lookup_gpu
 from pallas_kernels.expert_update import Hyperparameters, UpdateState, update
@@ -31,6 +29,8 @@ from pallas_kernels.expert_update.rows import RowSums
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import DOWN, UNIT, ExpertPool, packed_shape
+from peerjax.planning.programs import pool_copies
+from peerjax.planning.targets import TPUS, device_of, on
 
 LAYERS = 12  # of the stack whose layer is read, or all of whose are rewritten
 

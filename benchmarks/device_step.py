@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.compiled_step import VOCABULARY, config_of, step_of
+from benchmarks.recipes import config_of
 from benchmarks.result import Figure, Result
-from benchmarks.targets import GIB
 from peerjax.objectives import language_model
+from peerjax.planning.programs import VOCABULARY, step_of
+from peerjax.planning.targets import GIB
 from peerjax.pool import memory_report
 from peerjax.training.optimizer import make_optimizer
 from peerjax.training.state import create_state
@@ -64,7 +65,7 @@ def execute(recipe: str, steps: int) -> dict[str, Any]:
         "expert_parameters", "tokens_per_step", "seconds_per_step" (median), "losses" of all steps,
         and "peak_bytes" of the device, `None` where it does not count them.
     """
-    config = config_of(recipe, ())
+    config = config_of(recipe)
     task, optimizer = language_model(config, VOCABULARY), make_optimizer(config)
     step, _, shapes = step_of(config)
     state = jax.jit(lambda: create_state(config, task, optimizer))()

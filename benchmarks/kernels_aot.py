@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.compiled_kernels import Compiled, implementation_for
 from benchmarks.result import Figure, Result
-from benchmarks.targets import TARGETS, missing, run_for
 from pallas_kernels.expert_lookup.api import KERNELS
+from peerjax.planning.targets import TARGETS, missing, run_for
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7370e9, "h100": 3350e9}
 # Cycles a second: the stated peak in bfloat16 over the multiply-adds of a cycle.

@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 
-from benchmarks.compiled_step import compile_step, million
+from benchmarks.recipes import config_of, with_experts
 from benchmarks.result import Figure, Result
 from pallas_kernels.expert_update import UpdateState
+from peerjax.planning.programs import compile_step
 from peerjax.pool import initialize_pool, memory_report
 
 WIDTHS = (256, 576, 1024, 1536)
@@ -26,10 +27,13 @@ def run(quick: bool) -> Result:
         ]
         for width, report in reports.items()
     ]
-    small, large = compile_step(million(SMALL)), compile_step(million(LARGE))
-    scores = 4 * large.tokens * large.heads * 2 * round(LARGE**0.5) * 4
+    small, large = compile_step(with_experts(SMALL)), compile_step(with_experts(LARGE))
+    config = config_of("peer_1m_cpu")
+    tokens = config.data.batch_size * config.data.sequence_length
+    scores = 4 * tokens * config.peer.heads * 2 * round(LARGE**0.5) * 4
     more = large.temp - small.temp
-    gathered = large.tokens * large.chosen * large.width
+    chosen = config.peer.heads * config.peer.experts_per_head
+    gathered = tokens * chosen * config.model.width
     return Result(
         columns=(
             "bytes per parameter",

@@ -3,8 +3,10 @@
 The pod need not be there; nothing is executed.
 """
 
+from benchmarks.recipes import config_of
 from benchmarks.result import Figure, Result
-from benchmarks.targets import GIB, MEMORY, run_for
+from peerjax.planning.programs import program_for
+from peerjax.planning.targets import GIB, MEMORY
 
 KIND = "v5p"
 VOCABULARY = 32_000
@@ -16,14 +18,14 @@ def run(quick: bool) -> Result:
     """Compiles all three; `quick` compiles the smallest."""
     rows, figures, details = [], [], {}
     for recipe in list(CHIPS)[: 1 if quick else None]:
-        found = run_for(KIND, "benchmarks.compiled_pod", CHIPS[recipe], recipe, str(VOCABULARY))
+        found = program_for(f"{KIND}:{CHIPS[recipe]}", config_of(recipe), VOCABULARY)._asdict()
         details[recipe] = found
         rows.append(
             [
                 recipe,
                 f"{found['chips']} {KIND}",
                 str(found["rows"]),
-                *(f"{found[part] / GIB:.1f}" for part in ("state", "temp", "total")),
+                *(f"{found[part] / GIB:.1f}" for part in ("aliased", "temp", "total")),
             ]
         )
         name = f"{recipe}: bytes of a chip"

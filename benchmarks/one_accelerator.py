@@ -3,9 +3,10 @@
 The accelerator need not be there; nothing is executed.
 """
 
-from benchmarks.compiled_step import Program
+from benchmarks.recipes import config_of
 from benchmarks.result import Figure, Result
-from benchmarks.targets import GIB, run_for
+from peerjax.planning.programs import program_for
+from peerjax.planning.targets import GIB
 
 # Target, recipe, expert parameters wanted, memory allowed.
 CHOICES = (
@@ -19,7 +20,7 @@ def run(quick: bool) -> Result:
     """Compiles both; `quick` compiles the smaller one."""
     rows, figures, details = [], [], {}
     for target, recipe, wanted, allowed in CHOICES[-1:] if quick else CHOICES:
-        program = Program(**run_for(target, "benchmarks.compiled_step", recipe))
+        program = program_for(target, config_of(recipe))
         details[recipe] = program._asdict()
         adamw = program.pools / ADAMW_BYTES
         parameters = program.expert_parameters

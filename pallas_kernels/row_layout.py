@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.codes import CODES, Code
 from pallas_kernels.packing import codes_per_word
 from pallas_kernels.storage import (
-    BITS,
     UNIT,
     experts_per_row,
     units_per_row,
@@ -29,14 +29,14 @@ class RowLayout(NamedTuple):
     """Sizes of a row.
 
     Attributes:
-        bits: of a code.
+        code: format of the codes.
         planes: codes a word holds.
         words: words of one vector, W.
         experts: experts a row holds.
         units: units a row fills.
     """
 
-    bits: int
+    code: Code
     planes: int
     words: int
     experts: int
@@ -46,12 +46,17 @@ class RowLayout(NamedTuple):
     def of(width: int, storage: str) -> RowLayout:
         """The layout of packed pools of a width."""
         return RowLayout(
-            bits=BITS[storage],
-            planes=codes_per_word(BITS[storage]),
+            code=CODES[storage],
+            planes=codes_per_word(CODES[storage].bits),
             words=words_per_expert(width, storage) // 2,
             experts=experts_per_row(width, storage),
             units=units_per_row(width, storage),
         )
+
+    @property
+    def bits(self) -> int:
+        """Storage of a code."""
+        return self.code.bits
 
     @property
     def lanes(self) -> int:

@@ -5,8 +5,8 @@ of equal layers are stacked in one array; a layer is chosen by index at the mome
 never by slicing, because a slice inside `lax.scan` copies the whole pool.
 
 - "float32", "bfloat16": weights [*layers, N, 2, D].
-- "int8", "int4": int32 words [*layers, units, 128]. A unit of 128 words (512 bytes), or several
-  in a row, is what a DMA of a TPU moves for free. An expert is 2 W words
+- codes (`pallas_kernels.codes`): int32 words [*layers, units, 128]. A unit of 128 words (512
+  bytes), or several in a row, is what a DMA of a TPU moves for free. An expert is 2 W words
   (`pallas_kernels.packing`; `down`, then `up`), and experts follow each other without a gap. A row
   is the fewest experts that fill whole units: two in one unit at D = 256 in int4, one in two units
   at D = 1024, eight in nine units at D = 576. Only the last row may have places left over. A weight
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.codes import ACCUMULATOR_BITS, CODES
 from pallas_kernels.packing import (
     codes_per_word,
     from_byte_order,
@@ -44,9 +45,13 @@ LAYOUT = (
 )
 DOWN, UP = 0, 1
 UNIT = 128  # words
-BITS = {"int8": 8, "int4": 4, "int2": 2}
 FLOAT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STORAGES = (*FLOAT_DTYPES, "int8", "int4")  # of pools; "int2" is for accumulators only
+STORAGES = (*FLOAT_DTYPES, *CODES)  # of pools
+# Bits of what is laid out like a pool: its codes, or accumulators of some width.
+BITS = {
+    **{name: code.bits for name, code in CODES.items()},
+    **{f"{bits}-bit accumulators": bits for bits in ACCUMULATOR_BITS if bits},
+}
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +63,7 @@ class ExpertPool:
         weights: floats [*layers, N, 2, D] or int32 words [*layers, units, 128].
         scales: float32 [*layers, 2, N] of `down` and `up`; `None` for floats.
         layer: which layer of a stack to read, an integer; `None` for a pool that is no stack.
-        storage: "float32", "bfloat16", "int8" or "int4".
+        storage: "float32", "bfloat16", or a format of `pallas_kernels.codes`, such as "int4".
         num_experts: N, also the sentinel id that stands for "no expert".
         width: D, the width of the model.
     """
@@ -79,7 +84,7 @@ class ExpertPool:
     @property
     def is_packed(self) -> bool:
         """Whether the weights are integer codes."""
-        return self.storage in BITS
+        return self.storage in CODES
 
     @property
     def is_stack(self) -> bool:
@@ -110,9 +115,9 @@ class Experts(NamedTuple):
     up_scale: Float[Array, "*K"]
 
 
-def storage_of(bits: int) -> str:
-    """The name of the storage of integers of `bits` bits."""
-    return next(name for name, width in BITS.items() if width == bits)
+def accumulators_of(bits: int) -> str:
+    """The name of the storage of accumulators of some bits."""
+    return f"{bits}-bit accumulators"
 
 
 def words_per_expert(width: int, storage: str) -> int:

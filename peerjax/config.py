@@ -9,16 +9,15 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
+from pallas_kernels.codes import CODES, accumulator_bits_of
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from pallas_kernels.expert_update import accumulator_bits_of
 from pallas_kernels.packing import words_per_vector
-from pallas_kernels.storage import BITS
+from pallas_kernels.storage import STORAGES
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.spec import FeedForward
 from peerjax.model import ModelConfig
-from peerjax.pool import STORAGES
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
 # Rules of pools that take a dense gradient.
@@ -48,6 +47,9 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1000
+    # A run's workdir, or one of its checkpoints, such as "runs/a/checkpoints/500": where to take
+    # parameters, pools and running statistics from; empty to draw them.
+    config.init_from = ""
     config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     config.log_every = 10  # steps between lines when the output is no terminal
 
@@ -246,7 +248,7 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 def _validate_pool(config: ml_collections.ConfigDict) -> None:
     storage = config.pool.storage
-    if storage not in BITS:
+    if storage not in CODES:
         if config.pool.rule == "eco":
             raise ConfigError(
                 f"pool.rule='eco' needs packed storage, but pool.storage={storage!r}; "
@@ -258,7 +260,7 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
             f"pool.rule='adamw' needs float storage, but pool.storage={storage!r}; "
             "choose pool.rule='rowwise'"
         )
-    for bits in filter(None, (BITS[storage], _accumulator_bits(config, storage))):
+    for bits in filter(None, (CODES[storage].bits, _accumulator_bits(config, storage))):
         try:
             words_per_vector(config.model.width, bits)
         except ValueError as error:
@@ -270,7 +272,7 @@ def _validate_feed_forward(config: ml_collections.ConfigDict, spec: FeedForward)
         spec.check(config.model.width)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if spec.packed_storage not in BITS:
+    if spec.packed_storage not in CODES:
         return
     if config.pool.rule in DENSE_RULES:
         raise ConfigError(

@@ -10,28 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.storage import (
-    BITS,
     DOWN,
     FLOAT_DTYPES,
-    STORAGES,
     UP,
     ExpertPool,
     array_forms,
     experts_per_row,
     pack_experts,
 )
-
-__all__ = [
-    "STORAGES",
-    "ExpertPool",
-    "MemoryReport",
-    "count_expert_parameters",
-    "initialize_pool",
-    "memory_report",
-]
 
 EXPERTS_PER_DRAW, FEWEST_PER_DRAW = 4096, 256
 
@@ -61,10 +51,10 @@ def initialize_pool(
         num_experts: N.
         width: D.
         residual_scale: of `up`, as of the output projections of dense layers.
-        storage: "float32", "bfloat16", "int8" or "int4". Packed pools are drawn packed, and are the
-            float pool of the same key rounded to nearest, each row of `down` and `up` with the
-            scale that training aims at; where `experts_per_row` divides N, or they are drawn in
-            other portions.
+        storage: "float32", "bfloat16", or a format of `pallas_kernels.codes`. Packed pools are
+            drawn packed. Where `experts_per_row` divides N they are the float pool of the same
+            key, rounded to nearest, each vector with the scale that training aims at; elsewhere
+            they are drawn in other portions.
 
     Returns:
         A stack of pools.
@@ -76,7 +66,7 @@ def initialize_pool(
     std = jnp.array([[0.0], [0.0]])
     std = std.at[DOWN].set(width**-0.5)
     std = std.at[UP].set(residual_scale * width**-0.5)
-    packed = storage in BITS
+    packed = storage in CODES
     together = experts_per_row(width, storage) if packed else 1
     # Places that are left over in the last row are drawn too, and never read.
     places = -(-num_experts // together) * together
@@ -96,7 +86,7 @@ def initialize_pool(
         return ExpertPool.of_floats(weights)
 
     def draw_packed(key: Array) -> tuple[Array, Array]:
-        codes, scales = nearest(draw_floats(key), BITS[storage])
+        codes, scales = nearest(draw_floats(key), CODES[storage])
         return pack_experts(codes, storage), scales
 
     words, scales = jax.lax.map(draw_packed, keys)

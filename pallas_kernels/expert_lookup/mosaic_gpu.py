@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
+from pallas_kernels.codes import why_no_kernel_reads
 from pallas_kernels.expert_lookup.gpu_rows import (
     MANTISSA,
     Rows,
@@ -47,6 +48,8 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
     del ids
     if not pool.is_packed:
         return f"it reads packed pools, not {pool.storage}"
+    if why := why_no_kernel_reads(pool.storage):
+        return why
     lanes = RowLayout.of(pool.width, pool.storage).lanes
     if lanes > MAX_LANES:
         return f"a row of {lanes} words at width {pool.width} does not fit in registers"

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
+from pallas_kernels.codes import why_no_kernel_reads
 from pallas_kernels.expert_lookup.pairs import Pairs
 from pallas_kernels.expert_lookup.xla import Cotangents
 from pallas_kernels.row_copies import for_each, wait_for
@@ -64,6 +65,8 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
     """Why the kernel cannot do this lookup; `None` if it can."""
     if not pool.is_packed:
         return f"it reads packed pools, not {pool.storage}"
+    if why := why_no_kernel_reads(pool.storage):
+        return why
     layout = RowLayout.of(pool.width, pool.storage)
     size = 2 * Block.of(*ids.shape).pairs * layout.lanes * 4
     if size > BUFFER_BYTES:

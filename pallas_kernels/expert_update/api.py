@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.chunking import HIT_EXPERTS, with_chunk_size
+from pallas_kernels.codes import accumulator_bits_of, why_no_kernel_updates
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
 from pallas_kernels.expert_update import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import BITS, ExpertPool, packed_shape, storage_of
+from pallas_kernels.storage import ExpertPool, accumulators_of, packed_shape
 
-ACCUMULATOR_BITS = (0, 2, 4, 8)
 KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
@@ -43,24 +43,9 @@ class UpdateState(NamedTuple):
         bits = accumulator_bits_of(pool.storage, accumulator_bits)
         accumulators = None
         if bits:
-            shape = packed_shape(pool.num_experts, pool.width, storage_of(bits))
+            shape = packed_shape(pool.num_experts, pool.width, accumulators_of(bits))
             accumulators = jnp.zeros((*layers, *shape), jnp.int32)
         return UpdateState(accumulators, moments)
-
-
-def accumulator_bits_of(storage: str, bits: int | None) -> int:
-    """How wide the accumulators of a pool are: as its codes, unless a width is given.
-
-    Raises:
-        ValueError: if there are no accumulators of that width.
-    """
-    if bits is None:
-        return BITS.get(storage, 0)
-    if bits not in ACCUMULATOR_BITS:
-        raise ValueError(
-            f"accumulators have {' or '.join(map(str, ACCUMULATOR_BITS))} bits, not {bits}"
-        )
-    return bits
 
 
 def update(
@@ -138,8 +123,7 @@ def update(
         name: Kernel(
             partial(module.update_stack, **sizes),
             module.cannot_update(pool, gradient)
-            if bits == BITS.get(pool.storage, 0)
-            else f"its accumulators are as wide as the codes, not {bits} bits",
+            or (why_no_kernel_updates(pool.storage, bits) if pool.is_packed else None),
         )
         for name, module in KERNELS.items()
     }

@@ -8,34 +8,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.codes import Code
+
 # Beyond this many units a step clips whatever the state; it keeps float32 to int32 exact.
 LARGEST_STEP = float(1 << 20)
-# By the bits of a code, the RMS of a row's codes that its scale aims at, as a share of the largest
-# code: near where rounding and clipping of normal weights together cost least.
-SPREAD = {4: 0.37, 8: 0.25}
 RUNG = 2.0**0.25  # scales move along a ladder of these
 HELD = 0.5  # the share of a row's sum of squares with which few large values tell its scale
 
 
-def largest_code(code_bits: int) -> int:
-    """Codes lie in [-largest, largest]; the most negative code is not used."""
-    return (1 << (code_bits - 1)) - 1
-
-
-def spread(code_bits: int, bits: int = 0) -> float:
+def spread(code: Code, bits: int = 0) -> float:
     """The RMS that a scale aims at: of codes, or of values with accumulators of some bits."""
-    return SPREAD[code_bits] * largest_code(code_bits) * 2.0**bits
+    return code.spread * code.top * 2.0**bits
 
 
 def nearest(
-    weights: Float[Array, "*R D"], code_bits: int
+    weights: Float[Array, "*R D"], code: Code
 ) -> tuple[Int[Array, "*R D"], Float[Array, "*R"]]:
     """Weights as codes, rounded to nearest, and the scale of each row.
 
     The scale is the one that training aims at, and rungs above it while weights beyond the range of
     codes, which are clipped, hold most of the row.
     """
-    top = largest_code(code_bits)
+    top = code.top
     squares = jnp.square(weights.astype(jnp.float32))
 
     def too_low(scales: Float[Array, "*R"]) -> Bool[Array, "*R"]:
@@ -45,7 +39,7 @@ def nearest(
 
     size = jnp.sqrt(jnp.mean(squares, axis=-1))
     # A row of zeros needs a scale too, to leave zero by.
-    scales = jnp.where(size == 0, 1.0, size) / spread(code_bits)
+    scales = jnp.where(size == 0, 1.0, size) / spread(code)
 
     def climb(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         scales, low = carry
@@ -70,16 +64,16 @@ def split(values: Int[Array, "*S"], bits: int) -> tuple[Int[Array, "*S"], Int[Ar
     return codes, values - (codes << bits)
 
 
-def limits(code_bits: int, bits: int) -> tuple[int, int]:
+def limits(code: Code, bits: int) -> tuple[int, int]:
     """The smallest and largest v: those of the extreme codes with their extreme accumulators."""
-    top = largest_code(code_bits) << bits
+    top = code.top << bits
     half = (1 << bits) >> 1
     return -top - half, top + max(half - 1, 0)
 
 
-def clips(values: Int[Array, "*S"], code_bits: int, bits: int) -> Bool[Array, "*S"]:
+def clips(values: Int[Array, "*S"], code: Code, bits: int) -> Bool[Array, "*S"]:
     """Which values lie outside the limits."""
-    low, high = limits(code_bits, bits)
+    low, high = limits(code, bits)
     return (values < low) | (values > high)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from pallas_kernels.codes import why_no_kernel_reads
 from pallas_kernels.counter_hash import absorb, hash_words
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
@@ -43,6 +44,8 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
+    if why := why_no_kernel_reads(pool.storage):
+        return why
     lanes = RowLayout.of(pool.width, pool.storage).lanes
     if lanes > MAX_LANES:
         return f"a row of {lanes} words at width {pool.width} does not fit in registers"
@@ -192,10 +195,11 @@ def _kernel(
             )
         ]
 
-        by_plane = zip(*(summands(each, bits, bits) for each in moved), strict=True)
+        by_plane = zip(*(summands(each, layout.code, bits) for each in moved), strict=True)
         squares, outer, stopped = ([sum_of(each, s) for s in segments] for each in by_plane)
         factors = [
-            rung(*each, width, bits, bits) for each in zip(squares, outer, stopped, strict=True)
+            rung(*each, width, layout.code, bits)
+            for each in zip(squares, outer, stopped, strict=True)
         ]
 
         def to_new_scales(moved):
@@ -207,7 +211,7 @@ def _kernel(
         moves = functools.reduce(jnp.logical_or, [factor != 1 for factor in factors])
         moved = jax.lax.cond(moves, to_new_scales, lambda moved: moved, moved)
         hit = on_lanes([jnp.where(is_hit(square), 1.0, 0.0) for square in mean_square]) > 0
-        low, high = integer_step.limits(bits, bits)
+        low, high = integer_step.limits(layout.code, bits)
         new = [integer_step.split(jnp.clip(each, low, high), bits) for each in moved]
         for which, (ref, old) in enumerate(((codes_ref, codes), (accumulators_ref, accumulators))):
             kept = [jnp.where(hit, pair[which], own) for pair, own in zip(new, old, strict=True)]

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.codes import why_no_kernel_reads
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update.row_rule import COLUMNS, rewrite_rows, segment_of_lanes
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
@@ -44,6 +45,8 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
+    if why := why_no_kernel_reads(pool.storage):
+        return why
     layout = RowLayout.of(pool.width, pool.storage)
     if len(RowSums._fields) * 2 * layout.experts > COLUMNS:
         return f"{layout.experts} experts of width {pool.width} share a row, too many to add up"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from pallas_kernels.codes import Code
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import (
     Hyperparameters,
@@ -47,7 +48,7 @@ def step_rows(
     rule: Hyperparameters,
     *,
     width: int,
-    code_bits: int,
+    code: Code,
     bits: int,
 ) -> tuple[Int[Array, "*R planes W"], Int[Array, "*R planes W"], RowNumbers, RowCounts]:
     """Moves every row whose gradient is finite and not zero; the others stay as they are.
@@ -60,7 +61,7 @@ def step_rows(
         draw: random words, the same at every call: a hash is cheaper than memory.
         rule: hyperparameters.
         width: columns of a row; those beyond are padding, in which all is 0.
-        code_bits: of a code.
+        code: format of the codes.
         bits: of an accumulator.
 
     Returns:
@@ -76,16 +77,14 @@ def step_rows(
     moved = move(values, gradient, jnp.expand_dims(rate, ROW), draw(), rule)
 
     # Few scales move, and chunks in which none does pass this by.
-    square_sum, outer, stops = (
-        jnp.sum(each, axis=ROW) for each in summands(moved, code_bits, bits)
-    )
-    factor = jnp.where(hit, rung(square_sum, outer, stops, width, code_bits, bits), 1.0)
+    square_sum, outer, stops = (jnp.sum(each, axis=ROW) for each in summands(moved, code, bits))
+    factor = jnp.where(hit, rung(square_sum, outer, stops, width, code, bits), 1.0)
 
     def to_new_scales(moved: Array) -> Array:
         return on_rung(moved, jnp.expand_dims(factor, ROW), draw())
 
     moved = jax.lax.cond(jnp.any(factor != 1), to_new_scales, lambda moved: moved, moved)
-    moved = jnp.clip(moved, *integer_step.limits(code_bits, bits))
+    moved = jnp.clip(moved, *integer_step.limits(code, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
     keep = jnp.expand_dims(hit, ROW)
     new = RowNumbers(numbers.scales * factor, moments)

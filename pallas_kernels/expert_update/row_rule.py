@@ -89,12 +89,14 @@ def rewrite_rows(
         integer_step.join(codes, accumulators, bits), gradient, on_lanes(rates)[None], random, rule
     )
 
-    squares, outer, stopped = (sums_of(each) for each in summands(moved, bits, bits))
-    factors = [rung(*each, width, bits, bits) for each in zip(squares, outer, stopped, strict=True)]
+    squares, outer, stopped = (sums_of(each) for each in summands(moved, layout.code, bits))
+    factors = [
+        rung(*each, width, layout.code, bits) for each in zip(squares, outer, stopped, strict=True)
+    ]
     # Lanes of no segment must not divide by 0.
     by_lane = jnp.maximum(on_lanes(factors), 0.5)[None]
     moved = on_rung(moved, by_lane, random)
-    moved = jnp.clip(moved, *integer_step.limits(bits, bits))
+    moved = jnp.clip(moved, *integer_step.limits(layout.code, bits))
     new_codes, new_accumulators = integer_step.split(moved, bits)
     hit = on_lanes([is_hit(square).astype(jnp.float32) for square in mean_square])[None] > 0
     words = [

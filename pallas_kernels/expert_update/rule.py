@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from pallas_kernels.codes import Code
 from pallas_kernels.counter_hash import round_stochastically
 from pallas_kernels.expert_update import integer_step
 
@@ -96,7 +97,7 @@ def step_rate(
 
 
 def summands(
-    moved: Int[Array, "*S"], code_bits: int, bits: int
+    moved: Int[Array, "*S"], code: Code, bits: int
 ) -> tuple[Float[Array, "*S"], Float[Array, "*S"], Float[Array, "*S"]]:
     """What `rung` wants the sums of, over the values of each row.
 
@@ -105,8 +106,8 @@ def summands(
         limits of codes; and 1 for those that are beyond them now.
     """
     squares = jnp.square(moved.astype(jnp.float32))
-    limit = integer_step.limits(code_bits, bits)[1] / integer_step.RUNG**2
-    stops = jnp.where(integer_step.clips(moved, code_bits, bits), 1.0, 0.0)
+    limit = integer_step.limits(code, bits)[1] / integer_step.RUNG**2
+    stops = jnp.where(integer_step.clips(moved, code, bits), 1.0, 0.0)
     return squares, jnp.where(squares > limit**2, squares, 0.0), stops
 
 
@@ -115,7 +116,7 @@ def rung(
     outer: Float[Array, "*C"],
     stops: Float[Array, "*C"],
     width: int,
-    code_bits: int,
+    code: Code,
     bits: int,
 ) -> Float[Array, "*C"]:
     """What a row's scale is multiplied by: a rung, 1 or its inverse.
@@ -134,13 +135,13 @@ def rung(
         outer: likewise, of outer values (`summands`).
         stops: how many are beyond the limits of codes.
         width: of the row.
-        code_bits: of a code.
+        code: format of the codes.
         bits: of an accumulator.
     """
-    wanted = width * integer_step.spread(code_bits, bits) ** 2
+    wanted = width * integer_step.spread(code, bits) ** 2
     ratio, held = integer_step.RUNG, integer_step.HELD * square_sum
     small = (square_sum > 0) & (square_sum < wanted / ratio**2) & (outer < held)
-    least = stops * float(integer_step.limits(code_bits, bits)[1]) ** 2  # that those stopped hold
+    least = stops * float(integer_step.limits(code, bits)[1]) ** 2  # that those stopped hold
     large = (square_sum > wanted * ratio**2) | (least > held)
     return jnp.where(large, ratio, jnp.where(small, 1 / ratio, 1.0))
 

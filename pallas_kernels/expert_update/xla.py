@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from pallas_kernels import storage as layout
+from pallas_kernels.codes import CODES
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update.packed_rows import ROW, RowCounts, RowNumbers, step_rows
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, is_hit, precondition
@@ -56,7 +57,7 @@ def update_stack(
             expert = experts_of(pairs, index, chunk, num_experts)
             sums = row_sums(pairs, x, dy, index, chunk)
             operands = (carry, layer, expert, sums, rule, seed, step, storage)
-            if storage in layout.BITS:
+            if storage in CODES:
                 return rewrite_packed(*operands, accumulator_bits)
             return rewrite_floats(*operands)
 
@@ -97,7 +98,7 @@ def rewrite_packed(
 
     codes = layout.read_planes(carry.weights, layer, safe, width, storage)
     if accumulator_bits:
-        kind = layout.storage_of(accumulator_bits)
+        kind = layout.accumulators_of(accumulator_bits)
         accumulators = layout.read_planes(carry.accumulators, layer, safe, width, kind)
         accumulators = accumulators.reshape(codes.shape)
     else:
@@ -112,7 +113,7 @@ def rewrite_packed(
         lambda: hash_words(seed, ROUNDING, step, *counters),
         rule,
         width=width,
-        code_bits=layout.BITS[storage],
+        code=CODES[storage],
         bits=accumulator_bits,
     )
 

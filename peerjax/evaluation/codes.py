@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.expert_update.integer_step import largest_code
-from pallas_kernels.storage import BITS, ExpertPool, read_codes
+from pallas_kernels.codes import CODES
+from pallas_kernels.storage import ExpertPool, read_codes
 from peerjax.evaluation.probe import Probe
 from peerjax.model import Decoder
 
@@ -25,7 +25,8 @@ class CodeStatistics(NamedTuple):
 
     Attributes:
         histogram: share of the codes in each eighth of the range of magnitudes; of int4 codes,
-            these are the magnitudes 0, 1, ..., 7 themselves.
+            these are the magnitudes 0, 1, ..., 7 themselves. Codes of fewer levels leave some of
+            the eighths empty.
         saturated_rows: share of rows (`down` or `up`) of which more than `SATURATED_ABOVE` of the
             codes are at their limit.
         log_scale: mean of the natural logarithm of the scales.
@@ -75,7 +76,7 @@ class Codes(Probe):
 
 def code_statistics(pool: ExpertPool) -> CodeStatistics:
     """Reads a whole stack of packed pools, a chunk of experts at a time."""
-    top = largest_code(BITS[pool.storage])
+    top = CODES[pool.storage].top
     layers, num_experts, chunk = pool.weights.shape[0], pool.num_experts, EXPERTS_PER_CHUNK
     chunks = -(-num_experts // chunk)
     rows = float(num_experts * 2)  # as an integer, the number of codes may not fit 32 bits
@@ -86,7 +87,7 @@ def code_statistics(pool: ExpertPool) -> CodeStatistics:
         valid = (ids < num_experts)[:, None, None]
         safe = jnp.minimum(ids, num_experts - 1)
         codes = jnp.abs(read_codes(pool.weights, layer, safe, pool.width, pool.storage))
-        eighth = codes >> (BITS[pool.storage] - 4)
+        eighth = codes * 8 // (top + 1)
         counts = jnp.stack([jnp.sum((eighth == each) & valid) for each in range(8)])
         full = jnp.mean(codes >= top, axis=-1) > SATURATED_ABOVE
         return totals._replace(

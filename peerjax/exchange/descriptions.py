@@ -71,7 +71,15 @@ def read_descriptions(metadata: dict[str, str], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where} has metadata {DESCRIPTIONS!r} that is no JSON object; write the file again"
         )
-    return descriptions
+    return {name: _renamed(description) for name, description in descriptions.items()}
+
+
+def _renamed(description: Any) -> Any:
+    """A description with the fields that this version has."""
+    if not isinstance(description, dict) or "bits" not in description:
+        return description
+    fields = {name: value for name, value in description.items() if name != "bits"}
+    return {**fields, "storage": f"int{description['bits']}"}
 
 
 def array_forms(description: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,8 +8,8 @@ and the first of each group of `moe_groups` layers a `router`. Here a model is
 
 where a layer has "attention_norm", "attention", "feed_forward_norm" and "monet", each with the
 parameters of the module of that name: `nn.RMSNorm`, `Attention`, and `MonetHD` or `MonetVD`, of
-which some have a "router", `MonetRouter`; and "stats" has each router's moments. The published layout is that of
-dmis-lab/Monet, `modeling_monet.py`.
+which some have a "router", `MonetRouter`; and "stats" has each router's moments. The published
+layout is that of dmis-lab/Monet, `modeling_monet.py`.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.storage import BITS
+from pallas_kernels.codes import CODES
 from peerjax.layers.decompositions import (
     MEAN_SQUARE,
     horizontal,
@@ -43,8 +43,9 @@ class MonetConfig(FeedForward):
         group: consecutive blocks that share a router.
         uniformity_weight: of the loss that spreads use over keys.
         ambiguity_weight: of the loss that makes choices sharp.
-        storage: of the matrices. "float32" trains them with AdamW; "int4" and "int8" keep them in
-            packed codes, with the rule and the learning rate of pools.
+        storage: of the matrices. "float32" trains them with AdamW. A format of
+            `pallas_kernels.codes`, such as "int4", keeps them in packed codes, with the rule and
+            the learning rate of pools.
     """
 
     section: ClassVar[str] = "monet"
@@ -74,7 +75,7 @@ class MonetConfig(FeedForward):
         """Raises a ValueError for fields out of range or that do not fit together."""
         require_positive(self, "expert_width", "heads", "top_k", "group")
         require_not_negative(self, "uniformity_weight", "ambiguity_weight")
-        require_choice(self, "storage", ("float32", *BITS))
+        require_choice(self, "storage", ("float32", *CODES))
         try:
             quantile(keys_per_side(self.num_experts), self.top_k)
         except ValueError as error:

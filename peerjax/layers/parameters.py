@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.storage import BITS
+from pallas_kernels.codes import CODES
 from peerjax.layers.spec import FeedForward
 from peerjax.optim import is_packed_matrix, pack
 
@@ -16,23 +16,25 @@ UNDECAYED = ("scale", "bias", "embedding")
 Layers = Sequence[tuple[FeedForward, int]]
 
 
-def packed_bits(layers: Layers, path: Any) -> int | None:
-    """Bits of the codes of a parameter that is kept packed; `None` for one that is not.
+def packed_storage(layers: Layers, path: Any) -> str | None:
+    """The format of the codes of a parameter that is kept packed; `None` for one that is not.
 
     Args:
         layers: kinds of feed-forward layers, stack by stack.
         path: of the parameter, as JAX gives it.
     """
     spec, name = _of_section(layers, path)
-    return BITS.get(spec.packed_storage) if spec and name in spec.packable else None
+    if spec is None or name not in spec.packable or spec.packed_storage not in CODES:
+        return None
+    return spec.packed_storage
 
 
 def packed(layers: Layers, params: Any) -> Any:
     """Params with those in codes that are kept so."""
 
     def pack_leaf(path: Any, leaf: Any) -> Any:
-        bits = packed_bits(layers, path)
-        return leaf if bits is None or is_packed_matrix(leaf) else pack(leaf, bits)
+        storage = packed_storage(layers, path)
+        return leaf if storage is None or is_packed_matrix(leaf) else pack(leaf, storage)
 
     return jax.tree_util.tree_map_with_path(pack_leaf, params, is_leaf=is_packed_matrix)
 

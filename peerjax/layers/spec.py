@@ -71,8 +71,8 @@ class FeedForward:
         section: name of its section in the configuration, and of its module in parameter paths.
         undecayed: parameters without weight decay, by leaf name; those named "scale", "bias" and
             "embedding" never have any.
-        packable: parameters, by leaf name, that the field `storage` packs, if it is "int4" or
-            "int8".
+        packable: parameters, by leaf name, that the field `storage` packs, if it names a format
+            of `pallas_kernels.codes`.
     """
 
     section: ClassVar[str]

@@ -18,7 +18,7 @@ from pallas_kernels.expert_update import (
     check_state,
 )
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import ExpertPool, storage_of
+from pallas_kernels.storage import ExpertPool
 from peerjax.optim.overwrite import Overwrite
 from peerjax.optim.packed_matrix import PackedMatrix, update_matrix, zero_state
 from peerjax.sharding.pools import gather_tokens, replicated_update
@@ -147,8 +147,7 @@ def int4_accumulation(
         )
 
     def bits_of(leaf: ExpertPool | PackedMatrix) -> int:
-        storage = leaf.storage if isinstance(leaf, ExpertPool) else storage_of(leaf.bits)
-        return accumulator_bits_of(storage, accumulator_bits)
+        return accumulator_bits_of(leaf.storage, accumulator_bits)
 
     def state_of(leaf: ExpertPool | PackedMatrix) -> UpdateState:
         if isinstance(leaf, ExpertPool):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from pallas_kernels.codes import CODES
 from pallas_kernels.counter_hash import hash_words, round_stochastically
-from pallas_kernels.expert_update.integer_step import largest_code
-from pallas_kernels.storage import BITS, ExpertPool, read_floats, write_codes
+from pallas_kernels.storage import ExpertPool, read_floats, write_codes
 from peerjax.optim.overwrite import Overwrite
 
 # The purpose of random bits, absorbed by their hash: other transforms take other numbers.
@@ -140,7 +140,7 @@ def _counters(weights: Array) -> list[Array]:
 
 def _pack(pool: ExpertPool, weights: Array, words: Array) -> ExpertPool:
     """Rounds weights stochastically to codes; the largest of a row takes the largest code."""
-    top = largest_code(BITS[pool.storage])
+    top = CODES[pool.storage].top
     scales = jnp.maximum(jnp.max(jnp.abs(weights), axis=-1) / top, 1e-12)
     codes = round_stochastically(weights / scales[..., None], words).astype(jnp.int32)
     codes, ids = jnp.clip(codes, -top, top), jnp.arange(pool.num_experts)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from pallas_kernels.codes import CODES, Code
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
 from pallas_kernels.expert_update.integer_step import nearest
@@ -25,7 +26,7 @@ ROUNDING = 2
 # Beside `pallas_kernels.storage.LAYOUT`, which says how codes lie in words.
 LAYOUT = "Matrix: [rows, W], its width padded to whole words; scales [rows]."
 # Compiled once for a shape; its loop would be anew at every call.
-_nearest = jax.jit(nearest, static_argnames="code_bits")
+_nearest = jax.jit(nearest, static_argnames="code")
 
 
 @jax.tree_util.register_dataclass
@@ -37,13 +38,18 @@ class PackedMatrix:
         words: int32 [*rows, W].
         scales: float32 [*rows].
         width: D, columns of the matrix.
-        bits: of a code, 4 or 8.
+        storage: the format of its codes, of `pallas_kernels.codes`, such as "int4".
     """
 
     words: Any
     scales: Any
     width: int = dataclasses.field(metadata={"static": True})
-    bits: int = dataclasses.field(metadata={"static": True})
+    storage: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def code(self) -> Code:
+        """The format of its codes."""
+        return CODES[self.storage]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +58,7 @@ class PackedMatrix:
 
     def codes(self) -> Int[Array, "*rows D"]:
         """The codes as int32."""
-        planes = unpack_planes(self.words, self.bits)
+        planes = unpack_planes(self.words, self.code.bits)
         return planes.reshape(*self.scales.shape, -1)[..., : self.width]
 
     def floats(self) -> Float[Array, "*rows D"]:
@@ -60,14 +66,14 @@ class PackedMatrix:
         return self.codes() * self.scales[..., None]
 
 
-def array_forms(width: int, bits: int) -> dict[str, jax.ShapeDtypeStruct]:
+def array_forms(width: int, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a matrix by attribute; in one, they have leading axes of rows.
 
     Raises:
         ValueError: if no matrix is packed like that.
     """
-    _check_bits(bits)
-    words = -(-width // codes_per_word(bits))
+    _check_storage(storage)
+    words = -(-width // codes_per_word(CODES[storage].bits))
     return {
         "words": jax.ShapeDtypeStruct((words,), jnp.int32),
         "scales": jax.ShapeDtypeStruct((), jnp.float32),
@@ -79,7 +85,7 @@ def is_packed_matrix(node: Any) -> bool:
     return isinstance(node, PackedMatrix)
 
 
-def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
+def pack(weights: Float[Array, "*rows D"], storage: str = "int4") -> PackedMatrix:
     """Packs a matrix, rounded to nearest, each row with the scale that training would give it.
 
     Weights beyond the range of codes are clipped: of int4 codes, beyond 2.7 times the RMS of a row,
@@ -87,24 +93,25 @@ def pack(weights: Float[Array, "*rows D"], bits: int = 4) -> PackedMatrix:
 
     Args:
         weights: floats; the vectors along the last axis share a scale and a second moment.
-        bits: of a code, 4 or 8.
+        storage: the format of the codes: "int8", "int4", "int3" or "ternary".
 
     Raises:
-        ValueError: if `weights` has no rows or is empty, for other bits, and, outside of `jax.jit`,
-            if the size of a row is not finite.
+        ValueError: if `weights` has no rows or is empty, for other formats, and, outside of
+            `jax.jit`, if the size of a row is not finite.
     """
-    _check_bits(bits)
+    _check_storage(storage)
+    code = CODES[storage]
     if weights.ndim < 2:
         raise ValueError(
             f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
         )
     if not weights.size:
         raise ValueError(f"an array of shape {weights.shape} is empty; leave it as it is")
-    codes, scales = _nearest(weights, code_bits=bits)
+    codes, scales = _nearest(weights, code=code)
     if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scales))):
         raise ValueError("weights, or the squares of weights, are not finite and cannot be packed")
-    words = pack_planes(_by_plane(codes, bits), bits)
-    return PackedMatrix(words, scales, weights.shape[-1], bits)
+    words = pack_planes(_by_plane(codes, code.bits), code.bits)
+    return PackedMatrix(words, scales, weights.shape[-1], storage)
 
 
 def dequantize(params: Any) -> Any:
@@ -124,7 +131,7 @@ def zero_state(matrix: PackedMatrix, accumulator_bits: int) -> UpdateState:
     moments = jnp.zeros_like(matrix.scales)
     accumulators = None
     if accumulator_bits:
-        padded = matrix.words.shape[-1] * codes_per_word(matrix.bits)
+        padded = matrix.words.shape[-1] * codes_per_word(matrix.code.bits)
         words = -(-padded // codes_per_word(accumulator_bits))
         accumulators = moments.astype(jnp.int32)[..., None] * jnp.zeros(words, jnp.int32)
     return UpdateState(accumulators, moments)
@@ -146,7 +153,7 @@ def update_matrix(
         The *change* of the matrix, whose words and scales are to be added to the old ones, the new
         state, and counts.
     """
-    bits = matrix.bits
+    bits = matrix.code.bits
     codes = unpack_planes(matrix.words, bits)
     accumulators = jnp.zeros_like(codes)
     if accumulator_bits:
@@ -163,7 +170,7 @@ def update_matrix(
         lambda: hash_words(seed, ROUNDING, step, rows, column),
         hyperparameters,
         width=matrix.width,
-        code_bits=bits,
+        code=matrix.code,
         bits=accumulator_bits,
     )
     new_accumulators = None
@@ -178,9 +185,9 @@ def update_matrix(
     return change, new_state, Statistics(jnp.zeros((), jnp.float32), *sums)
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+def _check_storage(storage: str) -> None:
+    if storage not in CODES:
+        raise ValueError(f"matrices are packed as {', '.join(CODES)}, not as {storage!r}")
 
 
 def _by_plane(rows: Array, bits: int) -> Array:

@@ -91,5 +91,10 @@ def updated(stats: Any, moments: Any, momentum: float) -> Any:
     }
 
 
+def has_moments(stats: Any) -> bool:
+    """Whether the collection "stats" of a model holds running moments."""
+    return any(map(_is_moments, jax.tree.leaves(stats, is_leaf=_is_moments)))
+
+
 def _is_moments(node: Any) -> bool:
     return isinstance(node, Moments)

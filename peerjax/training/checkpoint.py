@@ -177,6 +177,13 @@ def find_damage(folder: epath.Path) -> str | None:
     return None
 
 
+def steps_in(workdir: epath.Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder, intact or not."""
+    folder = workdir / "checkpoints"
+    found = folder.iterdir() if folder.exists() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
 def find_checkpoint(workdir: epath.Path, step: int | None = None) -> epath.Path:
     """The folder of a step's checkpoint; of the newest intact one by default.
 
@@ -185,9 +192,7 @@ def find_checkpoint(workdir: epath.Path, step: int | None = None) -> epath.Path:
     Raises:
         CheckpointError: if there is none, or the one asked for is damaged.
     """
-    folder = workdir / "checkpoints"
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    steps = sorted(int(path.name) for path in found)
+    folder, steps = workdir / "checkpoints", steps_in(workdir)
     if not steps:
         raise CheckpointError(f"there is no checkpoint in {folder}; train first")
     if step is not None and step not in steps:

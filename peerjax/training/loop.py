@@ -20,14 +20,16 @@ from peerjax.model import Decoder
 from peerjax.objectives import Task, language
 from peerjax.planning.flops import forward_flops
 from peerjax.pool import count_expert_parameters, memory_report
+from peerjax.routing.running_norm import has_moments
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.training import report
-from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters
+from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters, steps_in
 from peerjax.training.gradients import gradient_shapes
 from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
+from peerjax.training.start import Source
 from peerjax.training.state import TrainState, create_state
 from peerjax.training.step import make_first_statistics, make_train_step
 from peerjax.training.workdir import check_config, check_data, folder_of, record
@@ -56,8 +58,12 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
-    make_folder(folder)
     task, optimizer = make_task(config, corpus), make_optimizer(config)
+    source = None
+    if config.init_from and not steps_in(folder):
+        source = Source(config)
+        source.check(task.model, corpus.tokenizer)
+    make_folder(folder)
     train_rows = task.of_rows(corpus.train)
     mesh = make_mesh()
 
@@ -78,16 +84,19 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
             print(f"the run in {folder} has finished its {start} steps; raise steps to go on")
             report.print_report(folder)
             return
-        if start is None:
-            state = jax.jit(fresh_state, out_shardings=shardings)()
-            batches = train_batches(config, train_rows)
-            first = next(batches)
-            first_statistics = jax.jit(make_first_statistics(config, task), donate_argnums=0)
-            state = first_statistics(state, put_batch(mesh, first))
-            batches = itertools.chain([first], batches)
-        else:
+        if start is not None:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
             batches = train_batches(config, train_rows, next_batch)
+        elif source is not None:
+            state, batches = source.state(task, optimizer, mesh), train_batches(config, train_rows)
+        else:
+            state = jax.jit(fresh_state, out_shardings=shardings)()
+            batches = train_batches(config, train_rows)
+            if has_moments(shapes.stats):
+                first = next(batches)
+                batches = itertools.chain([first], batches)
+                first_statistics = jax.jit(make_first_statistics(config, task), donate_argnums=0)
+                state = first_statistics(state, put_batch(mesh, first))
         record(folder, config, corpus.tokenizer, corpus.identity)
 
         # ---- What is computed and shown ----

@@ -10,7 +10,7 @@ import optax
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.storage import ExpertPool
 from peerjax.config import DENSE_RULES, feed_forwards, implementation_of
-from peerjax.layers.parameters import decayed, packed_bits
+from peerjax.layers.parameters import decayed, packed_storage
 from peerjax.optim import eco, int4_accumulation, is_packed_matrix, on_dense_gradients
 from peerjax.training.state import PARAMS, POOLS
 
@@ -46,7 +46,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
     def labels(tree: Any) -> Any:
         def label(path: Any, _: Any) -> str:
-            return PARAMS if packed_bits(layers, path) is None else POOLS
+            return PARAMS if packed_storage(layers, path) is None else POOLS
 
         of_params = jax.tree_util.tree_map_with_path(label, tree[PARAMS], is_leaf=is_packed_matrix)
         return {PARAMS: of_params, POOLS: POOLS}

@@ -95,12 +95,17 @@ def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
     Raises:
         DataError: if it is another.
     """
-    expected = json.loads((workdir / DATA).read_text())["tokenizer"]
+    expected = tokenizer_digest(workdir)
     if tokenizer.digest != expected:
         raise DataError(
             f"{workdir} was trained with another tokenizer ({expected}) than the one there is now "
             f"({tokenizer.digest}); put the old one back as {workdir / TOKENIZER}"
         )
+
+
+def tokenizer_digest(workdir: epath.Path) -> str:
+    """The digest of the tokenizer of the run in a folder."""
+    return json.loads((workdir / DATA).read_text())["tokenizer"]
 
 
 def vocabulary_size(workdir: epath.Path) -> int:

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.compiled_kernels import Compiled
 from benchmarks.kernels_aot import cycles_per_copy, moved
-from benchmarks.targets import MEMORY, TARGETS, TPUS, environment, run_for
 from pallas_kernels.row_layout import RowLayout
+from peerjax.planning.targets import MEMORY, TARGETS, TPUS, environment, run_for
 from tests.accelerators.test_whole_step import require
 from tests.conftest import REPOSITORY
 
@@ -104,7 +104,7 @@ import sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu, tpu as pltpu
-from benchmarks.targets import device_of, on
+from peerjax.planning.targets import device_of, on
 device = device_of(sys.argv[1])
 S = lambda shape, dtype: on(device, jax.ShapeDtypeStruct(shape, dtype))
 """

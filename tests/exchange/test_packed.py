@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pallas_kernels.storage import read_codes
+from pallas_kernels.storage import STORAGES, read_codes
 from peerjax import exchange, optim
 from peerjax.errors import UserError
-from peerjax.pool import STORAGES, initialize_pool
+from peerjax.pool import initialize_pool
 
 
 def make_pool(storage, layers=2):
@@ -25,7 +25,7 @@ def make_tree():
         "pools": {storage: make_pool(storage) for storage in STORAGES},
         "layers": [
             {"w": optim.pack(matrix), "b": jnp.arange(3.0)},
-            {"w": optim.pack(jnp.ones((2, 8)), bits=8)},
+            {"w": optim.pack(jnp.ones((2, 8)), "int8")},
         ],
         "step": jnp.int32(7),
     }
@@ -137,8 +137,10 @@ def test_floats_are_codes_times_scales(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path):
     tree, path = {"w": optim.pack(jnp.ones((2, 8))), "b": jnp.ones(3)}, tmp_path / "a.safetensors"
     exchange.save(path, tree)
-    with pytest.raises(UserError, match=r"'w' is a PackedMatrix of width=8, bits=4 .* bits=8"):
-        exchange.restore(path, {**tree, "w": optim.pack(jnp.ones((2, 8)), bits=8)})
+    with pytest.raises(
+        UserError, match=r"'w' is a PackedMatrix of width=8, storage='int4' .* 'int8'"
+    ):
+        exchange.restore(path, {**tree, "w": optim.pack(jnp.ones((2, 8)), "int8")})
     with pytest.raises(UserError, match=r"'b' is float32\[3\] in .* but float32\[4\]"):
         exchange.restore(path, {**tree, "b": jnp.ones(4)})
     with pytest.raises(UserError, match=r"a.safetensors has no 'c'"):
@@ -168,7 +170,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         exchange.load(path)
 
 
-MATRIX = {"kind": "matrix", "width": 20, "bits": 4}
+MATRIX = {"kind": "matrix", "width": 20, "storage": "int4"}
 POOL = {"kind": "pool", "storage": "int4", "num_experts": 37, "width": 64}
 WORDS, SCALES = np.ones((2, 3), np.int32), np.ones(2, np.float32)
 POOL_WORDS, POOL_SCALES = np.ones((5, 128), np.int32), np.ones((2, 37), np.float32)
@@ -213,8 +215,11 @@ def test_metadata_that_names_nothing_is_refused(tmp_path, text):
         ({"width": 20, "bits": 4}, "described as a matrix or pool"),
         (MATRIX | {"kind": "vector"}, "described as a matrix or pool"),
         (MATRIX | {"kind": ["matrix"]}, "described as a matrix or pool"),
-        (MATRIX | {"rows": 2}, r"has the fields \['width', 'bits'\], not .*'rows'"),
-        ({"kind": "matrix", "width": 20}, r"has the fields \['width', 'bits'\], not \['width'\]"),
+        (MATRIX | {"rows": 2}, r"has the fields \['width', 'storage'\], not .*'rows'"),
+        (
+            {"kind": "matrix", "width": 20},
+            r"has the fields \['width', 'storage'\], not \['width'\]",
+        ),
         (
             {"kind": "pool", "storage": "int4"},
             r"has the fields \['storage', 'num_experts', 'width'",
@@ -222,10 +227,10 @@ def test_metadata_that_names_nothing_is_refused(tmp_path, text):
         (MATRIX | {"width": "20"}, "width='20' is not of type int"),
         (MATRIX | {"width": True}, "width=True is not of type int"),
         (MATRIX | {"width": 0}, "width=0 is not positive"),
-        (MATRIX | {"bits": 3}, "codes have 4 or 8 bits, not 3"),
+        (MATRIX | {"storage": "int5"}, "packed as int8, int4, int3, ternary, not as 'int5'"),
         (MATRIX | {"width": 4096}, r"'x.codes' is int32\[2, 3\], where int32\[2, 512\] belongs"),
-        (MATRIX | {"bits": 8}, r"'x.codes' is int32\[2, 3\], where int32\[2, 5\] belongs"),
-        (POOL | {"storage": "int2"}, "stored as float32, bfloat16, int8, int4, not as int2"),
+        (MATRIX | {"storage": "int8"}, r"'x.codes' is int32\[2, 3\], where int32\[2, 5\] belongs"),
+        (POOL | {"storage": "int2"}, "int8, int4, int3, ternary, not as int2"),
         (POOL | {"width": 60}, "a width of 60 does not pack"),
         (POOL | {"width": -64}, "width=-64 is not positive"),
         (

@@ -15,11 +15,17 @@ from hypothesis import strategies as st
 from peerjax import optim
 
 WIDTHS = [3, 8, 20, 64]
-SPREAD = {4: 0.37, 8: 0.25}  # RMS of codes over the largest, to which scales go
+TOP = {"int8": 127, "int4": 7, "int3": 3, "ternary": 1}
+SPREAD = {
+    "int8": 0.25,
+    "int4": 0.37,
+    "int3": 0.51,
+    "ternary": 0.82,
+}  # RMS of codes over the largest, to which scales go
 
 
-def matrix(width=20, rows=6, seed=0, bits=4):
-    return optim.pack(jax.random.normal(jax.random.key(seed), (rows, width)), bits)
+def matrix(width=20, rows=6, seed=0, storage="int4"):
+    return optim.pack(jax.random.normal(jax.random.key(seed), (rows, width)), storage)
 
 
 def one_step(transform, gradients, state, params):
@@ -35,15 +41,15 @@ def assert_trees_equal(one, other):
 
 @settings(deadline=None, max_examples=12)
 @given(
-    width=st.integers(1, 40), rows=st.integers(1, 5), bits=st.sampled_from([4, 8]),
+    width=st.integers(1, 40), rows=st.integers(1, 5), storage=st.sampled_from(["int4", "int8"]),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_packing_is_rounding_to_nearest_at_the_scale_of_training(width, rows, bits, seed):
+def test_packing_is_rounding_to_nearest_at_the_scale_of_training(width, rows, storage, seed):
     weights = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
-    packed = optim.pack(jnp.asarray(weights), bits)
+    packed = optim.pack(jnp.asarray(weights), storage)
     assert packed.shape == weights.shape
-    top = 2 ** (bits - 1) - 1
-    scales = np.sqrt(np.mean(weights**2, -1)) / (SPREAD[bits] * top)
+    top = TOP[storage]
+    scales = np.sqrt(np.mean(weights**2, -1)) / (SPREAD[storage] * top)
     np.testing.assert_allclose(packed.scales, scales, rtol=1e-5)
     inside = np.clip(weights, -top * scales[:, None], top * scales[:, None])
     assert np.all(np.abs(np.asarray(packed.floats()) - inside) <= scales[:, None] * 0.5001)
@@ -57,17 +63,30 @@ def test_only_packed_matrices_are_dequantized():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("code_bits", "bits"), [(4, None), (4, 0), (4, 2), (4, 8), (8, None)])
-def test_two_steps_equal_exact_integer_arithmetic(width, code_bits, bits):
+@pytest.mark.parametrize(
+    ("storage", "bits"),
+    [
+        ("int4", None),
+        ("int4", 0),
+        ("int4", 2),
+        ("int4", 8),
+        ("int8", None),
+        ("int3", None),
+        ("ternary", None),
+        ("ternary", 4),
+    ],
+)
+def test_two_steps_equal_exact_integer_arithmetic(width, storage, bits):
     """Differences are added to words by optax; what they stand for is worked out in float64."""
     from pallas_kernels.counter_hash import hash_words
     from peerjax.optim.packed_matrix import ROUNDING
 
     rate, decay, rows = 0.05, 0.1, 5
     transform = optim.int4_accumulation(rate, weight_decay=decay, seed=3, accumulator_bits=bits)
-    params = {"w": matrix(width, rows, bits=code_bits)}
+    params = {"w": matrix(width, rows, storage=storage)}
     state = transform.init(params)
-    unit, top = 2 ** (code_bits if bits is None else bits), 2 ** (code_bits - 1) - 1
+    top = TOP[storage]
+    unit = 2 ** ({"int8": 8, "int4": 4, "int3": 4, "ternary": 2}[storage] if bits is None else bits)
     value = np.asarray(params["w"].codes(), np.int64) * unit
     scales, nu = np.asarray(params["w"].scales, np.float64), None
     for step in range(2):
@@ -85,7 +104,7 @@ def test_two_steps_equal_exact_integer_arithmetic(width, code_bits, bits):
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = value + (np.floor(u) + up).astype(np.int64)
         beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2, -1)) / (
-            SPREAD[code_bits] * top * unit
+            SPREAD[storage] * top * unit
         )
         low, high = -top * unit - unit // 2, top * unit + max(unit // 2 - 1, 0)
         squares = moved.astype(np.float64) ** 2
@@ -217,11 +236,11 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("storage", ["int4", "int8"])
 @pytest.mark.parametrize("kind", SPARSE)
-def test_rows_of_few_large_weights_stay_what_they_are(kind, bits):
+def test_rows_of_few_large_weights_stay_what_they_are(kind, storage):
     weights = jnp.asarray(SPARSE[kind], jnp.float32)
-    params, transform = optim.pack(weights, bits), optim.int4_accumulation(0.0)
+    params, transform = optim.pack(weights, storage), optim.int4_accumulation(0.0)
     packed = params.floats()
     size = jnp.linalg.norm(weights, axis=1)
     assert np.all(jnp.linalg.norm(packed - weights, axis=1) < 0.4 * size)
@@ -309,8 +328,8 @@ def test_misuse_that_can_be_seen_is_refused():
         optim.apply_updates(params, updates)
     with pytest.raises(ValueError, match="no difference of words"):
         optim.apply_updates(params, gradients)
-    with pytest.raises(ValueError, match="codes have 4 or 8 bits, not 3"):
-        optim.pack(jnp.ones((2, 8)), bits=3)
+    with pytest.raises(ValueError, match="packed as int8, int4, int3, ternary, not as 'int5'"):
+        optim.pack(jnp.ones((2, 8)), "int5")
     with pytest.raises(ValueError, match=r"shape \(8,\) has no rows to pack"):
         optim.pack(jnp.ones(8))
     with pytest.raises(ValueError, match=r"shape \(0, 8\) is empty"):

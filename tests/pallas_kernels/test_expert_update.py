@@ -18,7 +18,17 @@ from tests.conftest import compile_as_users_do
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
-SPREAD = {"int8": 0.25, "int4": 0.37}  # RMS of codes over the largest, to which scales go
+TOP = {"int8": 127, "int4": 7, "int3": 3, "ternary": 1}
+OTHERS = [
+    *[("int4", 0), ("int4", 2), ("int4", 8), ("int8", 4)],
+    *[("int3", 4), ("int3", 0), ("ternary", 2), ("ternary", 4)],
+]
+SPREAD = {
+    "int8": 0.25,
+    "int4": 0.37,
+    "int3": 0.51,
+    "ternary": 0.82,
+}  # RMS of codes over the largest, to which scales go
 RULE = Hyperparameters(learning_rate=0.02)
 
 
@@ -63,10 +73,10 @@ def all_codes(words, pool, storage=None):
 
 def reference(pool, state, gradient, rule, seed, step, bits):
     """One step, expert by expert; returns codes, accumulators, scales, moments."""
-    unit, top = 2**bits, 2 ** (BITS[pool.storage] - 1) - 1
+    unit, top = 2**bits, TOP[pool.storage]
     rows = dense(gradient, pool.num_experts)
     codes = all_codes(pool.weights, pool)
-    accumulators = all_codes(state.accumulators, pool, f"int{bits}")
+    accumulators = all_codes(state.accumulators, pool, f"{bits}-bit accumulators")
     scales = np.array(pool.scales, np.float64)
     nu = np.array(state.moments, np.float64)
     for layer, expert, matrix in np.ndindex(*rows.shape[:3]):
@@ -113,13 +123,13 @@ def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
     one_step = compiled_with(bits)
     new_pool, new_state, _ = one_step(pool, state, gradient, rule, seed=seed, step=step)
     codes = all_codes(new_pool.weights, pool)
-    accumulators = all_codes(new_state.accumulators, pool, f"int{bits}")
+    accumulators = all_codes(new_state.accumulators, pool, f"{bits}-bit accumulators")
     unit = 2**bits
     # float32 sums may straddle a rounding threshold where float64 ones do not: by one unit.
     moved = unit * (codes - expected[0]) + accumulators - expected[1]
     assert np.abs(moved).max() <= 1
     # int8 takes 16 bits with its accumulators: float32 leaves 8 for where a rounding falls.
-    assert np.mean(moved != 0) < {"int4": 1e-3, "int8": 3e-3}[pool.storage]
+    assert np.mean(moved != 0) < (3e-3 if pool.storage == "int8" else 1e-3)
     np.testing.assert_allclose(new_pool.scales, expected[2], rtol=1e-5)
     np.testing.assert_allclose(new_state.moments, expected[3], rtol=1e-4)
     return new_pool, new_state
@@ -138,9 +148,9 @@ def test_three_steps_equal_the_reference(storage, learning_rate, weight_decay):
         pool, state = assert_equals_reference(pool, state, gradient, rule, 7, step, bits)
 
 
-@pytest.mark.parametrize(("storage", "bits"), [("int4", 0), ("int4", 2), ("int4", 8), ("int8", 4)])
+@pytest.mark.parametrize(("storage", "bits"), OTHERS)
 @pytest.mark.parametrize("learning_rate", [0.02, 0.5])
-def test_accumulators_of_other_widths(storage, bits, learning_rate):
+def test_accumulators_of_other_widths_and_codes_of_fewer_levels(storage, bits, learning_rate):
     pool = make_pool(storage)
     state = UpdateState.zeros_for(pool, bits)
     rule = RULE._replace(learning_rate=learning_rate)
@@ -154,6 +164,12 @@ def test_only_xla_knows_accumulators_of_other_widths():
     arguments = {"seed": 0, "step": 0, "accumulator_bits": 2}
     with pytest.raises(ValueError, match="mosaic_tpu cannot update experts: its accumulators are"):
         update(pool, state, make_gradient(), RULE, implementation="mosaic_tpu", **arguments)
+    ternary = make_pool("ternary")
+    with pytest.raises(ValueError, match="mosaic_gpu cannot update experts: it reads codes of 4"):
+        update(
+            ternary, UpdateState.zeros_for(ternary), make_gradient(), RULE,
+            seed=0, step=0, implementation="mosaic_gpu",
+        )  # fmt: skip
     with pytest.raises(ValueError, match="accumulators have 0 or 2 or 4 or 8 bits, not 3"):
         UpdateState.zeros_for(pool, 3)
 

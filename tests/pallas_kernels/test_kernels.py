@@ -83,6 +83,7 @@ def assert_equal_to_rounding(found, expected, tolerance=5e-6):
         ("int4", 256, 64, 1, 40, "gelu"),  # decoding
         slow("int8", 128, 77, 5, 8, "gelu"),
         slow("int8", 1024, 19, 4, 12, "relu"),
+        slow("int3", 256, 41, 3, 8, "relu"),
     ],
 )
 def test_the_lookup_and_its_gradients(
@@ -193,6 +194,7 @@ def after_steps(implementation, pool, gradient, rule, steps=2):
         slow("int4", 576, 41, 7, 8, 0.02),
         slow("int4", 256, 101, 7, 8, 0.5),  # scales grow
         slow("int8", 128, 77, 10, 6, 0.02),
+        slow("int3", 256, 41, 4, 6, 0.1),
     ],
 )
 def test_the_update(kernel, storage, width, num_experts, tokens, chosen, learning_rate):

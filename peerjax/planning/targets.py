@@ -5,15 +5,16 @@ Each target is compiled for in a process of its own: `environment` says how to s
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from pallas_kernels.platforms import can_compile_for
+from peerjax.errors import UserError
 from peerjax.sharding import make_mesh
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -50,6 +51,27 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def check_target(target: str) -> None:
+    """Checks the name of a target: "cpu", a key of `MEMORY`, or chips of a TPU such as "v5p:4x4x4".
+
+    Raises:
+        UserError: if there is no such target.
+    """
+    kind, _, chips = target.partition(":")
+    if target == "cpu" or (kind in TARGETS and not chips):
+        return
+    if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", chips):
+        raise UserError(
+            f"target {target!r} is unknown; choose cpu, {', '.join(TARGETS)}, or chips of a TPU "
+            "such as v5p:4x4x4"
+        )
+
+
+def kind_of(target: str) -> str:
+    """The kind of accelerator of a target, without the number of chips."""
+    return target.partition(":")[0]
+
+
 def device_of(target: str) -> Any:
     """A device to compile for; `None` for the CPU at hand."""
     if target == "cpu":
@@ -63,10 +85,12 @@ def device_of(target: str) -> Any:
     return topology.devices[0]
 
 
-def mesh_of(topology: str) -> jax.sharding.Mesh:
-    """A mesh of all chips of a TPU topology, such as "v5p:4x4x4"; none need exist."""
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return make_mesh(found.devices)
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    """A mesh of one device of a target, or of all chips that it names; none need exist."""
+    if ":" in target:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=target)
+        return make_mesh(found.devices)
+    return make_mesh([device_of(target) or jax.devices()[0]])
 
 
 def on(device: Any, tree: Any) -> Any:
@@ -83,14 +107,14 @@ def missing(target: str) -> str | None:
     """The extra that must be installed to compile for a target; `None` if nothing is missing."""
     if target == "cpu":
         return None
-    platform, extra = ("tpu", "compile-tpu") if target in TPUS else ("cuda", "compile-gpu")
+    platform, extra = ("tpu", "compile-tpu") if kind_of(target) in TPUS else ("cuda", "compile-gpu")
     return None if can_compile_for(platform) else extra
 
 
 def environment(target: str) -> dict[str, str]:
     """Variables of a process that compiles for a target and has no accelerator."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    if target in TPUS:
+    if kind_of(target) in TPUS:
         # No questions to a metadata server, no lock against other processes, no logs.
         variables |= {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -100,7 +124,7 @@ def environment(target: str) -> dict[str, str]:
             "TPU_LOG_DIR": "disabled",
             "TPU_MIN_LOG_LEVEL": "3",
         }
-    else:
+    elif target != "cpu":
         variables["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     return variables
 
@@ -108,12 +132,16 @@ def environment(target: str) -> dict[str, str]:
 def run_for(target: str, module: str, *arguments: str) -> Any:
     """Runs `python -m module target arguments...` and returns the JSON of its last line.
 
+    The process starts in the current directory.
+
     Raises:
+        UserError: if the compiler of the target is not installed.
         RuntimeError: with the end of its output, if it fails.
     """
+    if extra := missing(target):
+        raise UserError(f"compiling for {target} needs the extra: pip install 'peerjax[{extra}]'")
     found = subprocess.run(
         [sys.executable, "-m", module, target, *arguments],
-        cwd=Path(__file__).parents[1],
         env=environment(target),
         capture_output=True,
         text=True,

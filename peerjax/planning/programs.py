@@ -1,30 +1,30 @@
-"""Compiles a whole training step for a target, and tells what the compiled program keeps.
+"""Whole training steps, compiled for a target that need not be there: memory and kernels in use.
 
-    python -m benchmarks.compiled_step TARGET RECIPE [FIELD=VALUE ...]
+    python -m peerjax.planning.programs TARGET CONFIG.json VOCABULARY
 
-prints JSON. TARGET is "cpu" or one of `benchmarks.targets`, which need not be there; RECIPE is one
-of `configs/`; fields are those of the configuration, their values Python.
+prints a `Program` as JSON. `program_for` runs this in a process of its own.
 """
 
-import ast
-import importlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from benchmarks.targets import device_of, on
-from configs import peer_1m_cpu
-from peerjax.config import validate
+from peerjax.config import from_json, validate
 from peerjax.objectives import language_model
+from peerjax.planning.targets import check_target, mesh_of, run_for
 from peerjax.pool import memory_report
-from peerjax.training.optimizer import make_optimizer
+from peerjax.sharding import BATCH, sharding_of, state_shardings
+from peerjax.training.checkpoint import abstract
+from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.state import TrainState, create_state
 from peerjax.training.step import make_train_step
 
@@ -32,9 +32,11 @@ VOCABULARY = 4096
 
 
 class Program(NamedTuple):
-    """Figures of a compiled step.
+    """Figures of a compiled step; bytes and elements are those of one chip.
 
     Attributes:
+        chips: how many chips run it.
+        rows: rows of a batch that a chip has.
         temp: bytes of temporary memory.
         total: bytes of arguments, results and temporary memory together.
         aliased: bytes of arguments that are rewritten in place.
@@ -46,12 +48,10 @@ class Program(NamedTuple):
             words of the pools (which the program also views in other shapes).
         pool_copies: instructions that copy an array with as many words as the pools.
         kernels: calls of Pallas kernels, a loop's counted once.
-        tokens: T.
-        chosen: K.
-        heads: H.
-        width: D.
     """
 
+    chips: int
+    rows: int
     temp: int
     total: int
     aliased: int
@@ -62,45 +62,54 @@ class Program(NamedTuple):
     largest_other: int
     pool_copies: int
     kernels: int
-    tokens: int
-    chosen: int
-    heads: int
-    width: int
 
 
-def config_of(recipe: str, changes: Sequence[str]) -> ml_collections.ConfigDict:
-    """A recipe with fields changed as a command line says, FIELD=VALUE."""
-    config = importlib.import_module(f"configs.{recipe}").get_config()
-    for change in changes:
-        field, value = change.split("=", 1)
-        config.update_from_flattened_dict({field: ast.literal_eval(value)})
-    return config
+def program_for(
+    target: str, config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY
+) -> Program:
+    """Compiles the step of a configuration for a target, in a process of its own.
 
+    Args:
+        target: see `peerjax.planning.targets.check_target`.
+        config: see `peerjax.config`.
+        vocabulary: entries of the tokenizer.
 
-def million(num_experts: int) -> ml_collections.ConfigDict:
-    """`configs/peer_1m_cpu.py` with another number of experts, a square."""
-    config = peer_1m_cpu.get_config()
-    root = round(num_experts**0.5)
-    config.peer.num_experts = (root, root)
-    return config
+    Raises:
+        UserError: if the target is unknown, its compiler is not installed, or the configuration
+            is not valid.
+        RuntimeError: if the step does not compile, with the compiler's message.
+    """
+    check_target(target)
+    validate(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config.to_dict()))
+        found = run_for(target, "peerjax.planning.programs", str(path), str(vocabulary))
+    return Program(**found)
 
 
 def compile_step(
     config: ml_collections.ConfigDict,
-    device: Any = None,
+    target: str = "cpu",
+    vocabulary: int = VOCABULARY,
     compile: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
 ) -> Program:
-    """Compiles the step of a configuration for a device, or for the CPU at hand."""
-    step, state, batch = step_of(config)
-    state, batch = on(device, (state, batch))
-    compiled = compile(step.lower(state, batch))
-    memory = compiled.memory_analysis()
-    of_pools = memory_report(state.pools, state.opt_state)
-    words = jax.tree.leaves(state.pools)[0].size
-    rows, length = config.data.batch_size, config.data.sequence_length
-    text = compiled.as_text()
+    """Compiles the step of a configuration in this process; see `program_for`."""
+    mesh = mesh_of(target)
+    step, state, batch = step_of(config, vocabulary)
+    state = abstract(state, state_shardings(mesh, state))
+    batch = abstract(batch, jax.tree.map(lambda _: sharding_of(mesh, BATCH), batch))
+    with jax.set_mesh(mesh):
+        compiled = compile(step.lower(state, batch))
+    memory: Any = compiled.memory_analysis()
+    of_pools = memory_report(state.pools, state_of_pools(state.opt_state))
+    pools = jax.tree.leaves(state.pools)
+    words = pools[0].size if pools else 0
+    text = compiled.as_text() or ""
     largest = _largest_arrays(text, words)
     return Program(
+        chips=mesh.size,
+        rows=config.data.batch_size // mesh.size,
         temp=memory.temp_size_in_bytes,
         total=total_bytes(memory),
         aliased=memory.alias_size_in_bytes,
@@ -111,10 +120,6 @@ def compile_step(
         largest_other=largest[False],
         pool_copies=pool_copies(text, words),
         kernels=len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)),
-        tokens=rows * length,
-        chosen=config.peer.heads * config.peer.experts_per_head,
-        heads=config.peer.heads,
-        width=config.model.width,
     )
 
 
@@ -125,9 +130,9 @@ def step_of(
     validate(config)
     task, optimizer = language_model(config, vocabulary), make_optimizer(config)
     state = jax.eval_shape(lambda: create_state(config, task, optimizer))
-    rows, length = config.data.batch_size, config.data.sequence_length
+    shape = (config.data.batch_size, config.data.sequence_length)
     names = ("inputs", "targets", "positions", "segments")
-    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     return jax.jit(make_train_step(config, task, optimizer), donate_argnums=0), state, batch
 
 
@@ -158,5 +163,6 @@ def _largest_arrays(program: str, words: int) -> dict[bool, int]:
 
 
 if __name__ == "__main__":
-    target, recipe, *changes = sys.argv[1:]
-    print(json.dumps(compile_step(config_of(recipe, changes), device_of(target))._asdict()))
+    target, path, vocabulary = sys.argv[1:]
+    config = from_json(Path(path).read_text())
+    print(json.dumps(compile_step(config, target, int(vocabulary))._asdict()))

@@ -1,0 +1,104 @@
+"""What a configuration takes on a target: FLOPs by formula, and a chip's memory by part."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import rich.console
+
+from peerjax.config import model_config, validate
+from peerjax.objectives import language_model
+from peerjax.planning.flops import forward_flops
+from peerjax.planning.programs import Program, program_for
+from peerjax.planning.targets import GIB, MEMORY, check_target, kind_of
+from peerjax.pool import memory_report
+from peerjax.tables import print_table
+from peerjax.training.gradients import gradient_shapes
+from peerjax.training.optimizer import make_optimizer, state_of_pools
+from peerjax.training.state import create_state
+
+
+class Plan(NamedTuple):
+    """What a configuration takes.
+
+    Attributes:
+        target: where.
+        flops: forward FLOPs a token by part of the model.
+        state: bytes of the train state by part, as a chip holds it.
+        program: the compiled step; `None` if it was not compiled.
+        limit: bytes of a chip; `None` if it is not known.
+    """
+
+    target: str
+    flops: dict[str, float]
+    state: dict[str, int]
+    program: Program | None
+    limit: int | None
+
+
+def plan(
+    config: ml_collections.ConfigDict, target: str, vocabulary: int, *, compile: bool = True
+) -> Plan:
+    """Works out what a configuration takes.
+
+    Args:
+        config: see `peerjax.config`.
+        target: see `peerjax.planning.targets.check_target`; need not be present.
+        vocabulary: entries of the tokenizer.
+        compile: whether to compile the step too, for its temporary memory.
+
+    Raises:
+        UserError: if the configuration is not valid, the target is unknown, or its compiler is not
+            installed.
+    """
+    validate(config)
+    check_target(target)
+    task, optimizer = language_model(config, vocabulary), make_optimizer(config)
+    state = jax.eval_shape(lambda: create_state(config, task, optimizer))
+    of_pools = memory_report(
+        state.pools,
+        state_of_pools(state.opt_state),
+        gradient_shapes(task, config.data.batch_size, config.data.sequence_length),
+    )
+    parameters, moments = _bytes_of(state.params), _bytes_of(state.opt_state)
+    kept = of_pools.kept - _bytes_of(state.pools)  # by the optimizer
+    parts = {
+        "parameters": parameters,
+        "optimizer state of parameters": moments - kept,
+        **{f"pools: {part}": size for part, size in of_pools.parts.items()},
+    }
+    return Plan(
+        target,
+        forward_flops(model_config(config, vocabulary), config.data.sequence_length),
+        parts,
+        program_for(target, config, vocabulary) if compile else None,
+        MEMORY.get(kind_of(target)),
+    )
+
+
+def print_plan(found: Plan) -> None:
+    """Prints a plan as tables, and whether it fits."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    rows = [[part, f"{each / 1e6:,.2f}"] for part, each in found.flops.items()]
+    rows.append(["all", f"{sum(found.flops.values()) / 1e6:,.2f}"])
+    print_table(console, "Forward FLOPs a token", ("part", "MFLOPs"), rows)
+    sizes = dict(found.state)
+    if found.program is not None:
+        sizes["temporary memory, the gradient included"] = found.program.temp
+        sizes["all, by the compiled step"] = found.program.total
+    rows = [[part, f"{size / GIB:,.3f}"] for part, size in sizes.items()]
+    print_table(console, f"Memory of a chip ({found.target})", ("part", "GiB"), rows)
+    if found.program is not None and found.limit is not None:
+        used = found.program.total
+        verdict = "fits" if used <= found.limit else "does not fit"
+        console.print(
+            f"{verdict}: {used / GIB:,.1f} of {found.limit / GIB:,.0f} GiB on each of "
+            f"{found.program.chips} chip{'s' if found.program.chips > 1 else ''}, "
+            f"{found.program.rows} rows a chip"
+        )
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

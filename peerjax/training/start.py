@@ -1,0 +1,149 @@
+"""The state that a run starts from: drawn, or taken from another run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from pallas_kernels.expert_update import UpdateState
+from peerjax.config import model_config, validate
+from peerjax.data.tokenizer import Tokenizer
+from peerjax.errors import ConfigError
+from peerjax.layers.parameters import packed
+from peerjax.model import Decoder
+from peerjax.objectives.task import Task, drawn_variables
+from peerjax.optim import is_packed_matrix
+from peerjax.sharding import state_shardings
+from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
+from peerjax.training.state import TrainState, state_of
+from peerjax.training.workdir import (
+    TOKENIZER,
+    folder_of,
+    read_config,
+    tokenizer_digest,
+    vocabulary_size,
+)
+
+# Settings of the update that its accumulators depend on.
+OF_ACCUMULATORS = ("rule", "storage", "accumulator_bits")
+
+
+class Source:
+    """The checkpoint that `init_from` names, whose weights a run starts from.
+
+    Args:
+        config: of the run that starts.
+
+    Raises:
+        ConfigError: if there is no run that this version can read.
+        CheckpointError: if the checkpoint is missing or damaged.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        workdir, step = folder_of(config.init_from), None
+        if workdir.parent.name == "checkpoints" and workdir.name.isdigit():
+            workdir, step = workdir.parent.parent, int(workdir.name)
+        self._new, self._old = config, read_config(workdir)
+        validate(self._old)
+        self._workdir = workdir
+        self._checkpoint = find_checkpoint(workdir, step)
+
+    def check(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        """Compares what the weights were trained with.
+
+        Raises:
+            ConfigError: naming what differs: tokenizer, vocabulary, layers, width, or the first
+                array of another shape.
+        """
+        for name, old, new in (
+            ("tokenizer", tokenizer_digest(self._workdir), tokenizer.digest),
+            ("vocabulary", vocabulary_size(self._workdir), model.config.vocab_size),
+            ("model.layers", tuple(self._old.model.layers), tuple(self._new.model.layers)),
+            ("model.width", self._old.model.width, self._new.model.width),
+        ):
+            if old != new:
+                hint = f"give data.tokenizer={self._workdir / TOKENIZER}"
+                raise ConfigError(
+                    f"init_from={self._new.init_from} has another {name} ({old}) than this run "
+                    f"({new}); {hint if name == 'tokenizer' else 'change it'}, or start from "
+                    "another run"
+                )
+        found, wanted = _shapes(self._drawn()), _shapes(_drawn(model))
+        for path in sorted(found.keys() | wanted.keys()):
+            old, new = (each.get(path, "missing") for each in (found, wanted))
+            if old != new:
+                raise ConfigError(
+                    f"init_from={self._new.init_from} does not fit this run: {path} is {old} there "
+                    f"and {new} here; set the fields of the layers as they were in that run"
+                )
+
+    def state(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+        """The state of a run before its first step, with the checkpoint's weights.
+
+        Parameters, pools and running statistics are those of the checkpoint, and so are
+        accumulators, if both runs update pools by the same rule with as many bits. Moments, the
+        step and the schedule start anew.
+        """
+        shapes = self._drawn()
+        wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
+        read = restore_part(self._checkpoint, abstract(wanted, state_shardings(mesh, wanted)))
+        variables = {**shapes, **read}
+        variables["params"] = packed(task.model.config.layers, variables["params"])
+        make = partial(state_of, optimizer=optimizer)
+        shardings = state_shardings(mesh, jax.eval_shape(make, variables))
+        state = jax.jit(make, out_shardings=shardings)(variables)
+        if any(self._old.pool[name] != self._new.pool[name] for name in OF_ACCUMULATORS):
+            return state
+        return state._replace(opt_state=self._with_accumulators(state.opt_state, mesh))
+
+    def _with_accumulators(self, opt_state: Any, mesh: Mesh) -> Any:
+        """The state of an optimizer with the accumulators of the checkpoint, where it has some."""
+        shapes = jax.eval_shape(lambda: opt_state)
+        placed = abstract(shapes, state_shardings(mesh, shapes))
+        wanted = jax.tree.map(_only_accumulators, placed, is_leaf=_is_update_state)
+        if all(each is ocp.PLACEHOLDER for each in jax.tree.leaves(wanted)):
+            return opt_state
+        try:
+            read = restore_part(self._checkpoint, {"opt_state": wanted})
+        except (KeyError, ValueError):  # a model that was trained elsewhere has none
+            return opt_state
+
+        def choose(new: Any, old: Any) -> Any:
+            if _is_update_state(old) and old.accumulators is not None:
+                return old._replace(accumulators=new.accumulators)
+            return old
+
+        return jax.tree.map(choose, read["opt_state"], opt_state, is_leaf=_is_update_state)
+
+    def _drawn(self) -> dict[str, Any]:
+        return _drawn(Decoder(model_config(self._old, vocabulary_size(self._workdir))))
+
+
+def _drawn(model: Decoder) -> dict[str, Any]:
+    """Shapes of a model's variables."""
+    return jax.eval_shape(partial(drawn_variables, model), jax.random.key(0))
+
+
+def _shapes(variables: dict[str, Any]) -> dict[str, str]:
+    """Shape and type of every array, by path; a packed matrix has the shape of the matrix."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_packed_matrix)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): str(list(leaf.shape))
+        for path, leaf in leaves
+    }
+
+
+def _is_update_state(node: Any) -> bool:
+    return isinstance(node, UpdateState)
+
+
+def _only_accumulators(node: Any) -> Any:
+    if not _is_update_state(node):
+        return ocp.PLACEHOLDER
+    return UpdateState(node.accumulators, ocp.PLACEHOLDER)

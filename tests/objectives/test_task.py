@@ -1,0 +1,42 @@
+"""A task with a frozen teacher and a schedule, trained by the loop that trains everything."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peerjax.objectives import language
+from peerjax.objectives.task import inputs_of
+from peerjax.training.loop import train
+from tests.training.test_resume import assert_same_run, losses
+from tests.training.tiny import STEPS, tiny_config
+
+
+def from_teacher(config, corpus):
+    """The model is to predict what a frozen one predicts; more and more so, step by step."""
+    task = language(config, corpus)
+    teacher = jax.jit(task.init)(jax.random.key(7))
+
+    def loss(logits, kept, batch, frozen, step):
+        wanted = jax.nn.softmax(task.model.apply(frozen, *inputs_of(batch)))
+        apart = optax.losses.kl_divergence_with_log_targets(
+            jax.nn.log_softmax(logits), jnp.log(wanted)
+        )
+        share = jnp.minimum(step / STEPS, 1)
+        return share * apart + (1 - share) * task.loss(logits, kept, batch, frozen, step)
+
+    return task._replace(loss=loss, frozen=teacher)
+
+
+def test_it_trains_with_the_teacher_as_an_argument_and_resumes_bit_equally(corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.model.layers = (("dense", 1),)
+    train(config, str(tmp_path / "whole"), from_teacher)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
+    train(config, str(tmp_path / "resumed"), from_teacher)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    plain = losses(train(config, str(tmp_path / "plain")) or tmp_path / "plain")
+    assert losses(tmp_path / "whole")[0] == plain[0]  # the teacher has no share yet
+    assert losses(tmp_path / "whole")[-1] < plain[-1] / 2

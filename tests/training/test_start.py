@@ -1,0 +1,94 @@
+"""Runs that start from the weights of other runs."""
+
+import jax
+import numpy as np
+import pytest
+
+from peerjax.errors import CheckpointError, ConfigError
+from peerjax.training.loop import train
+from tests.conftest import config_of_finished
+from tests.training.test_resume import saved_arrays
+from tests.training.tiny import SAVE_EVERY, STEPS, tiny_config, write_corpus
+
+
+def first_state(config, tmp_path, monkeypatch):
+    """The arrays of a run before its first step."""
+    from peerjax.training import loop
+
+    found = {}
+
+    class Stop(Exception):
+        pass
+
+    def keep(model, variables, *args, **kwargs):
+        raise Stop
+
+    monkeypatch.setattr(loop, "evaluate", keep)
+    original = loop.Source.state
+
+    def state(self, *args):
+        found["state"] = original(self, *args)
+        return found["state"]
+
+    monkeypatch.setattr(loop.Source, "state", state)
+    with pytest.raises(Stop):
+        train(config, str(tmp_path / "new"))
+    return found["state"]
+
+
+@pytest.mark.parametrize("bits", [None, 2])
+def test_weights_and_fitting_accumulators_are_taken_and_all_else_starts_anew(
+    bits, finished, tmp_path, monkeypatch
+):
+    config = config_of_finished(write_corpus(tmp_path / "other", documents=60))  # another mix
+    config.init_from = f"{finished}/checkpoints/{SAVE_EVERY}"
+    config.pool.accumulator_bits = bits
+    state = first_state(config, tmp_path, monkeypatch)
+    old = saved_arrays(finished, SAVE_EVERY)
+    found = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state._asdict())
+    }
+    taken = [name for name in found if name.startswith(("['params']", "['pools']", "['stats']"))]
+    assert len(taken) > 10
+    for name in taken:
+        np.testing.assert_array_equal(
+            found[name],
+            old[name.replace(".weights", "['weights']").replace(".scales", "['scales']")],
+        )
+    accumulators = [each for name, each in found.items() if "accumulators" in name]
+    moments = [each for name, each in found.items() if "moments" in name or ".mu" in name]
+    (accumulated,) = (each for name, each in old.items() if "accumulators" in name)
+    if bits is None:
+        np.testing.assert_array_equal(accumulators[0], accumulated)
+    else:
+        assert not accumulators[0].any()
+    assert moments
+    assert not any(each.any() for each in moments)
+    assert state.step == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 24}, r"another model.width \(16\) than this run \(24\)"),
+        ({"model.layers": (("dense", 2),)}, "another model.layers"),
+        ({"peer.heads": 4}, r"params/run_1/block/peer/keys1 is \[1, 2, 8, 8\] there and \[1, 4"),
+        ({"pool.storage": "int8"}, "pools/run_1/pool/weights is .* there and .* here"),
+        ({"init_from": "/nowhere"}, "holds no run"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(changes, message, finished, corpus, tmp_path):
+    config = config_of_finished(corpus)
+    config.init_from = str(finished)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        train(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(finished, corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.init_from = f"{finished}/checkpoints/{STEPS + 100}"
+    with pytest.raises(CheckpointError, match="has no checkpoint of step"):
+        train(config, str(tmp_path / "new"))
