@@ -27,6 +27,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.result import FOLDER, REPOSITORY, Figure, commit, device
+from peerjax.errors import DivergenceError
 
 ROOT = REPOSITORY / "runs" / "benchmarks"
 COMPILED = ROOT / "compiled"
@@ -168,7 +169,7 @@ def _train(recipe: str, settings: Settings, folder: Path) -> bool:
             )  # fmt: skip
     finally:
         _free_cores.put(core)
-    if process.returncode and "lower the learning rates" not in process.stderr:
+    if process.returncode not in (0, DivergenceError.exit_status):
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
     if not process.returncode and not (folder / "report.json").exists():
         raise RuntimeError(f"training in {folder} was stopped; start again to go on")

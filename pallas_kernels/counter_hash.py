@@ -5,10 +5,20 @@ round. Packing several counters into one word would overflow and correlate neigh
 integer operations, ten times cheaper than threefry on a CPU.
 """
 
+import enum
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 GOLDEN = 0x9E3779B9
+
+
+class Purpose(enum.IntEnum):
+    """What random bits are for. Hashes absorb it, so that no two uses share bits."""
+
+    POOL_STEP = 1
+    MATRIX_STEP = 2
+    ECO = 3
 
 
 def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:

@@ -34,7 +34,9 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other processes that ask for it out of a folder, for as long as this process lives.
+    """Keeps other processes that ask for it out of a folder until the context ends.
+
+    The lock also ends with the process, however it ends.
 
     Raises:
         UserError: if another one is in it.

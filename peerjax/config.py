@@ -111,7 +111,9 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
     optimizer.weight_decay = 0.1  # of matrices and pools, not of norms and embeddings
-    optimizer.clip_norm = 1.0  # global norm of the gradient
+    # Bound on the global norm of the gradients of all but pools and packed matrices; under dense
+    # rules, of pools too. 0 means none.
+    optimizer.clip_norm = 1.0
     optimizer.microbatches = 1  # parts of a batch, one after the other, to save memory
 
     config.eval = ml_collections.ConfigDict()
@@ -151,8 +153,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     _require_positive(config, "steps", "data.sequence_length", "data.batch_size", "model.width")
     _require_positive(config, "model.heads", "model.rope_base", "eval.every", "eval.rows")
-    _require_positive(config, "log_every", "checkpoint.every", "optimizer.clip_norm")
+    _require_positive(config, "log_every", "checkpoint.every")
     _require_positive(config, "optimizer.microbatches", "max_skipped_steps")
+    _require_not_negative(config, "optimizer.clip_norm")
     _require_not_negative(config, "optimizer.learning_rate", "optimizer.warmup_steps")
     _require_not_negative(config, "optimizer.weight_decay", "pool.learning_rate", "pool.clip_norm")
     for name in ("optimizer.beta1", "optimizer.beta2", "pool.beta2"):

@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """One sentence that names what is wrong and how to mend it; scripts print it bare."""
+    """One sentence that names what is wrong and how to mend it; scripts print it bare.
+
+    Attributes:
+        exit_status: of a script that ends with it.
+    """
+
+    exit_status = 2
 
 
 class ConfigError(UserError):
@@ -19,3 +25,5 @@ class CheckpointError(UserError):
 
 class DivergenceError(UserError):
     """Training produced a loss or gradient that is not a finite number."""
+
+    exit_status = 3

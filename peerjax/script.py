@@ -12,8 +12,6 @@ from absl import app, flags
 
 from peerjax.errors import CheckpointError, UserError
 
-USER_ERROR_STATUS = 2
-
 
 def run(
     main: Callable[[], None],
@@ -21,7 +19,7 @@ def run(
 ) -> None:
     """Parses flags, loads the configuration that the flag `config` names, and calls `main`.
 
-    A user's mistake becomes one line and exit status 2.
+    A user's mistake becomes one line and exit status 2; a run that diverged, exit status 3.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -46,7 +44,7 @@ def run(
             sys.unraisablehook = lambda _: None  # the rest of the failed save, being collected
             _fail(str(error))
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_status)
 
     app.run(guarded, flags_parser=parse)
 
@@ -83,6 +81,6 @@ def _unknown_field(error: AttributeError | KeyError, argv: Sequence[str]) -> str
     return text
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = UserError.exit_status) -> NoReturn:
     print("error:", *message.split(), file=sys.stderr)
-    sys.exit(USER_ERROR_STATUS)
+    sys.exit(status)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.codes import why_no_kernel_reads
-from pallas_kernels.counter_hash import absorb, hash_words
+from pallas_kernels.counter_hash import Purpose, absorb, hash_words
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
 from pallas_kernels.expert_update.rule import (
@@ -29,7 +29,7 @@ from pallas_kernels.expert_update.rule import (
     step_rate,
     summands,
 )
-from pallas_kernels.expert_update.xla import ROUNDING, Carry
+from pallas_kernels.expert_update.xla import Carry
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.pallas_compat import InterpretGPUParams, rewrite_in_place
 from pallas_kernels.row_layout import RowLayout
@@ -71,7 +71,7 @@ def update_stack(
     def one_layer(layer: Array, carry: Carry) -> Carry:
         ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
-        prefix = hash_words(seed, ROUNDING, step, layer, jnp.arange(2))
+        prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
         images = layout.spread(x.astype(jnp.float32), DOWN)
         images = images + layout.spread(dy.astype(jnp.float32), UP)
         codes, accumulators, sums = _rewrite(

@@ -20,11 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.codes import why_no_kernel_reads
-from pallas_kernels.counter_hash import hash_words
+from pallas_kernels.counter_hash import Purpose, hash_words
 from pallas_kernels.expert_update.row_rule import COLUMNS, rewrite_rows, segment_of_lanes
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
 from pallas_kernels.expert_update.rule import Hyperparameters
-from pallas_kernels.expert_update.xla import ROUNDING, Carry
+from pallas_kernels.expert_update.xla import Carry
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_copies import for_each, wait_for
 from pallas_kernels.row_layout import RowLayout
@@ -74,7 +74,7 @@ def update_stack(
     def one_layer(layer: Array, carry: Carry) -> Carry:
         ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
-        prefix = hash_words(seed, ROUNDING, step, layer, jnp.arange(2))
+        prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
         images = layout.spread(x.astype(jnp.float32), DOWN)
         images = images + layout.spread(dy.astype(jnp.float32), UP)
         codes, accumulators, sums = _rewrite(

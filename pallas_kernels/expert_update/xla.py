@@ -13,15 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from pallas_kernels import storage as layout
 from pallas_kernels.codes import CODES
-from pallas_kernels.counter_hash import hash_words
+from pallas_kernels.counter_hash import Purpose, hash_words
 from pallas_kernels.expert_update.packed_rows import ROW, RowCounts, RowNumbers, step_rows
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics, is_hit, precondition
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.platforms import by_platform
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
-
-# The purpose of random bits, absorbed by their hash: other uses take other numbers.
-ROUNDING = 1
 
 
 class Carry(NamedTuple):
@@ -110,7 +107,7 @@ def rewrite_packed(
         accumulators,
         sums.reshape(codes.shape),
         RowNumbers(carry.scales[at], carry.moments[at]),
-        lambda: hash_words(seed, ROUNDING, step, *counters),
+        lambda: hash_words(seed, Purpose.POOL_STEP, step, *counters),
         rule,
         width=width,
         code=CODES[storage],
@@ -169,7 +166,7 @@ def rewrite_floats(
     new = weights + steps
     if storage == "bfloat16":
         counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
-        bits = _round_to_bfloat16(new, hash_words(seed, ROUNDING, step, *counters))
+        bits = _round_to_bfloat16(new, hash_words(seed, Purpose.POOL_STEP, step, *counters))
         new = bits if as_bits else _bits_as(jnp.bfloat16, bits)
     to = (layer, matrix, expert[:, None])
     counts = RowCounts(

@@ -86,8 +86,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
     Raises:
         ConfigError: if a setting is out of range.
         DataError: if text or tokenizer cannot be used, or the folder holds something else.
-        UserError: if the folder cannot be written to, or another process is at work in it.
-        UserError: if the folder cannot be made or written to.
+        UserError: if the folder cannot be made or written to, or another process works in it.
     """
     if not 0 < settings.validation_fraction < 1:
         raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")

@@ -11,12 +11,9 @@ import optax
 from jaxtyping import Array, Int
 
 from pallas_kernels.codes import CODES
-from pallas_kernels.counter_hash import hash_words, round_stochastically
+from pallas_kernels.counter_hash import Purpose, hash_words, round_stochastically
 from pallas_kernels.storage import ExpertPool, read_floats, write_codes
 from peerjax.optim.overwrite import Overwrite
-
-# The purpose of random bits, absorbed by their hash: other transforms take other numbers.
-ROUNDING = 3
 
 
 class EcoState(NamedTuple):
@@ -94,7 +91,9 @@ def eco(
             correction = 1 - b1**step
             root = jnp.sqrt(v / (1 - b2**step)) + eps
             wanted = (1 - rate * weight_decay) * _floats(pool) - rate * m / correction / root
-            words = hash_words(hash_words(seed, number), ROUNDING, state.count, *_counters(wanted))
+            words = hash_words(
+                hash_words(seed, number), Purpose.ECO, state.count, *_counters(wanted)
+            )
             new = jax.tree.map(
                 lambda moved, old: jnp.where(rate > 0, moved, old), _pack(pool, wanted, words), pool
             )

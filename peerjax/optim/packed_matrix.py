@@ -15,14 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels.codes import CODES, Code
-from pallas_kernels.counter_hash import hash_words
+from pallas_kernels.counter_hash import Purpose, hash_words
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState
 from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.expert_update.packed_rows import RowNumbers, step_rows
 from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
-# The purpose of random bits, absorbed by their hash: pools take another number.
-ROUNDING = 2
 # Beside `pallas_kernels.storage.LAYOUT`, which says how codes lie in words.
 LAYOUT = "Matrix: [rows, W], its width padded to whole words; scales [rows]."
 # Compiled once for a shape; its loop would be anew at every call.
@@ -167,7 +165,7 @@ def update_matrix(
         accumulators,
         _by_plane(gradient.astype(jnp.float32), bits),
         RowNumbers(matrix.scales, state.moments),
-        lambda: hash_words(seed, ROUNDING, step, rows, column),
+        lambda: hash_words(seed, Purpose.MATRIX_STEP, step, rows, column),
         hyperparameters,
         width=matrix.width,
         code=matrix.code,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from peerjax.atomic import alone_in, make_folder
 from peerjax.config import validate
@@ -58,17 +59,27 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
-    task, optimizer = make_task(config, corpus), make_optimizer(config)
-    source = None
+    task, source = make_task(config, corpus), None
     if config.init_from and not steps_in(folder):
         source = Source(config)
         source.check(task.model, corpus.tokenizer)
     make_folder(folder)
+    with alone_in(folder):
+        _train_in(folder, config, corpus, task, source)
+
+
+def _train_in(
+    folder: epath.Path,
+    config: ml_collections.ConfigDict,
+    corpus: Corpus,
+    task: Task,
+    source: Source | None,
+) -> None:
+    """Trains in a folder that no other process uses."""
+    optimizer, mesh = make_optimizer(config), make_mesh()
     train_rows = task.of_rows(corpus.train)
-    mesh = make_mesh()
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone_in(folder))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignals())
 

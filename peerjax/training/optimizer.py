@@ -41,7 +41,9 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
             mask=mask,
         )
 
-    clip = optax.clip_by_global_norm(optimizer.clip_norm)
+    clip = optax.identity()
+    if optimizer.clip_norm:
+        clip = optax.clip_by_global_norm(optimizer.clip_norm)
     of_params = adamw(optimizer.learning_rate, partial(decayed, layers))
 
     def labels(tree: Any) -> Any:

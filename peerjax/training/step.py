@@ -59,7 +59,6 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             "learning_rate": schedule(state.step - state.skipped.total),
             **{f"losses/{name}": term for name, term in terms.items()},
-            **hit_shares(state.pools, factored),
             **update_metrics(state.pools, opt_state),
         }
         new_state = state._replace(
@@ -125,24 +124,13 @@ def update_metrics(pools: Any, opt_state: Any) -> Metrics:
     metrics = {}
     for name, (pool, counts) in _by_name(pools, statistics).items():
         counts = jax.tree.map(jnp.mean, counts)
+        metrics[f"experts_hit/{name}"] = counts.experts / pool.num_experts
         weights = jnp.maximum(counts.rows * pool.width, 1)
         metrics[f"pool_step/{name}"] = counts.step_size / weights
         if pool.is_packed:
             metrics[f"pool_clipped/{name}"] = counts.clipped / weights
             metrics[f"pool_grown/{name}"] = counts.grown / jnp.maximum(counts.rows, 1)
     return metrics
-
-
-def hit_shares(pools: Any, factored: Any) -> Metrics:
-    """The share of experts that this batch chose, mean over the layers of each stack."""
-    shares = {}
-    for name, (pool, gradient) in _by_name(pools, factored).items():
-        layers = gradient.ids.shape[0]
-        hit = jnp.zeros((layers, pool.num_experts), bool)
-        layer = jnp.arange(layers)[:, None, None]
-        hit = hit.at[layer, gradient.ids].set(True, mode="drop")
-        shares[f"experts_hit/{name}"] = hit.mean()
-    return shares
 
 
 def _by_name(pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:

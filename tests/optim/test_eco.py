@@ -8,7 +8,6 @@ import pytest
 from pallas_kernels.counter_hash import hash_words
 from pallas_kernels.storage import ExpertPool, read_floats
 from peerjax import optim
-from peerjax.optim.eco import ROUNDING
 from tests.pallas_kernels.test_expert_update import LAYERS, D, N, make_pool
 
 OPTIONS = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 5}
@@ -42,7 +41,7 @@ def test_two_steps_equal_the_equations(storage):
         wanted = (1 - rate * 0.1) * weights - rate * m / (1 - 0.9**t) / root
         scale = np.abs(wanted).max(-1, keepdims=True) / top
         counters = jnp.meshgrid(*map(jnp.arange, SHAPE), indexing="ij")
-        words = np.asarray(hash_words(hash_words(5, 0), ROUNDING, t - 1, *counters))
+        words = np.asarray(hash_words(hash_words(5, 0), 3, t - 1, *counters))
         floor = np.floor(wanted / scale)
         weights = scale * np.clip(
             floor + (words // 256 / 2.0**24 < wanted / scale - floor), -top, top

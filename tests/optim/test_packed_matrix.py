@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.counter_hash import hash_words
 from peerjax import optim
 
 WIDTHS = [3, 8, 20, 64]
@@ -78,9 +79,6 @@ def test_only_packed_matrices_are_dequantized():
 )
 def test_two_steps_equal_exact_integer_arithmetic(width, storage, bits):
     """Differences are added to words by optax; what they stand for is worked out in float64."""
-    from pallas_kernels.counter_hash import hash_words
-    from peerjax.optim.packed_matrix import ROUNDING
-
     rate, decay, rows = 0.05, 0.1, 5
     transform = optim.int4_accumulation(rate, weight_decay=decay, seed=3, accumulator_bits=bits)
     params = {"w": matrix(width, rows, storage=storage)}
@@ -98,9 +96,7 @@ def test_two_steps_equal_exact_integer_arithmetic(width, storage, bits):
         delta = gradient / np.maximum(np.sqrt(np.maximum(nu, square)), 1e-30)[:, None]
         u = -rate * delta * unit / scales[:, None] - rate * decay * value
         seed = hash_words(3, 0)
-        words = np.asarray(
-            hash_words(seed, ROUNDING, step, jnp.arange(rows)[:, None], jnp.arange(width))
-        )
+        words = np.asarray(hash_words(seed, 2, step, jnp.arange(rows)[:, None], jnp.arange(width)))
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = value + (np.floor(u) + up).astype(np.int64)
         beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2, -1)) / (

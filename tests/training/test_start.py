@@ -1,5 +1,7 @@
 """Runs that start from the weights of other runs."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -54,10 +56,11 @@ def test_weights_and_fitting_accumulators_are_taken_and_all_else_starts_anew(
     for name in taken:
         np.testing.assert_array_equal(
             found[name],
-            old[name.replace(".weights", "['weights']").replace(".scales", "['scales']")],
+            old[re.sub(r"\.(\w+)", r"['\1']", name)],
         )
     accumulators = [each for name, each in found.items() if "accumulators" in name]
-    moments = [each for name, each in found.items() if "moments" in name or ".mu" in name]
+    of_optimizer = {name: each for name, each in found.items() if "opt_state" in name}
+    moments = [each for name, each in of_optimizer.items() if re.search("moments|mu|nu", name)]
     (accumulated,) = (each for name, each in old.items() if "accumulators" in name)
     if bits is None:
         np.testing.assert_array_equal(accumulators[0], accumulated)

@@ -1,0 +1,61 @@
+"""What `plan.py` shows, beside the arrays that training has."""
+
+import jax
+import pytest
+
+from peerjax.errors import ConfigError, UserError
+from peerjax.objectives import language_model
+from peerjax.planning.plan import plan, print_plan
+from peerjax.planning.programs import program_for
+from peerjax.planning.targets import check_target
+from peerjax.training.optimizer import make_optimizer
+from peerjax.training.state import create_state
+from tests.elsewhere import python
+from tests.training.tiny import tiny_config
+
+VOCABULARY = 61
+
+
+def test_the_parts_add_up_to_the_state_that_training_keeps(capsys):
+    config = tiny_config("unused")
+    found = plan(config, "cpu", VOCABULARY, compile=False)
+    task, optimizer = language_model(config, VOCABULARY), make_optimizer(config)
+    state = jax.jit(lambda: create_state(config, task, optimizer))()
+    live = sum(
+        leaf.nbytes for leaf in jax.tree.leaves((state.params, state.pools, state.opt_state))
+    )
+    kept = sum(size for part, size in found.state.items() if "gradient" not in part)
+    assert kept == live
+    assert found.program is None
+    print_plan(found)
+    assert "optimizer state of parameters" in capsys.readouterr().out
+
+
+def test_the_step_is_compiled_in_a_process_of_its_own_and_holds_the_state():
+    config = tiny_config("unused")
+    found = plan(config, "cpu", VOCABULARY)
+    state = sum(size for part, size in found.state.items() if "gradient" not in part)
+    assert found.program.total > state
+    assert found.program.aliased >= found.program.pools
+    assert (found.program.chips, found.program.rows) == (1, 8)
+
+
+@pytest.mark.parametrize("target", ["v9", "h100:2x2", "v5p:4by4", "cpu:2x2"])
+def test_an_unknown_target_is_named(target):
+    with pytest.raises(UserError, match=f"target '{target}' is unknown; choose cpu, v5e"):
+        check_target(target)
+
+
+def test_a_configuration_that_cannot_be_is_refused_before_anything_is_compiled():
+    config = tiny_config("unused")
+    config.peer.heads = 0
+    with pytest.raises(ConfigError, match="peer.heads=0 is not positive"):
+        program_for("cpu", config)
+
+
+def test_the_script_prints_both_tables():
+    command = ["plan.py", "--config=configs/peer_small.py", "--vocabulary=4096", "--nocompile"]
+    found = python(*command)
+    assert found.returncode == 0, found.stderr
+    assert "Forward FLOPs a token" in found.stdout
+    assert "pools: accumulators" in found.stdout
