@@ -99,9 +99,10 @@ def default_config() -> ml_collections.ConfigDict:
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Of mixtures, and of the lookup and the update of pools: "auto" (by platform and sizes), "xla",
-    # "mosaic_tpu", "mosaic_gpu". A kernel named where its platform is not is interpreted: slow.
-    # Sampling and evaluation of a run take "auto".
+    # Lookup and update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu", "mosaic_gpu".
+    # A kernel named where its platform is not is interpreted, which is slow. Mixtures have no
+    # kernels: each name takes the XLA program that is fastest there, and runs everywhere. Sampling
+    # and evaluation of a run take "auto".
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

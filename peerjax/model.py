@@ -63,6 +63,11 @@ class ModelConfig:
             routers=sum(count // each.period for each, count in same),
         )
 
+    def stack_name(self, key: str) -> str:
+        """The layers of a stack, as figures name them, from its key in trees, such as "run_1"."""
+        layers = self.place((key, BLOCK)).layers
+        return f"layer_{layers[0]}" if len(layers) == 1 else f"layers_{layers[0]}-{layers[-1]}"
+
     def place(self, path: tuple[str, ...]) -> Place:
         """Where in the model the module of a path is: `("run_1", "block", "peer", ...)`."""
         stack = int(path[0].removeprefix("run_"))

@@ -112,9 +112,9 @@ def test_it_trains_resumes_is_sampled_and_evaluated(corpus, tmp_path, capsys):
     losses = [record["loss"] for record in records if "loss" in record]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
     pools, layers = ("fine", "coarse"), (1, 2)
-    assert {f"losses/run_1/{pool}_size" for pool in pools} <= records[-1].keys()
-    assert {f"pool_step/run_1.{pool}" for pool in pools} <= records[-1].keys()
-    assert {f"experts_hit/run_1.{pool}" for pool in pools} <= records[-1].keys()
+    assert {f"losses/layers_1-2/{pool}_size" for pool in pools} <= records[-1].keys()
+    assert {f"pool_step/layers_1-2.{pool}" for pool in pools} <= records[-1].keys()
+    assert {f"experts_hit/layers_1-2.{pool}" for pool in pools} <= records[-1].keys()
     names = {f"layer_{layer}.{pool}" for layer in layers for pool in pools}
     assert {f"experts/{name}/usage" for name in names} <= records[-1].keys()
     assert {f"codes/{name}/log_scale" for name in names} <= records[-1].keys()
@@ -156,7 +156,7 @@ def test_gradients_of_both_pools_are_those_of_dense_arrays():
     assert found.pools["run_1"].keys() == {"fine", "coarse"}
     for name, gradient in found.pools["run_1"].items():
         assert_close(gradient.dense(pools[name].num_experts), expected[name])
-    assert found.losses.keys() == {"run_1/fine_size", "run_1/coarse_size"}
+    assert found.losses.keys() == {"layers_1-2/fine_size", "layers_1-2/coarse_size"}
 
 
 def test_experts_of_each_pool_are_removed_by_themselves():

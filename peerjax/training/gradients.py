@@ -97,21 +97,21 @@ def loss_and_gradients(
 
 
 def loss_terms(config: ModelConfig, collection: Any) -> dict[str, Float[Array, ""]]:
-    """Terms that layers added to the loss, named `<stack>/<name>`: means over a stack's layers.
+    """Terms that layers added to the loss, named `<layers>/<name>`: means over a stack's layers.
 
     Where several modules of a block add terms of one name, the name has the module's path too.
     """
-    found: dict[tuple[int, str], dict[tuple[str, ...], list[Array]]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, ...], list[Array]]] = {}
     for path, values in by_module(collection).items():
-        place = config.place(path)
+        within = config.place(path).within
         for name, term in values.items():
-            of_name = found.setdefault((place.stack, name), {})
-            of_name.setdefault(place.within, []).append(term)
+            of_name = found.setdefault((config.stack_name(path[0]), name), {})
+            of_name.setdefault(within, []).append(term)
     terms = {}
     for (stack, name), by_path in found.items():
         for within, parts in by_path.items():
             module = "" if len(by_path) == 1 else ".".join(within) + "/"
-            terms[f"run_{stack}/{module}{name}"] = jnp.mean(jnp.stack(parts))
+            terms[f"{stack}/{module}{name}"] = jnp.mean(jnp.stack(parts))
     return terms
 
 

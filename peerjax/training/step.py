@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from pallas_kernels.expert_update import UpdateState
-from peerjax.model import Decoder
+from peerjax.model import Decoder, ModelConfig
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
@@ -59,7 +59,7 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             "learning_rate": schedule(state.step - state.skipped.total),
             **{f"losses/{name}": term for name, term in terms.items()},
-            **update_metrics(state.pools, opt_state),
+            **update_metrics(task.model.config, state.pools, opt_state),
         }
         new_state = state._replace(
             params=trained[PARAMS],
@@ -115,14 +115,14 @@ def make_first_statistics(
     return first_statistics
 
 
-def update_metrics(pools: Any, opt_state: Any) -> Metrics:
+def update_metrics(config: ModelConfig, pools: Any, opt_state: Any) -> Metrics:
     """What the last update did to the pools of each stack, mean over its layers.
 
     Rules with dense gradients do not count.
     """
     statistics = optax.tree.get(opt_state, "statistics", {}).get(POOLS, {})
     metrics = {}
-    for name, (pool, counts) in _by_name(pools, statistics).items():
+    for name, (pool, counts) in _by_name(config, pools, statistics).items():
         counts = jax.tree.map(jnp.mean, counts)
         metrics[f"experts_hit/{name}"] = counts.experts / pool.num_experts
         weights = jnp.maximum(counts.rows * pool.width, 1)
@@ -133,10 +133,13 @@ def update_metrics(pools: Any, opt_state: Any) -> Metrics:
     return metrics
 
 
-def _by_name(pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:
-    """Each pool with what a tree has for it; named by stack, and by pool if a stack has several."""
+def _by_name(config: ModelConfig, pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:
+    """Each pool with what a tree has for it, by its layers, and its name if they have several."""
     return {
-        stack if len(of_stack) == 1 else f"{stack}.{name}": (pools[stack][name], found)
+        config.stack_name(stack) + (f".{name}" if len(of_stack) > 1 else ""): (
+            pools[stack][name],
+            found,
+        )
         for stack, of_stack in tree.items()
         for name, found in of_stack.items()
     }

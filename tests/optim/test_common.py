@@ -55,7 +55,12 @@ def dense(rule):
 TRANSFORMS = {
     "pools, int4": (optim.int4_accumulation, of_pool, "int4", 0.03),
     "pools, int3": (optim.int4_accumulation, of_pool, "int3", 0.03),
-    "pools, bfloat16": (optim.int4_accumulation, of_pool, "bfloat16", 0.03),
+    "pools, bfloat16": (
+        optim.int4_accumulation,
+        of_pool,
+        "bfloat16",
+        2**-5,
+    ),  # optax rounds injected rates to the params' type
     "matrices, int4": (optim.int4_accumulation, of_matrix, "int4", 0.1),
     "matrices, ternary": (optim.int4_accumulation, of_matrix, "ternary", 0.1),
     "AdamW on dense gradients": (dense(optax.adamw), of_pool, "float32", 0.03),

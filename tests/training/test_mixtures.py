@@ -43,10 +43,10 @@ def test_terms_of_layers_are_differentiated_but_not_part_of_the_loss_shown():
     loss, found = differentiate(state.variables, batch)
     plain_loss, plain = make_mixtures(0.0)[2](state.variables, batch)
     assert loss == plain_loss
-    assert found.losses.keys() == {"run_0/balance"}
-    assert float(found.losses["run_0/balance"]) == pytest.approx(float(total) / 2, rel=1e-6)
-    assert float(found.losses["run_0/balance"]) > 0.9 * WEIGHT  # at least 1 up to noise
-    assert plain.losses["run_0/balance"] == 0
+    assert found.losses.keys() == {"layers_0-1/balance"}
+    assert float(found.losses["layers_0-1/balance"]) == pytest.approx(float(total) / 2, rel=1e-6)
+    assert float(found.losses["layers_0-1/balance"]) > 0.9 * WEIGHT  # at least 1 up to noise
+    assert plain.losses["layers_0-1/balance"] == 0
     expected = jax.tree.map(jnp.add, plain.params, of_term)
     assert np.any(of_term["run_0"]["block"]["moe"]["router"]["kernel"] != 0)
     assert_close(found.params, expected)
@@ -102,8 +102,8 @@ def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path
     assert report["expert_parameters"] == 0
     last = json.loads(metrics_file(tmp_path / "whole").splitlines()[-1])
     terms = {name: value for name, value in last.items() if name.startswith("losses/")}
-    assert terms.keys() == {"losses/run_1/balance"}
-    assert 0 < terms["losses/run_1/balance"] < 0.02
+    assert terms.keys() == {"losses/layer_1/balance"}
+    assert 0 < terms["losses/layer_1/balance"] < 0.02
 
 
 @pytest.mark.parametrize(

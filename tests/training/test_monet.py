@@ -45,7 +45,7 @@ def test_learns_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, cor
     losses = [record["loss"] for record in records if "loss" in record]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
     terms = {name for name in records[-1] if name.startswith("losses/")}
-    assert terms == {"losses/run_1/uniformity", "losses/run_1/ambiguity"}
+    assert terms == {"losses/layers_1-4/uniformity", "losses/layers_1-4/ambiguity"}
     experts = json.loads((tmp_path / "whole" / "report.json").read_text())["experts"]
     assert experts.keys() == {"layer_1", "layer_3"}  # a router for two layers
 
