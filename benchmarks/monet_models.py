@@ -6,7 +6,6 @@ The recipe is the quickstart, whose two PEER layers are replaced.
 from benchmarks.equal_flops import Arm, arm_of
 from benchmarks.protocol import EVALUATION, OF_POOLS, SHARED, START, START_WITHOUT_POOLS
 from benchmarks.sweep import Settings
-from peerjax.model import MONET_HD, MONET_VD
 
 PEER, HD, VD = "PEER, float32", "Monet HD, float32", "Monet VD, float32"
 PEER_INT4, HD_INT4, VD_INT4 = "PEER, int4", "Monet HD, int4", "Monet VD, int4"
@@ -27,11 +26,11 @@ def _monet(kind: str, storage: str) -> Settings:
 
 MODELS = {
     PEER: {"pool.storage": "float32"},
-    HD: _monet(MONET_HD, "float32"),
-    VD: _monet(MONET_VD, "float32"),
+    HD: _monet("monet_hd", "float32"),
+    VD: _monet("monet_vd", "float32"),
     PEER_INT4: {"pool.storage": "int4"},
-    HD_INT4: _monet(MONET_HD, "int4"),
-    VD_INT4: _monet(MONET_VD, "int4"),
+    HD_INT4: _monet("monet_hd", "int4"),
+    VD_INT4: _monet("monet_vd", "int4"),
 }
 
 

@@ -212,7 +212,11 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
 
     Args:
         checkpoint: the folder of a step.
-        part: by field, the tree of shapes, dtypes and shardings that it is to have.
+        part: by field, the tree of shapes, dtypes and shardings that it is to have. A leaf that
+            is `ocp.PLACEHOLDER` is not read.
+
+    Raises:
+        ValueError: if the state has no such leaf, or one of another shape.
     """
     arguments = ocp.args.PyTreeRestore(
         item=part,
@@ -220,7 +224,11 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(checkpoint / "state", args=arguments)
+        restored = checkpointer.restore(checkpoint / "state", args=arguments)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # orbax leaves it as it was asked for
+            raise ValueError(f"it has no {jax.tree_util.keystr(path, simple=True, separator='/')}")
+    return restored
 
 
 def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:

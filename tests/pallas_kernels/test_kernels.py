@@ -194,7 +194,7 @@ def after_steps(implementation, pool, gradient, rule, steps=2):
         slow("int4", 576, 41, 7, 8, 0.02),
         slow("int4", 256, 101, 7, 8, 0.5),  # scales grow
         slow("int8", 128, 77, 10, 6, 0.02),
-        slow("int3", 256, 41, 4, 6, 0.1),
+        slow("int3", 256, 41, 4, 6, 0.2),
     ],
 )
 def test_the_update(kernel, storage, width, num_experts, tokens, chosen, learning_rate):
@@ -216,7 +216,7 @@ def test_the_update(kernel, storage, width, num_experts, tokens, chosen, learnin
             ]
             # Float sums are rounded in other places, so that a step may straddle a threshold of
             # rounding: seldom, but int8 takes 16 times as many units a step.
-            share = {"int4": 1e-4, "int8": 1e-3}[storage]
+            share = 1e-3 if storage == "int8" else 1e-4
             assert np.mean(read[0] != read[1]) <= share
     assert_equal_to_rounding(found.scales, expected.scales, 1e-5)
     assert_equal_to_rounding(state[1:], expected_state[1:], 1e-5)

@@ -95,7 +95,7 @@ def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
         ({"model.layers": ()}, "model.layers is empty"),
         ({"model.layers": ("peer",)}, "model.layers has 'peer'; give a tuple"),
         ({"peer.query_norm": "rmsnorm"}, "peer.query_norm='rmsnorm' is unknown"),
-        ({"pool.storage": "int3"}, "pool.storage='int3' is unknown; choose from float32"),
+        ({"pool.storage": "int5"}, "pool.storage='int5' is unknown; choose from float32"),
         ({"pool.rule": "adamw"}, "pool.rule='adamw' needs float storage, but pool.storage='int4'"),
         (
             {"pool.rule": "eco", "pool.storage": "float32"},

@@ -114,7 +114,7 @@ def test_statistics_of_every_router_start_at_the_first_batch():
         ({"monet.top_k": 9}, "monet: top_k=9 is not in 1 .. 8"),
         ({"monet.group": 3}, "4 blocks of 'monet_hd' in a row, which is not divisible by 3"),
         ({"monet.group": 0}, "monet.group=0 is not positive"),
-        ({"monet.storage": "int3"}, "monet.storage='int3' is unknown"),
+        ({"monet.storage": "int5"}, "monet.storage='int5' is unknown"),
         (
             {"model.layers": (("monet_vd", 2),), "monet.expert_width": 3},
             "monet.expert_width=3 and model.width=16 must be even for 'monet_vd'",

@@ -13,7 +13,6 @@ CHOICES = [
     ("bfloat16", "rowwise", None),
     ("int8", "rowwise", 0),
     ("int4", "eco", None),
-    ("int3", "rowwise", None),
     ("ternary", "rowwise", 4),
 ]
 
