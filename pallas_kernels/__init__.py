@@ -1,7 +1,7 @@
-"""Ops on pools of very many tiny experts: arrays in, arrays out, no model code.
+"""Operations on pools of very many tiny experts. They take and return arrays only.
 
-One folder per op. Each has `api.py` (the public function) and `xla.py` (always works, and
-the reference that every other implementation is tested against).
+Each operation has a folder. Its `api.py` holds the public function. Its `xla.py` always works, and
+every other implementation is tested against it. The package contains no model code.
 """
 
 from pallas_kernels.expert_lookup import lookup

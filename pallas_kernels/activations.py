@@ -12,14 +12,15 @@ from jaxtyping import Array, Float
 class Activation(NamedTuple):
     """A function and its derivative.
 
-    Stated, because kernels lower neither JAX's derivative of erf nor a `jax.custom_jvp`.
+    The derivative is written out, because kernels lower neither JAX's derivative of erf nor a
+    `jax.custom_jvp`.
     """
 
     value: Callable[[Float[Array, "*S"]], Float[Array, "*S"]]
     slope: Callable[[Float[Array, "*S"]], Float[Array, "*S"]]
 
     def __call__(self, h: Float[Array, "*S"]) -> Float[Array, "*S"]:
-        """The function's value."""
+        """Returns the value of the function at `h`."""
         return self.value(h)
 
 
@@ -46,7 +47,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation_by_name(name: str) -> Activation:
-    """Returns the function called `name`.
+    """Returns the activation called `name`.
 
     Raises:
         ValueError: if there is no such activation.

@@ -1,7 +1,7 @@
-"""How much of a loop's work the XLA implementations take on at a time.
+"""Chunk sizes of the loops in the XLA implementations.
 
-A CPU wants what it handles at a time to stay in its caches, and is fast with little. An accelerator
-runs the passes of a loop one after the other, and wants few large ones.
+On a CPU, small chunks stay in the caches and are fast. An accelerator runs the passes of a loop one
+after the other, so a few large passes are faster.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class ChunkSize(NamedTuple):
     accelerator: int
 
 
-PAIRS_OF_TOKENS = ChunkSize(512, 16_384)  # (expert, token) pairs whose experts are read at a time
-HIT_EXPERTS = ChunkSize(256, 2048)  # experts rewritten at a time
+PAIRS_OF_TOKENS = ChunkSize(512, 16_384)  # (expert, token) pairs whose experts one pass reads
+HIT_EXPERTS = ChunkSize(256, 2048)  # experts that one pass rewrites
 
 
 def with_chunk_size(function: Callable[..., Any], size: ChunkSize, *operands: Any) -> Any:
-    """Calls `function(*operands, chunk=...)` with the size of the platform."""
+    """Calls `function(*operands, chunk=...)` with the size for the platform."""
     return by_platform(
         *operands,
         cpu=partial(function, chunk=size.cpu),
@@ -35,7 +35,7 @@ def with_chunk_size(function: Callable[..., Any], size: ChunkSize, *operands: An
 
 
 def map_tokens(function: Callable[[Any], Any], tokens: tuple[Array, ...], num_chosen: int) -> Any:
-    """Maps a function of one token, which reads `num_chosen` experts, over all."""
+    """Maps a function of one token, which reads `num_chosen` experts, over all tokens."""
 
     def walk(*tokens: Array, chunk: int) -> Any:
         return jax.lax.map(function, tokens, batch_size=max(1, chunk // num_chosen))

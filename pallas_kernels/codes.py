@@ -1,22 +1,22 @@
-"""The formats of packed weights: how many levels a code has, and how many bits hold it."""
+"""Formats of packed weights: the number of levels of a code, and the bits that store it."""
 
 from typing import NamedTuple
 
-# Bits that the accumulator of a weight may have; 0 for none.
+# Supported bits of a weight's accumulator; 0 means no accumulator.
 ACCUMULATOR_BITS = (0, 2, 4, 8)
 
 
 class Code(NamedTuple):
-    """A format of integer codes; a weight is its code times the scale of its vector.
+    """A format of integer codes. A weight is its code times the scale of its vector.
 
     Attributes:
-        bits: storage of a code, two's complement.
-        top: the largest code. Codes lie in [-top, top], so that there are 2 top + 1 levels.
-        spread: the RMS of a vector's codes that its scale aims at, as a share of `top`. It is near
-            where rounding and clipping of normal weights together cost least.
-        accumulators: bits of accumulators that the update takes.
-        in_kernels: bits of accumulators with which the kernels for TPUs and GPUs update. Empty for
-            codes that no kernel reads. XLA does the rest, which the log says.
+        bits: storage bits of a code, in two's complement.
+        top: largest code. Codes lie in [-top, top], which is 2 top + 1 levels.
+        spread: target RMS of a vector's codes, as a share of `top`. It is near the value at which
+            rounding and clipping of normal weights together cost least.
+        accumulators: bits of accumulators that the update supports.
+        in_kernels: bits of accumulators that the TPU and GPU kernels update. It is empty for codes
+            that no kernel reads. XLA does all other updates, and the log reports it.
     """
 
     bits: int
@@ -35,10 +35,10 @@ CODES = {
 
 
 def accumulator_bits_of(storage: str, bits: int | None) -> int:
-    """How wide the accumulators of a storage are: as its codes, unless a width is given.
+    """Returns `bits`, or the bits of a code of the storage (0 for floats) if `bits` is `None`.
 
     Raises:
-        ValueError: if there are no accumulators of that width.
+        ValueError: if the update supports no accumulators of `bits` bits.
     """
     if bits is None:
         return CODES[storage].bits if storage in CODES else 0
@@ -49,15 +49,15 @@ def accumulator_bits_of(storage: str, bits: int | None) -> int:
 
 
 def why_no_kernel_reads(storage: str) -> str | None:
-    """Why kernels cannot read a packed storage; `None` if they can."""
+    """Returns why kernels cannot read a packed storage, or `None` if they can."""
     code = CODES[storage]
     return None if code.in_kernels else f"it reads codes of 4 or 8 bits, not of {code.bits}"
 
 
 def why_no_kernel_updates(storage: str, accumulator_bits: int) -> str | None:
-    """Why kernels cannot update a packed storage; `None` if they can."""
+    """Returns why kernels cannot update a packed storage, or `None` if they can."""
     if accumulator_bits in CODES[storage].in_kernels:
         return None
     return why_no_kernel_reads(storage) or (
-        f"its accumulators are as wide as the codes, not {accumulator_bits} bits"
+        f"its accumulators are as wide as the codes, not of {accumulator_bits} bits"
     )

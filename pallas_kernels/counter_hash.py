@@ -1,8 +1,8 @@
-"""Random bits from counters: the same on every backend, mesh and chunking.
+"""Random bits from counters. They are the same on every backend, mesh and chunking.
 
 `hash_words(seed, purpose, step, ...)` absorbs its arguments one at a time, each with a full mixing
-round. Packing several counters into one word would overflow and correlate neighbours. Plain 32-bit
-integer operations, ten times cheaper than threefry on a CPU.
+round. Packing several counters into one word would overflow and correlate neighbours. The hash uses
+plain 32-bit integer operations, and is ten times cheaper than threefry on a CPU.
 """
 
 import enum
@@ -14,7 +14,7 @@ GOLDEN = 0x9E3779B9
 
 
 class Purpose(enum.IntEnum):
-    """What random bits are for. Hashes absorb it, so that no two uses share bits."""
+    """Use of random bits. Hashes absorb it, so that no two uses share bits."""
 
     POOL_STEP = 1
     MATRIX_STEP = 2
@@ -22,7 +22,7 @@ class Purpose(enum.IntEnum):
 
 
 def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:
-    """A bijection of 32-bit words in which every input bit moves every output bit.
+    """Applies a bijection of 32-bit words in which every input bit affects every output bit.
 
     The constants are those of Ellis's "lowbias32" (bias 0.17 of 2^-16 units).
     """
@@ -34,7 +34,7 @@ def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:
 def hash_words(*counters: Int[Array, "..."] | UInt[Array, "..."] | int) -> UInt[Array, "..."]:
     """Hashes counters, which broadcast against each other, to uniform 32-bit words.
 
-    Integers of Python count by their lowest 32 bits.
+    Only the lowest 32 bits of a Python integer are used.
     """
     return absorb(jnp.uint32(GOLDEN), *counters)
 
@@ -42,7 +42,7 @@ def hash_words(*counters: Int[Array, "..."] | UInt[Array, "..."] | int) -> UInt[
 def absorb(
     state: UInt[Array, "..."], *counters: Int[Array, "..."] | UInt[Array, "..."] | int
 ) -> UInt[Array, "..."]:
-    """Goes on hashing: `absorb(hash_words(a, b), c)` is `hash_words(a, b, c)`."""
+    """Continues a hash: `absorb(hash_words(a, b), c)` is `hash_words(a, b, c)`."""
     for counter in counters:
         if isinstance(counter, int):
             counter = jnp.uint32(counter & 0xFFFFFFFF)
@@ -52,14 +52,14 @@ def absorb(
 
 def uniform(words: UInt[Array, "*S"]) -> Float[Array, "*S"]:
     """Turns random words into float32 numbers in [0, 1), multiples of 2^-24."""
-    # By way of int32, of which every backend makes floats; 24 bits fit.
+    # Every backend converts int32 to floats, and 24 bits fit in it.
     return (words >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def round_stochastically(value: Float[Array, "*S"], words: UInt[Array, "*S"]) -> Float[Array, "*S"]:
-    """Rounds to a neighbouring integer, up with the probability of the fractional part.
+    """Rounds to a neighbouring integer. The fractional part is the probability of rounding up.
 
-    Values must be integers of 32 bits when rounded: there is no other floor in every kernel.
+    The result must fit in 32 bits, because int32 gives the only floor that every kernel has.
     """
     towards_zero = value.astype(jnp.int32).astype(value.dtype)
     floor = towards_zero - jnp.where(towards_zero > value, 1.0, 0.0).astype(value.dtype)

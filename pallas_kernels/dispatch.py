@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs.
+"""Selection of the implementation that computes an operation.
 
-Every operation has one in XLA, which always works, and kernels for accelerators. Unless a caller
-names one, a program compiled for a TPU or an NVIDIA GPU takes the kernel for it, where the kernel
-can do what is asked, and XLA otherwise.
+Every operation has an XLA implementation, which always works, and kernels for accelerators. A
+caller may name one of them. Otherwise, a program compiled for a TPU or an NVIDIA GPU uses the
+kernel for it if the kernel supports the arguments. In all other cases XLA computes the operation.
 """
 
 import functools
@@ -21,8 +21,9 @@ class Kernel(NamedTuple):
     """A kernel for one platform.
 
     Attributes:
-        run: called with the operands, and with `interpret=True` where its platform is not.
-        cannot: why the kernel cannot do what is asked; `None` if it can.
+        run: function of the operands. It is called with `interpret=True` where its platform is
+            absent.
+        cannot: reason why the kernel does not support the arguments; `None` if it does.
     """
 
     run: Callable[..., Any]
@@ -30,7 +31,7 @@ class Kernel(NamedTuple):
 
 
 def check_implementation(name: str | None) -> None:
-    """Raises a ValueError unless `name` is an implementation, or `None`."""
+    """Raises a ValueError unless `name` is an implementation or `None`."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {name!r}; choose one of {', '.join(IMPLEMENTATIONS)}, or None"
@@ -44,26 +45,27 @@ def dispatch(
     kernels: Mapping[str, Kernel],
     *operands: Any,
 ) -> Any:
-    """Runs an operation by the implementation that is named, or by the best that can.
+    """Computes an operation with the named implementation, or with the best that supports it.
 
     Args:
-        operation: its name, for messages.
-        implementation: one of `IMPLEMENTATIONS`. A kernel named here is interpreted, which is
-            slow, in a process whose devices are of another platform. `None` chooses by the platform
-            that a program is compiled for, be it here or not: one whose compiler is installed.
-        xla: the implementation that always works.
-        kernels: the kernels there are.
+        operation: name of the operation, for messages.
+        implementation: one of `IMPLEMENTATIONS`, or `None`. If the devices of this process are of
+            another platform, a kernel named here is interpreted, which is slow. `None` chooses by
+            the platform that a program is compiled for. That platform may be absent, but its
+            compiler must be installed.
+        xla: implementation that always works.
+        kernels: kernels by name.
         *operands: arrays, or trees of them.
 
     Raises:
-        ValueError: if a kernel is named that cannot do what is asked.
+        ValueError: if the named kernel does not support the arguments or the device.
     """
     if implementation == "xla":
         return xla(*operands)
     if implementation is not None:
         kernel = kernels[implementation]
         if why := kernel.cannot or cannot_run_kernels(PLATFORMS[implementation]):
-            raise ValueError(f"{implementation} cannot {operation}: {why}")
+            raise ValueError(f"{implementation} cannot {operation}: {why}; choose 'xla' instead")
         return kernel.run(*operands, interpret=not is_here(PLATFORMS[implementation]))
     able = {}
     for name, kernel in kernels.items():
@@ -76,6 +78,6 @@ def dispatch(
 
 @functools.cache
 def _say_once(operation: str, name: str, reason: str) -> None:
-    """Says in the log that XLA does what a kernel for the platform at hand cannot."""
+    """Logs once that XLA replaces a kernel for the present platform."""
     if is_here(PLATFORMS[name]):
-        logger.warning("XLA will %s: %s cannot (%s)", operation, name, reason)
+        logger.warning("XLA will %s, because %s cannot: %s", operation, name, reason)

@@ -1,11 +1,11 @@
-"""The gradient of a pool as a sum of outer products, never as rows.
+"""The gradient of a pool, stored as a sum of outer products and not as an array of vectors.
 
 For expert n, with coefficients `c_down = gate * act'(h) * (up_n . dy_t)` and
 `c_up = gate * act(h)`,
 
     dL/d down_n = sum_t c_down[t, n] * x_t        dL/d up_n = sum_t c_up[t, n] * dy_t.
 
-So the exact gradient of a whole pool is T * (3 K + 2 D) numbers, whatever N is.
+The exact gradient of a whole pool therefore takes T * (3 K + 2 D) numbers, whatever N is.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import storage
 from pallas_kernels.sorted_pairs import num_chunks, row_sums, sort_pairs
 
-# Hit experts, or pairs, at a time, where a gradient is looked at as a whole.
+# Hit experts or pairs that one pass of a loop over a whole gradient processes.
 CHUNK = 256
 
 
 class Tap(NamedTuple):
-    """Zeros given to `lookup`, whose "gradient" is the factored gradient without its ids."""
+    """Zeros for `lookup`. Their "gradient" is the factored gradient without its ids."""
 
     c_down: Float[Array, "*layers T K"]
     c_up: Float[Array, "*layers T K"]
@@ -33,7 +33,7 @@ class Tap(NamedTuple):
 
     @staticmethod
     def zeros_for(ids: Int[Array, "T K"], x: Float[Array, "T D"]) -> Tap:
-        """A tap for a lookup of `ids` with input `x`, in whose dtype x and dy are kept."""
+        """Returns a tap for a lookup of `ids` with input `x`, whose dtype its x and dy have."""
         coefficients = jnp.zeros(ids.shape, jnp.float32)
         return Tap(coefficients, coefficients, jnp.zeros_like(x), jnp.zeros_like(x))
 
@@ -50,10 +50,10 @@ class FactoredGradient(NamedTuple):
     @staticmethod
     def from_tap(ids: Int[Array, "*layers T K"], tap: Tap) -> FactoredGradient:
         """Joins the cotangent of a tap with the ids of the same forward pass."""
-        return FactoredGradient(ids.astype(jnp.int32), *tap)  # which the sentinel fits in
+        return FactoredGradient(ids.astype(jnp.int32), *tap)  # the sentinel fits in int32
 
     def only_if(self, condition: Bool[Array, ""]) -> FactoredGradient:
-        """The same gradient, or one that hits no expert."""
+        """Returns the same gradient if `condition` holds, else one that hits no expert."""
         return self._replace(
             c_down=jnp.where(condition, self.c_down, 0), c_up=jnp.where(condition, self.c_up, 0)
         )
@@ -64,9 +64,9 @@ class FactoredGradient(NamedTuple):
         return self._replace(c_down=self.c_down * factor, c_up=self.c_up * factor)
 
     def dense(self, num_experts: int) -> Float[Array, "*layers N 2 D"]:
-        """The gradient as an array of the pool's shape, float32.
+        """Returns the gradient as a float32 array of the pool's shape.
 
-        Walks the tokens in chunks, so that nothing of size [T, K, D] is ever made.
+        Tokens are processed in chunks, so no array of size [T, K, D] is ever made.
         """
         if self.ids.ndim == 2:
             stacked = jax.tree.map(lambda leaf: leaf[None], self)
@@ -94,15 +94,16 @@ class FactoredGradient(NamedTuple):
     def rows(
         self, num_experts: int
     ) -> tuple[Int[Array, "*layers P"], Float[Array, "*layers P 2 D"]]:
-        """The experts with a gradient, each once, and their rows; P = T * K.
+        """Returns each expert with a gradient once, and its gradient vectors; P = T * K.
 
-        For tests and inspection: the rows take as much memory as [T, K, 2, D] floats.
+        This is for tests and inspection. The vectors (`rows` in code) take as much memory as
+        [T, K, 2, D] floats.
 
         Args:
-            num_experts: N, which also fills the ids of places left over.
+            num_experts: N, which also fills the ids of unused places.
 
         Returns:
-            `(ids, rows)`, ids ascending, rows of places left over zero.
+            `(ids, rows)`. The ids ascend. The vectors of unused places are zero.
         """
         if self.ids.ndim == 3:
             return jax.vmap(lambda own: own.rows(num_experts))(self)
@@ -118,10 +119,10 @@ class FactoredGradient(NamedTuple):
         return pairs.expert, jax.lax.fori_loop(0, num_chunks(pairs, CHUNK), put_chunk, rows)
 
     def norm(self, num_experts: int) -> Float[Array, ""]:
-        """The exact Euclidean norm of the dense gradient, of all layers together.
+        """Returns the exact Euclidean norm of the dense gradient of all layers together.
 
-        Rows that an update passes over, their squares not being finite, do not count. A second pass
-        over the row sums; nothing of the size of the rows is made.
+        Vectors whose squares are not finite do not count, because an update skips them. The method
+        computes the vectors once more, in chunks. It makes no array of the size of all vectors.
         """
         stack = self if self.ids.ndim == 3 else jax.tree.map(lambda leaf: leaf[None], self)
 

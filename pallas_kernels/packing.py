@@ -1,8 +1,8 @@
 """Small signed integers, packed several to an int32 word.
 
 A vector of D codes of `bits` bits takes W = D * bits / 32 words. Code c lies in word c mod W, in
-the bits from `bits * (c div W)` upwards, two's complement. So a shift of all words yields W
-neighbouring columns at once, and no lane ever moves.
+the bits from `bits * (c div W)` upwards, in two's complement. A shift of all words therefore yields
+W neighbouring columns at once, and moves no data between lanes.
 """
 
 import jax
@@ -13,15 +13,15 @@ WORD_BITS = 32
 
 
 def codes_per_word(bits: int) -> int:
-    """How many codes share a word."""
+    """Returns the number of codes per word."""
     return WORD_BITS // bits
 
 
 def words_per_vector(width: int, bits: int) -> int:
-    """W: how many words a vector of `width` codes takes.
+    """Returns W, the number of words of a vector of `width` codes.
 
     Raises:
-        ValueError: if the width does not fill whole words.
+        ValueError: if the codes do not fill whole words.
     """
     if width % codes_per_word(bits):
         raise ValueError(
@@ -32,7 +32,7 @@ def words_per_vector(width: int, bits: int) -> int:
 
 
 def pack(codes: Int[Array, "*S D"], bits: int) -> Int[Array, "*S W"]:
-    """Packs codes, of which only the low `bits` bits are kept, into int32 words."""
+    """Packs the low `bits` bits of codes into int32 words."""
     words_per_vector(codes.shape[-1], bits)
     return pack_planes(codes.reshape(*codes.shape[:-1], codes_per_word(bits), -1), bits)
 
@@ -40,17 +40,17 @@ def pack(codes: Int[Array, "*S D"], bits: int) -> Int[Array, "*S W"]:
 def pack_planes(codes: Int[Array, "*S planes W"], bits: int) -> Int[Array, "*S W"]:
     """Packs codes whose columns are given by plane: the first W columns, the next W, ..."""
     parts = codes.astype(jnp.int32) & ((1 << bits) - 1)
-    # The parts have no bit in common: their sum is their union.
+    # The parts have no bit in common, so their sum is their union.
     return jnp.sum(parts << _offsets(bits), axis=-2, dtype=jnp.int32)
 
 
 def unpack(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S D"]:
-    """Unpacks int32 words to int32 codes, sign included."""
+    """Unpacks int32 words to signed int32 codes."""
     return unpack_planes(words, bits).reshape(*words.shape[:-1], -1)
 
 
 def unpack_planes(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S planes W"]:
-    """Unpacks int32 words to int32 codes, their columns by plane."""
+    """Unpacks int32 words to signed int32 codes, with their columns by plane."""
     top = WORD_BITS - bits
     return (words[..., None, :] << (top - _offsets(bits))) >> top
 
@@ -58,8 +58,9 @@ def unpack_planes(words: Int[Array, "*S W"], bits: int) -> Int[Array, "*S planes
 def unpack_bytes(words: Int[Array, "*S W"], bits: int) -> tuple[Int8[Array, "*S bytes"], ...]:
     """Unpacks int32 words to int8 codes in the order of the bytes, without moving any.
 
-    Faster on a CPU than `unpack`: shifts are of bytes, and only floats are wide. There is one array
-    for each code that a byte holds. Side by side they are in the order of `to_byte_order`.
+    This is faster on a CPU than `unpack`, because it shifts bytes and only floats are wide. There
+    is one array for each code that a byte holds. Side by side, the arrays are in the order of
+    `to_byte_order`.
     """
     octets = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(*words.shape[:-1], -1)
     return tuple((octets << (8 - bits - low)) >> (8 - bits) for low in range(0, 8, bits))
@@ -73,12 +74,12 @@ def to_byte_order(vector: Num[Array, "*S D"], bits: int) -> Num[Array, "*S D"]:
 
 
 def from_byte_order(vector: Num[Array, "*S D"], bits: int) -> Num[Array, "*S D"]:
-    """Puts columns back where `to_byte_order` took them from."""
+    """Reverses `to_byte_order`."""
     planes = 8 // bits
     by_byte = vector.reshape(*vector.shape[:-1], planes, -1, WORD_BITS // 8)
     return jnp.moveaxis(by_byte, -1, -3).reshape(vector.shape)
 
 
 def _offsets(bits: int) -> Int[Array, "codes 1"]:
-    """The lowest bit of each code of a word."""
+    """Returns the lowest bit of each code of a word."""
     return bits * jnp.arange(codes_per_word(bits), dtype=jnp.int32)[:, None]

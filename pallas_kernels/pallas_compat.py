@@ -13,9 +13,10 @@ if hasattr(plgpu, "InterpretGPUParams"):
 else:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-# Lanes were the default in 0.10: the later one looks for layouts in registers, and finds none here.
-# Stores wait for no other thread: `plgpu.commit_smem` is where all threads of a block do, and sums
-# over lanes. Interpreters know no threads within a block, and would not see it missing.
+# Lane semantics were the default in JAX 0.10. The later default searches for layouts in registers
+# and finds none for these kernels. Stores wait for no other thread. All threads of a block wait for
+# each other in `plgpu.commit_smem` and in sums over lanes. Interpreters have no threads within a
+# block, so they cannot detect that a barrier is missing.
 NO_BARRIERS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
 )
@@ -29,12 +30,12 @@ def rewrite_in_place(
     grid_names: tuple[str, ...],
     interpret: Any,
 ) -> tuple[Any, ...]:
-    """Runs a kernel for GPUs on references to arrays, and returns what they hold afterwards.
+    """Runs a kernel for GPUs on references to arrays, and returns their values afterwards.
 
-    A thread must not read what another one has written.
+    A thread must not read what another thread has written.
 
     XLA keeps such arrays in place. `plgpu.kernel` takes references since JAX 0.11, and `core_map`
-    is deprecated in 0.12.
+    is deprecated in JAX 0.12.
     """
 
     def stateful(refs: tuple[Any, ...]) -> None:
@@ -56,7 +57,7 @@ def rewrite_in_place(
 
 
 def load_as(ref: Any, index: tuple[Any, ...], layout: Any, interpret: Any) -> jax.Array:
-    """Loads part of a reference into registers by a layout, of which interpreters know nothing."""
+    """Loads part of a reference into registers with a layout, which interpreters ignore."""
     if interpret:
         return ref[index]
     place = {"idx": ()} if jax.__version_info__ < (0, 11) else {}

@@ -1,8 +1,8 @@
-"""What is done differently on different platforms, chosen when a program is compiled.
+"""Functions that differ between platforms, selected when a program is compiled.
 
-The platform that a program is compiled for need not be the one that compiles it. But what is meant
-for a platform that this process has no compiler for is not even traced: every choice would have the
-rest of a program traced once more, and kernels are long.
+The platform that a program is compiled for need not be the one that compiles it. Functions for
+platforms without an installed compiler are not traced. For every additional function, JAX traces
+the rest of a program once more, and kernels are long.
 """
 
 import functools
@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-# Packages of which one must be installed to compile for a platform that is not here.
+# To compile for an absent platform, one of its packages must be installed.
 COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
-MOSAIC_GPU_NEEDS = 9.0  # compute capability: Hopper's
+MOSAIC_GPU_NEEDS = 9.0  # compute capability of Hopper
 
 
 def by_platform(
@@ -24,8 +24,8 @@ def by_platform(
 
     Args:
         *operands: arrays, or trees of them.
-        default: called where no other is.
-        **functions: by platform: "cpu", "tpu" or "cuda".
+        default: function for all other platforms.
+        **functions: functions by platform, which is "cpu", "tpu" or "cuda".
     """
     if jax.default_backend() == "cpu" and not any(map(can_compile_for, COMPILERS)):
         return functions.get("cpu", default)(*operands)
@@ -35,7 +35,7 @@ def by_platform(
 
 @functools.cache
 def can_compile_for(platform: str) -> bool:
-    """Whether this process has a compiler for a platform."""
+    """Returns whether this process has a compiler for a platform."""
     return (
         is_here(platform)
         or platform == "cpu"
@@ -44,17 +44,17 @@ def can_compile_for(platform: str) -> bool:
 
 
 def cannot_run_kernels(platform: str) -> str | None:
-    """Why the devices of a platform that are here cannot run its kernels; `None` if they can."""
+    """Returns why present devices of a platform cannot run its kernels, or `None` if they can."""
     if platform != "cuda" or not is_here("cuda"):
         return None
     device = jax.devices()[0]
-    capability = device.compute_capability  # of AMD's GPUs "gfx..."
+    capability = device.compute_capability  # "gfx..." on AMD GPUs
     if not capability.startswith("gfx") and float(capability) >= MOSAIC_GPU_NEEDS:
         return None
     needed = f"Mosaic needs compute capability {MOSAIC_GPU_NEEDS}"
-    return f"{needed}; {device.device_kind} has {capability}"
+    return f"{needed}, but {device.device_kind} has {capability}"
 
 
 def is_here(platform: str) -> bool:
-    """Whether this process's devices are of a platform."""
+    """Returns whether the devices of this process are of a platform."""
     return jax.default_backend() == {"cuda": "gpu"}.get(platform, platform)

@@ -7,11 +7,16 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-UNROLL = 8  # copies started at a time: the scalar instructions of several share their cycles
+UNROLL = 8  # copies started together, so that their scalar instructions share cycles
 
 
 def for_each(count: int, act: Callable[[Any], None]) -> None:
-    """Calls `act` with 0, 1, ..., count - 1, a multiple of 8, several in one pass of a loop."""
+    """Calls `act` with 0, 1, ..., count - 1, eight calls per pass of a loop.
+
+    Args:
+        count: number of calls, a multiple of 8.
+        act: function to call.
+    """
 
     def body(index, carry):
         for each in range(UNROLL):
@@ -22,17 +27,17 @@ def for_each(count: int, act: Callable[[Any], None]) -> None:
 
 
 def wait_for(count: Any, capacity: int, one: Any, all_of_them: Any, arrived: Any) -> None:
-    """Waits until as many copies of the same size as `count` have been made.
+    """Waits until `count` copies of the same size have been made.
 
-    A semaphore counts what arrives. So a full buffer is waited for at once, and otherwise it does
-    not matter which copies are missing.
+    The semaphore counts the data that arrives, so one wait is enough for a full buffer. Otherwise
+    there is one wait per copy, and it does not matter which copies are missing.
 
     Args:
-        count: how many copies have been started.
-        capacity: how many there can be.
+        count: number of copies that have been started.
+        capacity: largest possible number of copies.
         one: reference to as much memory as one copy fills.
-        all_of_them: reference to as much as all fill.
-        arrived: the semaphore of all these copies.
+        all_of_them: reference to as much memory as `capacity` copies fill.
+        arrived: semaphore of all these copies.
     """
 
     @pl.when(count == capacity)

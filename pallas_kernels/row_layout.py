@@ -1,10 +1,10 @@
-"""Rows of packed pools, as kernels see them.
+"""Layout of the lines of packed pools in kernels.
 
-A row (`pallas_kernels.storage`) is what a kernel reads or writes as a whole: one expert, or the
-fewest that fill units together. Unpacked it is [planes, lanes]: `planes` codes of each word, one
-word a lane. What belongs to one expert, or to `down` or `up`, is told by masks over lanes; a vector
-of the width of the model is spread over the same [planes, lanes], so that products of codes and
-vectors need no lane to move.
+A kernel reads or writes a line (a `row` in code) as a whole. A line is one expert, or the smallest
+group of experts that fills whole units (`pallas_kernels.storage`). Unpacked, a line has the shape
+[planes, lanes], with one word per lane and `planes` codes per word. Masks over lanes select one
+expert, or its `down` or `up`. A vector of the width of the model is spread over the same
+[planes, lanes]. Products of codes and vectors therefore move no data between lanes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pallas_kernels.storage import (
 
 
 class RowLayout(NamedTuple):
-    """Sizes of a row.
+    """Sizes of a line.
 
     Attributes:
         code: format of the codes.
-        planes: codes a word holds.
-        words: words of one vector, W.
-        experts: experts a row holds.
-        units: units a row fills.
+        planes: codes per word.
+        words: words per vector, W.
+        experts: experts per line.
+        units: units per line.
     """
 
     code: Code
@@ -44,7 +44,7 @@ class RowLayout(NamedTuple):
 
     @staticmethod
     def of(width: int, storage: str) -> RowLayout:
-        """The layout of packed pools of a width."""
+        """Returns the layout of packed pools of a width."""
         return RowLayout(
             code=CODES[storage],
             planes=codes_per_word(CODES[storage].bits),
@@ -55,38 +55,41 @@ class RowLayout(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Storage of a code."""
+        """Storage bits of a code."""
         return self.code.bits
 
     @property
     def lanes(self) -> int:
-        """Words of a row."""
+        """Words of a line."""
         return self.units * UNIT
 
     def span(self, vector: int) -> slice:
-        """The fewest lanes, in whole units, that hold every `down` (0) or `up` (1) of a row."""
+        """Returns the span of lanes that holds every `down` (0) or `up` (1) of a line.
+
+        It is the shortest span of whole units.
+        """
         if self.experts == 1 and self.words % UNIT == 0:
             return slice(vector * self.words, (vector + 1) * self.words)
         return slice(0, self.lanes)
 
     def units_of(self, vector: int) -> range:
-        """The units that hold every `down` (0) or `up` (1) of a row."""
+        """Returns the units that hold every `down` (0) or `up` (1) of a line."""
         return units_in(self.span(vector))
 
     def vector_of(self, lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """Whether lanes belong to `down` (0) or `up` (1)."""
+        """Returns whether lanes belong to `down` (0) or `up` (1)."""
         return lax.div(lax.rem(lane, 2 * self.words), self.words)
 
     def slot_of(self, lane: Int[Array, "*S"]) -> Int[Array, "*S"]:
-        """Which of the row's experts lanes belong to."""
+        """Returns the slots of lanes: the places in the line of the experts they belong to."""
         return lax.div(lane, 2 * self.words)
 
     def column_of(self, plane: Int[Array, "..."], lane: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Which column of `down` or `up` a code is."""
+        """Returns the columns of `down` or `up` that codes belong to."""
         return plane * self.words + lax.rem(lane, self.words)
 
     def spread(self, x: Float[Array, "T D"], vector: int) -> Float[Array, "T planes lanes"]:
-        """Puts x where the codes of every `down` (0) or `up` (1) of a row are, zeros elsewhere."""
+        """Puts x at the codes of every `down` (0) or `up` (1) of a line, and zeros elsewhere."""
         by_plane = x.reshape(-1, self.planes, self.words)
         zeros = jnp.zeros_like(by_plane)
         expert = jnp.concatenate(
@@ -95,7 +98,7 @@ class RowLayout(NamedTuple):
         return jnp.tile(expert, (1, 1, self.experts))
 
     def collect(self, image: Float[Array, "T planes span"], vector: int) -> Float[Array, "T D"]:
-        """Adds up what the `span` of every `down` (0) or `up` (1) of a row holds."""
+        """Adds up the values at every `down` (0) or `up` (1) of a line, given those of its span."""
         if image.shape[-1] != self.words:
             by_slot = image.reshape(*image.shape[:2], self.experts, 2, self.words)
             image = jnp.sum(by_slot[:, :, :, vector], axis=2)
@@ -103,5 +106,5 @@ class RowLayout(NamedTuple):
 
 
 def units_in(span: slice) -> range:
-    """The units that a span of lanes fills."""
+    """Returns the units that a span of lanes fills."""
     return range(span.start // UNIT, span.stop // UNIT)

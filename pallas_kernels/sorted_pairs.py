@@ -1,7 +1,7 @@
-"""The (expert, token) pairs of a layer, sorted by expert, and the gradient rows they sum to.
+"""The (expert, token) pairs of a layer, sorted by expert, and the gradient vectors they sum to.
 
-Hit experts are walked a chunk at a time, so that cost depends on the pairs and memory on the chunk,
-and neither on N.
+Hit experts are processed in chunks. The cost depends on the number of pairs, and the memory on the
+size of a chunk. Neither depends on N.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ class SortedPairs(NamedTuple):
     """The pairs of one layer, sorted by expert, and the experts that occur in them.
 
     Attributes:
-        token: the token of each pair.
-        c_down: its coefficients.
-        c_up: likewise.
-        rank: which of the hit experts each pair belongs to, ascending.
-        expert: the experts hit, ascending; the sentinel N in places left over.
-        first: where each hit expert's pairs begin; after the last, the number of pairs that are
-            kept, in all places but the very last, which is not read.
-        rest: the pairs that are not the first of their expert, in order.
-        num_hit: how many experts are hit.
+        token: token of each pair.
+        c_down: coefficient of each pair for `down`.
+        c_up: coefficient of each pair for `up`.
+        rank: index of each pair's expert among the hit experts, ascending.
+        expert: hit experts, ascending; the sentinel N in unused places.
+        first: index of the first pair of each hit expert. The places after the last expert hold the
+            number of pairs that are kept. Only the very last place may differ, and it is not read.
+        rest: indices of the pairs that are not the first of their expert, in order.
+        num_hit: number of hit experts.
     """
 
     token: Int[Array, " P"]
@@ -42,14 +42,14 @@ def sort_pairs(
     c_up: Float[Array, "T K"],
     num_experts: int,
 ) -> SortedPairs:
-    """Sorts the pairs of one layer by expert; tokens of one expert stay in ascending order.
+    """Sorts the pairs of one layer by expert. Tokens of one expert stay in ascending order.
 
-    Pairs whose id is outside [0, N) or whose coefficients are both zero are left out: they come
-    last, as the sentinel.
+    Pairs do not count if their id is outside [0, N) or both of their coefficients are zero. They
+    come last, with the sentinel as their expert.
     """
     num_chosen, pairs = ids.shape[1], ids.size
     ids, c_down, c_up = (each.reshape(pairs) for each in (ids, c_down, c_up))
-    ids = ids.astype(jnp.int32)  # which the sentinel fits in
+    ids = ids.astype(jnp.int32)  # the sentinel fits in int32
     keep = (ids >= 0) & (ids < num_experts) & ((c_down != 0) | (c_up != 0))
     key, order = jax.lax.sort_key_val(
         jnp.where(keep, ids, num_experts), jnp.arange(pairs, dtype=jnp.int32)
@@ -60,7 +60,7 @@ def sort_pairs(
     expert = jnp.full(pairs, num_experts, jnp.int32).at[places].set(key, mode="drop")
     kept = jnp.sum(keep, dtype=jnp.int32)
     first = jnp.full(pairs + 1, kept).at[places].set(jnp.arange(pairs), mode="drop")
-    # Before pair p lie rank + 1 first pairs, so that p comes at place p - rank - 1 of the rest.
+    # There are rank + 1 first pairs before pair p, so its place in the rest is p - rank - 1.
     index = jnp.arange(pairs)
     place = jnp.where(begins | (key >= num_experts), pairs, index - rank - 1)
     rest = jnp.zeros(pairs, jnp.int32).at[place].set(index, mode="drop", unique_indices=True)
@@ -77,14 +77,14 @@ def sort_pairs(
 
 
 def num_chunks(pairs: SortedPairs, size: int) -> Int[Array, ""]:
-    """How many chunks of `size` experts hold the hit experts."""
+    """Returns how many chunks of `size` experts hold the hit experts."""
     return (pairs.num_hit + size - 1) // size
 
 
 def experts_of(
     pairs: SortedPairs, chunk: Int[Array, ""], size: int, num_experts: int
 ) -> Int[Array, " size"]:
-    """The numbers of the hit experts of one chunk; N in places left over."""
+    """Returns the hit experts of one chunk, and N in unused places."""
     place = chunk * size + jnp.arange(size)
     expert = pairs.expert[jnp.minimum(place, pairs.expert.shape[0] - 1)]
     return jnp.where(place < pairs.num_hit, expert, num_experts)
@@ -97,10 +97,10 @@ def row_sums(
     chunk: Int[Array, ""],
     size: int,
 ) -> Float[Array, "size 2 D"]:
-    """The gradient rows (`down`, `up`) of the hit experts of one chunk, in float32.
+    """Returns the float32 gradients of `down` and `up` of the hit experts of one chunk.
 
-    The first pair of every expert is read in one sweep; what is left, little where experts are hit
-    by few tokens, is added in blocks, each expert's tokens in ascending order.
+    The first pair of every expert is read in one sweep. The other pairs are added in blocks, with
+    the tokens of each expert in ascending order. They are few where few tokens hit each expert.
     """
     num_pairs = pairs.token.shape[0]
     block = max(1, size // 2)
@@ -118,7 +118,7 @@ def row_sums(
     sums = jnp.where(hit, rows_of(jnp.minimum(first, num_pairs - 1)), 0.0)
 
     def rest_before(rank: Array) -> Array:
-        """How many pairs of lower rank are not the first of their expert."""
+        """Returns how many pairs of lower rank are not the first of their expert."""
         rank = jnp.minimum(rank, pairs.num_hit)
         return pairs.first[rank] - rank
 

@@ -1,16 +1,18 @@
-"""How the experts of a pool lie in memory. The only module that knows.
+"""Memory layout of the experts of a pool. Only this module defines it.
 
-`down` and `up` of one expert are adjacent, so that an expert is one contiguous read. The pools
-of equal layers are stacked in one array; a layer is chosen by index at the moment of reading,
-never by slicing, because a slice inside `lax.scan` copies the whole pool.
+`down` and `up` of one expert are adjacent, so an expert is one contiguous read. The pools of equal
+layers are stacked in one array. A layer is chosen by index when experts are read, never by slicing,
+because a slice inside `lax.scan` copies the whole pool.
 
 - "float32", "bfloat16": weights [*layers, N, 2, D].
-- codes (`pallas_kernels.codes`): int32 words [*layers, units, 128]. A unit of 128 words (512
-  bytes), or several in a row, is what a DMA of a TPU moves for free. An expert is 2 W words
-  (`pallas_kernels.packing`; `down`, then `up`), and experts follow each other without a gap. A row
-  is the fewest experts that fill whole units: two in one unit at D = 256 in int4, one in two units
-  at D = 1024, eight in nine units at D = 576. Only the last row may have places left over. A weight
-  is its code times the float32 scale of its vector, scales [*layers, 2, N].
+- codes (`pallas_kernels.codes`): int32 words [*layers, units, 128] and float32 scales
+  [*layers, 2, N]. A weight is its code times the scale of its vector.
+
+A unit is 128 words (512 bytes). A DMA of a TPU moves one unit, or several consecutive ones, at no
+extra cost. An expert is 2 W words (`pallas_kernels.packing`), `down` before `up`. Experts follow
+each other without a gap. A line (a `row` in code) is the smallest group of experts that fills whole
+units. It is two experts in one unit at D = 256 in int4, one in two units at D = 1024, and eight in
+nine units at D = 576. Only the last line may have unused places.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from pallas_kernels.packing import (
 )
 from pallas_kernels.platforms import by_platform
 
-# The layout of pools in words, for files that are read elsewhere; another layout, another version.
+# Layout of pools in words, for files that other programs read. A new layout needs a new version.
 LAYOUT_VERSION = "1"
 LAYOUT = (
     "int32 words; code c of a vector of D codes of b bits, two's complement, is in word c mod W, "
@@ -46,8 +48,8 @@ LAYOUT = (
 DOWN, UP = 0, 1
 UNIT = 128  # words
 FLOAT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STORAGES = (*FLOAT_DTYPES, *CODES)  # of pools
-# Bits of what is laid out like a pool: its codes, or accumulators of some width.
+STORAGES = (*FLOAT_DTYPES, *CODES)  # storages of pools
+# Bits of arrays that are laid out like a pool: its codes, or accumulators of some width.
 BITS = {
     **{name: code.bits for name, code in CODES.items()},
     **{f"{bits}-bit accumulators": bits for bits in ACCUMULATOR_BITS if bits},
@@ -61,10 +63,11 @@ class ExpertPool:
 
     Attributes:
         weights: floats [*layers, N, 2, D] or int32 words [*layers, units, 128].
-        scales: float32 [*layers, 2, N] of `down` and `up`; `None` for floats.
-        layer: which layer of a stack to read, an integer; `None` for a pool that is no stack.
+        scales: float32 [*layers, 2, N]: scale of each `down` and `up`; `None` for floats.
+        layer: index of the layer of a stack to read, an integer; `None` for a pool that is not a
+            stack.
         storage: "float32", "bfloat16", or a format of `pallas_kernels.codes`, such as "int4".
-        num_experts: N, also the sentinel id that stands for "no expert".
+        num_experts: N, which is also the sentinel id for "no expert".
         width: D, the width of the model.
     """
 
@@ -77,7 +80,7 @@ class ExpertPool:
 
     @staticmethod
     def of_floats(weights: Float[Array, "*layers N 2 D"]) -> ExpertPool:
-        """A pool, or a stack of pools, of given float32 or bfloat16 weights."""
+        """Returns a pool, or a stack of pools, with given float32 or bfloat16 weights."""
         storage = jnp.dtype(weights.dtype).name
         return ExpertPool(weights, None, None, storage, weights.shape[-3], weights.shape[-1])
 
@@ -93,20 +96,20 @@ class ExpertPool:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all experts of all layers, scales not counted."""
+        """Number of weights of all experts of all layers, without scales."""
         layers = self.weights.shape[0] if self.is_stack else 1
         return layers * self.num_experts * 2 * self.width
 
     def at_layer(self, layer: Int[Array, ""]) -> ExpertPool:
-        """The same storage, read at `layer`. Copies nothing."""
+        """Returns a pool of the same arrays that is read at `layer`. Copies nothing."""
         return dataclasses.replace(self, layer=layer)
 
 
 class Experts(NamedTuple):
-    """Chosen experts, in float32: the weights are `down * down_scale` and `up * up_scale`.
+    """Chosen experts in float32. Their weights are `down * down_scale` and `up * up_scale`.
 
-    Columns are in reading order, and in as many arrays as a byte holds codes: to put them side by
-    side would cost a CPU more than the products that follow.
+    Columns are in reading order, in as many arrays as a byte holds codes. On a CPU, putting the
+    arrays side by side would cost more than the products that follow.
     """
 
     down: tuple[Float[Array, "*K columns"], ...]
@@ -116,40 +119,42 @@ class Experts(NamedTuple):
 
 
 def accumulators_of(bits: int) -> str:
-    """The name of the storage of accumulators of some bits."""
+    """Returns the storage name of accumulators of `bits` bits."""
     return f"{bits}-bit accumulators"
 
 
 def words_per_expert(width: int, storage: str) -> int:
-    """Words of `down` and `up` of one expert.
+    """Returns the number of words of `down` and `up` of one expert together.
 
     Raises:
-        ValueError: if the width does not pack.
+        ValueError: if the codes of a vector do not fill whole words.
     """
     return 2 * words_per_vector(width, BITS[storage])
 
 
 def experts_per_row(width: int, storage: str) -> int:
-    """The fewest experts that fill whole units together."""
+    """Returns the number of experts per line, the fewest that fill whole units together."""
     return UNIT // math.gcd(words_per_expert(width, storage), UNIT)
 
 
 def units_per_row(width: int, storage: str) -> int:
-    """How many units a row fills."""
+    """Returns the number of units per line."""
     return experts_per_row(width, storage) * words_per_expert(width, storage) // UNIT
 
 
 def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, int]:
-    """(units, 128): the shape of the words of one pool."""
+    """Returns the shape of the words of one pool, (units, 128)."""
     rows = -(-num_experts // experts_per_row(width, storage))
     return rows * units_per_row(width, storage), UNIT
 
 
 def array_forms(storage: str, num_experts: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a pool by attribute; in a stack, they have leading axes of layers.
+    """Returns shape and dtype of a pool's arrays by attribute, without axes of layers.
+
+    In a stack, the arrays have leading axes of layers.
 
     Raises:
-        ValueError: if no pool is stored like that.
+        ValueError: if no pool has this storage, or the codes of a vector do not fill whole words.
     """
     if storage not in STORAGES:
         raise ValueError(f"pools are stored as {', '.join(STORAGES)}, not as {storage}")
@@ -170,7 +175,7 @@ def read_codes(
     width: int,
     storage: str,
 ) -> Int[Array, "*K 2 D"]:
-    """Unpacks experts of an array laid out like the words of a pool; ids must be valid."""
+    """Unpacks experts of an array that is laid out like the words of a pool. Ids must be valid."""
     return read_planes(words, layer, ids, width, storage).reshape(*ids.shape, 2, width)
 
 
@@ -181,9 +186,9 @@ def read_planes(
     width: int,
     storage: str,
 ) -> Int[Array, "*K 2 planes W"]:
-    """`read_codes` with columns by plane, as words hold them.
+    """Unpacks experts like `read_codes`, but with columns by plane, as words hold them.
 
-    Code that XLA writes for a CPU is several times faster on planes: to flatten them inside of a
+    Code that XLA generates for a CPU is several times faster on planes. Flattening planes inside a
     loop costs a division for every code.
     """
     rows = _read_words(words, layer, ids, words_per_expert(width, storage))
@@ -197,7 +202,7 @@ def write_codes(
     codes: Int[Array, "M 2 D"],
     storage: str,
 ) -> Int[Array, "*layers units 128"]:
-    """Overwrites experts; ids must not repeat, and negative or too large ones are dropped."""
+    """Overwrites experts. Ids must not repeat, and negative or too large ids are dropped."""
     planes = codes.reshape(*codes.shape[:-1], codes_per_word(BITS[storage]), -1)
     return write_planes(words, layer, ids, planes, storage)
 
@@ -209,13 +214,18 @@ def write_planes(
     codes: Int[Array, "M 2 planes W"],
     storage: str,
 ) -> Int[Array, "*layers units 128"]:
-    """`write_codes` with columns by plane."""
+    """Overwrites experts like `write_codes`, but takes columns by plane."""
     rows = pack_planes(codes, BITS[storage]).reshape(ids.shape[0], -1)
     return _write_words(words, layer, ids, rows)
 
 
 def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "units 128"]:
-    """Lays out the codes of M experts, a multiple of those in a row, as rows of words."""
+    """Lays out the codes of M experts as lines of words.
+
+    Args:
+        codes: codes of the experts. M is a multiple of the number of experts per line.
+        storage: format of the codes.
+    """
     shape = packed_shape(codes.shape[0], codes.shape[-1], storage)
     words = jnp.zeros(shape, jnp.int32)
     return write_codes(words, None, jnp.arange(codes.shape[0]), codes, storage)
@@ -224,7 +234,7 @@ def pack_experts(codes: Int[Array, "M 2 D"], storage: str) -> Int[Array, "units 
 def _read_words(words: Array, layer: Array | None, ids: Array, size: int) -> Array:
     """Gathers the `size` words of each expert: [*layers units 128] and [*K] give [*K size].
 
-    On a TPU, to view the words by expert would copy the pool: there, units are gathered.
+    On a TPU, viewing the words by expert would copy the pool, so units are gathered there.
     """
     return by_platform(
         words,
@@ -236,7 +246,7 @@ def _read_words(words: Array, layer: Array | None, ids: Array, size: int) -> Arr
 
 
 def _write_words(words: Array, layer: Array | None, ids: Array, rows: Array) -> Array:
-    """Overwrites the words of experts, in place; drops ids that are outside."""
+    """Overwrites the words of experts in place. Ids outside the pool are dropped."""
     return by_platform(
         words,
         ids,
@@ -259,7 +269,7 @@ def _write_by_expert(words: Array, ids: Array, rows: Array, *layer: Array) -> Ar
 
 
 def read_by_unit(words: Array, ids: Array, *layer: Array, size: int) -> Array:
-    """Gathers the units that hold each expert, and takes its words out of them."""
+    """Gathers the units that hold each expert, and extracts its words from them."""
     first, offset, window = _window(ids, size)
     units = words.at[(*layer, first[..., None] + jnp.arange(window))].get(mode="clip")
     lanes = offset[..., None] + jnp.arange(size)
@@ -267,9 +277,9 @@ def read_by_unit(words: Array, ids: Array, *layer: Array, size: int) -> Array:
 
 
 def write_by_unit(words: Array, ids: Array, rows: Array, *layer: Array) -> Array:
-    """Overwrites experts by adding to their units the difference of the words, which is exact.
+    """Overwrites experts by adding the difference of the words to their units, which is exact.
 
-    So experts that share a unit do not overwrite each other.
+    Experts that share a unit therefore do not overwrite each other.
     """
     count, size = rows.shape
     valid = (ids >= 0) & (ids < words.shape[-2] * UNIT // size)
@@ -283,9 +293,11 @@ def write_by_unit(words: Array, ids: Array, rows: Array, *layer: Array) -> Array
 
 
 def _window(ids: Array, size: int) -> tuple[Array, Array, int]:
-    """Where experts of `size` words lie: their first unit, their first word in it, units to read.
+    """Returns the places of experts of `size` words.
 
-    The number of units is enough for any of the experts.
+    Returns:
+        The first unit of each expert, its first word in that unit, and the number of units to read.
+        The number of units is enough for any expert.
     """
     together = UNIT // math.gcd(size, UNIT)
     in_row = (ids % together) * size
@@ -295,10 +307,10 @@ def _window(ids: Array, size: int) -> tuple[Array, Array, int]:
 
 
 def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
-    """Reads experts, their columns in reading order; ids outside [0, N) read zeros.
+    """Reads experts, with their columns in reading order. Ids outside [0, N) have scales of 0.
 
     Args:
-        pool: a pool of one layer, or a stack with its `layer` chosen.
+        pool: a pool of one layer, or a stack with a chosen `layer`.
         ids: expert numbers.
     """
     # Out-of-range ids must not wrap (negative) and must not clamp (too large).
@@ -317,7 +329,7 @@ def read_experts(pool: ExpertPool, ids: Int[Array, "*K"]) -> Experts:
 
 
 def read_floats(pool: ExpertPool, ids: Int[Array, "*K"]) -> Float[Array, "*K 2 D"]:
-    """The weights of experts, `down` before `up`, in float32; zeros for ids outside [0, N)."""
+    """Returns float32 weights of experts, `down` before `up`; zeros for ids outside [0, N)."""
     experts = read_experts(pool, ids)
     vectors = [
         scale[..., None] * from_reading_order(jnp.concatenate(parts, axis=-1), pool.storage)
@@ -332,7 +344,7 @@ def read_floats(pool: ExpertPool, ids: Int[Array, "*K"]) -> Float[Array, "*K 2 D
 def read_scales(
     pool: ExpertPool, ids: Int[Array, "*K"]
 ) -> tuple[Float[Array, "*K"], Float[Array, "*K"]]:
-    """The scales of `down` and `up`, 1 for floats; 0 for ids outside [0, N)."""
+    """Returns the scales of `down` and `up`: 1 for floats, and 0 for ids outside [0, N)."""
     valid = (ids >= 0) & (ids < pool.num_experts)
     ones = valid.astype(jnp.float32)
     if not pool.is_packed:
@@ -343,12 +355,12 @@ def read_scales(
 
 
 def to_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:
-    """Puts columns in the order in which `read_experts` reads them fastest."""
+    """Puts columns in the order that `read_experts` reads fastest."""
     return to_byte_order(vectors, BITS[storage]) if storage in BITS else vectors
 
 
 def from_reading_order(vectors: Float[Array, "*S D"], storage: str) -> Float[Array, "*S D"]:
-    """Puts columns back where `to_reading_order` took them from."""
+    """Reverses `to_reading_order`."""
     return from_byte_order(vectors, BITS[storage]) if storage in BITS else vectors
 
 
@@ -359,9 +371,9 @@ def add_to_experts(
     down: Float[Array, "M D"],
     up: Float[Array, "M D"],
 ) -> Float[Array, "*layers N 2 D"]:
-    """Adds rows to an array laid out like the weights of a float pool; ids may repeat.
+    """Adds vectors to an array that is laid out like the weights of a float pool.
 
-    Ids outside [0, N) are dropped.
+    Ids may repeat. Ids outside [0, N) are dropped.
     """
     safe_ids = jnp.where(ids < 0, weights.shape[-3], ids)
     index = safe_ids if layer is None else (layer, safe_ids)

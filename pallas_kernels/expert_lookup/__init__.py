@@ -1,4 +1,4 @@
-"""The fused lookup: ids, gates and x in, the weighted sum of the chosen experts out."""
+"""The fused lookup, which computes the weighted sum of chosen experts from ids, gates and x."""
 
 from pallas_kernels.expert_lookup.api import lookup
 

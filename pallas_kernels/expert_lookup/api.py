@@ -29,37 +29,38 @@ def lookup(
 ) -> Float[Array, "T D"]:
     """Sums the chosen experts: `y_t = sum_k gates_tk * act(down_k . x_t + hidden_bias_tk) * up_k`.
 
-    Nothing of size [T, K, D] is ever in memory, forward or backward. Differentiate it under
-    `jax.jit`, which leaves gradients out that nobody wants: of all weights, for one.
+    No array of size [T, K, D] is ever in memory, forward or backward. Differentiate the lookup
+    under `jax.jit`, which leaves out unused gradients, such as that of all weights.
 
-    Differentiable with respect to `gates`, `x` and `hidden_bias`, and to the pool in two ways:
+    The lookup is differentiable with respect to `gates`, `x` and `hidden_bias`, and with respect to
+    the pool in two ways:
 
-    - `tap`: pass `Tap.zeros_for(ids, x)` and differentiate with respect to it. Its
-      gradient, joined with `ids` by `FactoredGradient.from_tap`, is the exact gradient of the
-      pool in T * (3 K + 2 D) numbers. The tap itself is never read: it costs nothing forward.
-    - `pool`: the ordinary dense gradient of float weights, or of the scales of packed ones. For
-      stacks inside `lax.scan` prefer the tap: a dense cotangent is added to the whole stack every
-      iteration.
+    - `tap`: pass `Tap.zeros_for(ids, x)` and differentiate with respect to it. Its gradient, joined
+      with `ids` by `FactoredGradient.from_tap`, is the exact gradient of the pool in
+      T * (3 K + 2 D) numbers. The tap itself is never read, so it costs nothing forward.
+    - `pool`: the ordinary dense gradient of float weights, or of the scales of packed weights.
+      Prefer the tap for stacks inside `lax.scan`. There, a dense cotangent is added to the whole
+      stack in every iteration.
 
     Args:
         pool: the experts.
-        ids: expert numbers. N is the sentinel "nothing"; it and any number outside [0, N)
-            contribute nothing, whatever their gates and biases.
+        ids: expert numbers. N is the sentinel for "no expert". The sentinel and all other numbers
+            outside [0, N) contribute nothing, whatever their gates and biases.
         gates: mixing weights, float32.
-        x: inputs, float32 or bfloat16; products are accumulated in float32.
+        x: inputs, float32 or bfloat16. Products are accumulated in float32.
         activation: "gelu" (exact), "relu" or "relu2".
-        hidden_bias: what is added before the activation, float32; `None` means nothing.
-        tap: see above.
-        implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; `None` takes the fastest that is known
-            to work on the platform and shapes. A kernel named on another platform than its own is
-            interpreted.
+        hidden_bias: float32 numbers that are added before the activation; `None` adds nothing.
+        tap: zeros from `Tap.zeros_for`, see above.
+        implementation: "xla", "mosaic_tpu" or "mosaic_gpu". `None` selects the fastest that is
+            known to work on the platform and shapes. A kernel that is named on another platform
+            than its own is interpreted.
 
     Returns:
         y, in the dtype of x.
 
     Raises:
-        ValueError: if shapes do not fit each other, the activation or implementation is unknown, or
-            the implementation cannot do it.
+        ValueError: if shapes do not match, the activation or implementation is unknown, or the
+            implementation does not support the arguments.
 
     References:
         He, "Mixture of A Million Experts", arXiv:2407.04153, equation 2 and algorithm 1.
@@ -68,20 +69,22 @@ def lookup(
     check_implementation(implementation)
     if ids.shape != gates.shape or ids.shape[0] != x.shape[0]:
         raise ValueError(
-            f"ids {ids.shape}, gates {gates.shape} and x {x.shape} do not fit together"
+            f"ids {ids.shape}, gates {gates.shape} and x {x.shape} are not [T, K], [T, K], [T, D]"
         )
     if x.shape[1] != pool.width:
         raise ValueError(f"x has width {x.shape[1]} but the experts have width {pool.width}")
     if pool.is_stack != (pool.layer is not None):
-        raise ValueError("choose a layer of a stacked pool with `pool.at_layer(layer)`")
+        raise ValueError(
+            "choose a layer with `pool.at_layer(layer)` if the pool is a stack, and only then"
+        )
     if hidden_bias is None:
         hidden_bias = jnp.zeros(ids.shape, jnp.float32)
     elif hidden_bias.shape != ids.shape:
-        raise ValueError(f"hidden_bias {hidden_bias.shape} does not fit ids {ids.shape}")
-    # Not by multiplication: whatever stands beside the sentinel must not count.
+        raise ValueError(f"hidden_bias has shape {hidden_bias.shape}, but ids have {ids.shape}")
+    # Not by multiplication, which would keep NaN. Values of the sentinel must not count.
     valid = (ids >= 0) & (ids < pool.num_experts)
     gates, hidden_bias = jnp.where(valid, gates, 0), jnp.where(valid, hidden_bias, 0)
-    ids = ids.astype(jnp.int32)  # numbers of units and words may be much larger
+    ids = ids.astype(jnp.int32)  # indices of units and words may be much larger
     if tap is None:
         tap = Tap.zeros_for(ids, x)
     static = _Static(activation, pool.storage, pool.num_experts, pool.width, implementation)
@@ -89,7 +92,7 @@ def lookup(
 
 
 class _Static(NamedTuple):
-    """What is known before tracing."""
+    """Arguments that are known before tracing."""
 
     activation: str
     storage: str
@@ -131,7 +134,7 @@ def _lookup_bwd(static, residuals, dy):
     cotangents = _dispatch(static, "backward", (pool, ids, gates, x, hidden_bias, dy))
     pairs = cotangents.pairs
     tap = Tap(pairs.c_down, pairs.c_up, x, dy)
-    # The gradients of weights and scales are dead code, which XLA removes, unless wanted.
+    # XLA removes unused gradients of weights and scales, which are dead code.
     if pool.is_packed:
         d_weights = None
         d_scales = jnp.stack(
@@ -148,7 +151,7 @@ def _lookup_bwd(static, residuals, dy):
         d_scales = None
         if layer is not None:
             d_weights = jnp.zeros_like(weights).at[layer].set(d_weights)
-    # The hidden value is the bias plus what `down` makes of x: its gradient is c_down.
+    # The hidden value is the bias plus a product, so the gradient of the bias is c_down.
     return d_weights, d_scales, None, None, pairs.gates, cotangents.x, pairs.c_down, tap
 
 

@@ -1,4 +1,4 @@
-"""Rows of packed pools in kernels for NVIDIA GPUs: how a block reads and unpacks them."""
+"""Reading and unpacking lines (a `row` in code) of packed pools in kernels for NVIDIA GPUs."""
 
 import functools
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import UNIT
 
-MANTISSA = 0x4B000000  # the bits of the float 2^23, whose last one is worth 1
+MANTISSA = 0x4B000000  # bits of the float 2^23, the last of which has the value 1
 
 
 class Rows(NamedTuple):
-    """The rows of a block's pairs, in a kernel.
+    """Lines of a block's pairs, in a kernel.
 
     Attributes:
-        words_ref: the stack.
-        layer: whose rows are read.
-        unit_ref: where the row of each pair begins.
-        slot_ref: which of the row's experts it is about.
-        slots: by unit, which expert the lanes belong to.
-        block: where the block's pairs are in `unit_ref` and `slot_ref`.
-        num_pairs: how many there are.
-        at_once: how many are read together.
-        layout: of the rows.
+        words_ref: words of the stack.
+        layer: layer to read.
+        unit_ref: first unit of each pair's line.
+        slot_ref: slot of each pair's expert, which is its place in the line.
+        slots: slot of each lane, one array per unit.
+        block: index of the block's pairs in `unit_ref` and `slot_ref`.
+        num_pairs: number of pairs of the block.
+        at_once: number of lines that are read together.
+        layout: layout of the lines.
     """
 
     words_ref: Any
@@ -40,8 +40,13 @@ class Rows(NamedTuple):
     layout: RowLayout
 
     def read(self, first: Array, which: int) -> list[list[Array]]:
-        """The words of `down` or `up` of some pairs, unit by unit; 0 where another expert's are."""
-        # After the last group, the last once more.
+        """Returns the words of `down` or `up` of some pairs by unit; 0 at those of other experts.
+
+        Args:
+            first: first pair.
+            which: vector to read, `down` (0) or `up` (1).
+        """
+        # After the last group, read it once more.
         first = jnp.minimum(first, self.num_pairs - self.at_once)
         units, found = self.layout.units_of(which), []
         for index in range(self.at_once):
@@ -66,15 +71,19 @@ class Rows(NamedTuple):
         first: list[list[Array]],
         carry: Any,
     ) -> Any:
-        """Goes through groups of pairs; the next one's words are on their way meanwhile.
+        """Processes groups of pairs, and loads the words of the next group meanwhile.
 
         Args:
-            body: called with the number of a group, the words of its pairs, and what it returned.
-            start: the first pair.
-            groups: how many.
-            which: whether `down` or `up` is read.
-            first: the words of the first group.
-            carry: what `body` takes in the place of what it returned, at first.
+            body: function of the number of a group, the words of its pairs, and the value that
+                `body` last returned.
+            start: first pair.
+            groups: number of groups.
+            which: vector to read, `down` (0) or `up` (1).
+            first: words of the first group.
+            carry: value for the first call of `body`, in place of a returned value.
+
+        Returns:
+            The value that `body` last returned.
         """
 
         def step(group: Array, state: Any) -> Any:
@@ -88,7 +97,7 @@ class Rows(NamedTuple):
 def product_of(
     row: list[Array], image: list[list[Array]], mantissa: Array, layout: RowLayout
 ) -> Array:
-    """Each thread's part of the product of a row's codes and an image."""
+    """Returns each thread's part of the product of a line's codes and an image."""
     terms = [
         code * column
         for word, columns in zip(row, image, strict=True)
@@ -98,9 +107,9 @@ def product_of(
 
 
 def image_of(vector: Float[Array, "T D"], which: int, layout: RowLayout) -> Array:
-    """A vector where the codes are that it is multiplied with, [T, units, planes, 128].
+    """Puts a vector at the codes that it is multiplied with, [T, units, planes, 128].
 
-    Divided by the factors that `codes_of` leaves in the codes.
+    Divides it by the factors that `codes_of` leaves in the codes.
     """
     image = layout.spread(vector.astype(jnp.float32), which)[:, :, layout.span(which)]
     image = image * _inverse_factors(layout)[:, None]
@@ -108,13 +117,13 @@ def image_of(vector: Float[Array, "T D"], which: int, layout: RowLayout) -> Arra
 
 
 def vector_of(sums: Float[Array, "T units planes 128"], which: int, layout: RowLayout) -> Array:
-    """The reverse: what all places of a column hold, added up; [T, D]."""
+    """Reverses `image_of`: adds up the values at all places of each column, and returns [T, D]."""
     image = sums.swapaxes(1, 2).reshape(sums.shape[0], layout.planes, -1)
     return layout.collect(image * _inverse_factors(layout)[:, None], which)
 
 
 def _shift(plane: int, layout: RowLayout) -> tuple[int, int]:
-    """By how many bits `codes_of` moves a plane's codes down, and where they are then."""
+    """Returns by how many bits `codes_of` moves a plane's codes down, and their lowest bit then."""
     together = 20 // layout.bits
     return plane // together * together * layout.bits, plane % together * layout.bits
 
@@ -126,17 +135,18 @@ def _inverse_factors(layout: RowLayout) -> Float[Array, " planes"]:
 def codes_of(
     words: Int[Array, " 128"], mantissa: Int[Array, ""], layout: RowLayout
 ) -> list[Float[Array, " 128"]]:
-    """The codes of words, plane by plane, times a power of two each.
+    """Returns the codes of words by plane, each times a power of two.
 
-    A code in two's complement, its sign flipped, is a positive number. Left where it is, among the
-    low bits of the float 2^23, it is that number times a power of two, exactly: one bitwise
-    instruction and a subtraction, where GPUs convert integers at a fraction of that speed.
+    Flipping the sign bit of a code in two's complement gives a number that is not negative. Left in
+    place, among the low bits of the float 2^23, it is exactly that number times a power of two.
+    This takes one bitwise instruction and a subtraction. GPUs convert integers at a fraction of
+    that speed.
 
     Args:
-        words: of a row.
-        mantissa: `MANTISSA`, not known when the kernel is compiled: there is room for one constant
-            in an instruction, and that is the mask.
-        layout: of the row.
+        words: words of a line.
+        mantissa: `MANTISSA`, as a value that is unknown when the kernel is compiled. An instruction
+            takes one constant, and that is the mask.
+        layout: layout of the line.
     """
     signs = sum(1 << (layout.bits * plane + layout.bits - 1) for plane in range(layout.planes))
     words = words ^ (signs - (1 << 32))

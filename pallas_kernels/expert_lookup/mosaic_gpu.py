@@ -1,13 +1,18 @@
 """The lookup for NVIDIA GPUs.
 
-A block of 128 threads takes one token, or a part of one token's experts where tokens are few, and
-walks the experts 64 at a time, in three steps. First it reads their rows, some at once so that many
-loads are on their way, a word a thread and coalesced, and each thread keeps its part of the
-product of codes and vector in shared memory. Then the parts of each product are added up, and 64
-experts' scales, gates and activations are dealt with at once. At last the rows that are summed are
-read, multiplied with what came out, and added up in registers, plane by plane. Where `down` and
-`up` lie in units of their own, as they do at widths that are multiples of 1,024 in int4, forward
-passes read every word once. Parts of a token are added up outside.
+A block of 128 threads processes one token, or a part of one token's experts where tokens are few.
+It processes 64 experts at a time, in three steps:
+
+1. It reads the lines (a `row` in code) of the experts, coalesced and with one word per thread. Some
+   lines are read at once, so that many loads are in flight. Each thread writes its part of the
+   product of codes and vector to shared memory.
+2. It adds up the parts of each product. It applies the scales, gates and activations of all 64
+   experts at once.
+3. It reads the lines that are summed, multiplies them with the results of step 2, and adds them up
+   in registers, plane by plane.
+
+Where `down` and `up` lie in separate units, forward passes read every word once. In int4 this holds
+at widths that are multiples of 1,024. The parts of a token are added up outside the kernel.
 """
 
 import itertools
@@ -37,14 +42,14 @@ from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
 BLOCKS = 1024  # enough to fill the multiprocessors of a large GPU several times
-MAX_LANES = 1152  # nine words a thread: its sums take 72 registers
-TILE = 64  # pairs whose products are added up together, by rows of a tile of registers
-WORDS = 16  # of a thread, that are on their way together
-PADDING = 8  # words between products in shared memory, so that rows start in different banks
+MAX_LANES = 1152  # nine words per thread; their sums take 72 registers
+TILE = 64  # pairs whose products are added up together, as the rows of a register tile
+WORDS = 16  # words that a thread loads at the same time
+PADDING = 8  # words between products in shared memory, so that they start in different banks
 
 
 def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
-    """Why the kernel cannot do this lookup; `None` if it can."""
+    """Returns why the kernel cannot do this lookup, or `None` if it can."""
     del ids
     if not pool.is_packed:
         return f"it reads packed pools, not {pool.storage}"
@@ -52,20 +57,21 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
         return why
     lanes = RowLayout.of(pool.width, pool.storage).lanes
     if lanes > MAX_LANES:
-        return f"a row of {lanes} words at width {pool.width} does not fit in registers"
+        return f"at width {pool.width}, a line of {lanes} words does not fit in registers"
     return None
 
 
 def rows_at_once(layout: RowLayout, chosen: int) -> int:
-    """How many rows are on their way together: a divisor of `TILE`."""
+    """Returns how many lines are loaded at the same time, a divisor of `TILE`."""
     most = min(WORDS // len(layout.units_of(DOWN)), chosen)
     return 1 << (max(1, most).bit_length() - 1)
 
 
 def parts_of(tokens: int, chosen: int, at_once: int) -> tuple[int, int]:
-    """In how many parts the experts of a token are summed, and how many are in each.
+    """Returns the number of parts that a token's experts are summed in, and the experts per part.
 
-    As many as fill a GPU with blocks, but no fewer experts in each than are read together.
+    There are as many parts as fill a GPU with blocks. A part has no fewer experts than are read
+    together.
     """
     most = pl.cdiv(BLOCKS, tokens)
     of_part = at_once * pl.cdiv(pl.cdiv(chosen, most), at_once)
@@ -82,7 +88,7 @@ def forward(
     activation: str,
     interpret: Any = False,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.expert_lookup.xla.forward`."""
+    """Does the same as `pallas_kernels.expert_lookup.xla.forward`."""
     act = activation_by_name(activation)
 
     def weigh(pairs, products):
@@ -104,7 +110,7 @@ def backward(
     activation: str,
     interpret: Any = False,
 ) -> Cotangents:
-    """See `pallas_kernels.expert_lookup.xla.backward`."""
+    """Does the same as `pallas_kernels.expert_lookup.xla.backward`."""
     act = activation_by_name(activation)
 
     def weigh(pairs, products):
@@ -126,16 +132,17 @@ def _walk(
     num_written: int,
     interpret: Any,
 ) -> list[Array]:
-    """Multiplies the codes of every pair with vectors, and sums them by what comes of it.
+    """Multiplies the codes of every pair with vectors, and sums codes with weights that result.
 
     Args:
-        weigh: called with `Pairs` and products of some pairs; returns the weights of their codes in
-            the sum, and numbers of the pairs to be written.
-        pool: packed.
+        weigh: function of `Pairs` and products of some pairs. It returns the weights of their codes
+            in the sum, and numbers of the pairs to write.
+        pool: packed pool.
         ids: expert numbers.
-        pairs: what is known of them.
-        vectors: of tokens, which `down` (0), or `up` (1), is multiplied with.
-        summed: which of both is summed.
+        pairs: numbers of the pairs that are known before experts are read.
+        vectors: vectors of tokens. The key is the vector of the expert that they are multiplied
+            with, `down` (0) or `up` (1).
+        summed: vector that is summed, `down` (0) or `up` (1).
         num_written: how many numbers of a pair are written.
         interpret: False, True, or parameters of the interpreter.
 
@@ -149,7 +156,7 @@ def _walk(
     padded = TILE * pl.cdiv(of_part, TILE)
 
     def by_part(array: Array) -> Array:
-        """[T, K] as [T, parts, pairs of a part, padded to whole tiles]."""
+        """Returns [T, K] as [T, parts, pairs of a part, padded to whole tiles]."""
         array = jnp.pad(array, ((0, 0), (0, parts * of_part - chosen)))
         array = array.reshape(tokens, parts, of_part)
         return jnp.pad(array, ((0, 0), (0, 0), (0, padded - of_part)))
@@ -186,7 +193,7 @@ def _walk(
         rows = Rows(
             words_ref, scalars_ref[0], unit_ref, slot_ref, slots, block, of_part, at_once, layout
         )
-        # Zeros with the layout in registers of what is loaded.
+        # Zeros that have the register layout of loaded values.
         zero = (0 * slots[0]).astype(jnp.float32)
 
         def load(ref, index, form):
@@ -200,14 +207,14 @@ def _walk(
                 return alive_ref[(*block, tile * (TILE // at_once) + group)] > 0
 
             def products_with(which, image_ref):
-                """The products of the tile's codes and an image."""
+                """Returns the products of the tile's codes and an image."""
                 image = [
                     [image_ref[token, unit, plane] for plane in planes]
                     for unit in range(len(layout.units_of(which)))
                 ]
 
                 def multiply(group, words_of_pairs, nothing):
-                    # Products of a group without experts stay what they were: nobody reads them.
+                    # Products of a group without experts are not used, so they are not written.
                     @pl.when(is_alive(group))
                     def _():
                         for index, row in enumerate(words_of_pairs):
@@ -217,14 +224,14 @@ def _walk(
                     return nothing
 
                 rows.walk(multiply, start, groups, which, rows.read(start, which), ())
-                plgpu.commit_smem()  # every thread waits for every other
+                plgpu.commit_smem()  # all threads wait for each other
                 everything = (slice(None), pl.ds(0, UNIT))
                 return jnp.sum(load(product_ref, everything, plgpu.Layout.WGMMA), axis=1)
 
             products = []
             for which, ref in zip(vectors, image_refs, strict=True):
                 if products:
-                    plgpu.commit_smem()  # before products are written over
+                    plgpu.commit_smem()  # before products are overwritten
                 products.append(products_with(which, ref))
             first_to_sum = rows.read(start, summed)
             here = (*block, pl.ds(start, TILE))
@@ -257,7 +264,7 @@ def _walk(
         kernel,
         out_type=results,
         scratch_types=scratch,
-        # The last one may be longest: 2^31 blocks.
+        # The last axis may be the longest, with 2^31 blocks.
         grid=(parts, tokens),
         grid_names=("part", "token"),
         compiler_params=NO_BARRIERS,

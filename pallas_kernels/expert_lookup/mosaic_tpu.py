@@ -1,12 +1,14 @@
 """The lookup for TPUs.
 
-A grid step takes a few tokens. Their experts' rows are copied from HBM to VMEM one by one, those of
-the next step while this one computes, and unpacked there plane by plane: nothing of the size
-[T, K, D] exists. Both products run on the MXU, whose inputs are bfloat16: codes are exact in it,
-and a float32 number is the sum of three.
+A grid step processes a few tokens. The lines (a `row` in code) of their experts are copied from HBM
+to VMEM one by one. The lines of the next step are copied while this step computes. Lines are
+unpacked in VMEM plane by plane, so no array of size [T, K, D] exists. Both products run on the MXU,
+whose inputs are bfloat16. Codes are exact in bfloat16, and a float32 number is the sum of three
+bfloat16 numbers.
 
-What is known of a pair of token and expert lies along lanes, and the MXU keeps it there: a vector
-times the transposed rows gives hidden values along lanes, and these times the rows the output.
+The known numbers of a pair of token and expert lie along lanes, and the MXU keeps them there. A
+vector times the transposed lines gives hidden values along lanes. Hidden values times the lines
+give the output.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,23 +30,24 @@ from pallas_kernels.row_layout import RowLayout, units_in
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
 CHUNK = 128  # experts multiplied at a time, the side of an MXU
-ROWS_IN_FLIGHT = 256  # copies started ahead, unless one token has more
-BUFFER_BYTES = 8 << 20  # of VMEM for rows, those of a step and those of the next
+ROWS_IN_FLIGHT = 256  # copies of lines started ahead, unless one token has more
+BUFFER_BYTES = 8 << 20  # VMEM for the lines of a step and of the next step
 PARTS = 3  # bfloat16 numbers whose sum is a float32 number
-PAIR_ROWS = 8  # a tile's; gate, bias and two scales, slot, and nothing
+PAIR_ROWS = 8  # rows of a tile: gate, bias, two scales and slot; the others are unused
 
 
 class Block(NamedTuple):
-    """What a grid step takes on: some tokens, each with K experts padded to whole chunks."""
+    """Work of a grid step: some tokens, each with K experts padded to whole chunks."""
 
     tokens: int
     chosen: int
 
     @staticmethod
     def of(tokens: int, chosen: int) -> "Block":
-        """Enough tokens for many copies in flight; one at a time where it has many experts.
+        """Returns a block with enough tokens for many copies in flight.
 
-        A decoding step of few tokens is a single grid step: all its rows are in flight at once.
+        The block has one token if that token has many experts. A decoding step of few tokens is a
+        single grid step, so all its lines are in flight at once.
         """
         multiple = 8 if chosen <= CHUNK else CHUNK
         padded = -(-chosen // multiple) * multiple
@@ -62,7 +65,7 @@ class Block(NamedTuple):
 
 
 def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
-    """Why the kernel cannot do this lookup; `None` if it can."""
+    """Returns why the kernel cannot do this lookup, or `None` if it can."""
     if not pool.is_packed:
         return f"it reads packed pools, not {pool.storage}"
     if why := why_no_kernel_reads(pool.storage):
@@ -71,8 +74,8 @@ def cannot_look_up(pool: ExpertPool, ids: Int[Array, "T K"]) -> str | None:
     size = 2 * Block.of(*ids.shape).pairs * layout.lanes * 4
     if size > BUFFER_BYTES:
         return (
-            f"rows of {ids.shape[1]} experts a token at width {pool.width} take {size >> 20} MiB "
-            f"of VMEM, more than {BUFFER_BYTES >> 20}"
+            f"at width {pool.width}, {ids.shape[1]} experts per token take {size >> 20} MiB of "
+            f"VMEM, more than {BUFFER_BYTES >> 20} MiB"
         )
     return None
 
@@ -87,7 +90,7 @@ def forward(
     activation: str,
     interpret: Any = False,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.expert_lookup.xla.forward`."""
+    """Does the same as `pallas_kernels.expert_lookup.xla.forward`."""
     layout = RowLayout.of(pool.width, pool.storage)
     act = activation_by_name(activation)
     down, up = layout.span(DOWN), layout.span(UP)
@@ -114,10 +117,10 @@ def backward(
     activation: str,
     interpret: Any = False,
 ) -> Cotangents:
-    """See `pallas_kernels.expert_lookup.xla.backward`.
+    """Does the same as `pallas_kernels.expert_lookup.xla.backward`.
 
-    The kernel reads the rows once more and gives dx, and the products of codes with x and with dy:
-    the rest is arithmetic of [T, K] numbers.
+    The kernel reads the lines once more. It returns dx, and the products of codes with x and with
+    dy. The rest is arithmetic of [T, K] numbers.
     """
     layout = RowLayout.of(pool.width, pool.storage)
     act = activation_by_name(activation)
@@ -151,18 +154,19 @@ def _walk(
     results: Sequence[tuple[int, int] | None],
     interpret: Any,
 ) -> list[Array]:
-    """Calls `one_chunk` for every token and every chunk of its experts, their rows in VMEM.
+    """Calls `one_chunk` for every token and every chunk of its experts, with their lines in VMEM.
 
     Args:
-        one_chunk: called with the pairs [1, chunk], their slots in their rows (-1 for no expert), a
-            function from a span of lanes to words [chunk, lanes], and references: of each image
-            [planes, lanes], and of each result, an image to add to or numbers of pairs [1, chunk].
-        pool: packed.
+        one_chunk: function of the pairs [1, chunk], their slots in their lines (-1 for no expert),
+            a function from a span of lanes to words [chunk, lanes], and references. There is one
+            reference to each image [planes, lanes] and one to each result. A result is an image to
+            add to, or numbers of pairs [1, chunk].
+        pool: packed pool.
         ids: expert numbers.
-        pairs: what is known of them.
-        images: vectors of tokens.
+        pairs: numbers of the pairs that are known before experts are read.
+        images: images of the tokens' vectors.
         results: shapes of the images that result; `None` for numbers of pairs [T, K].
-        interpret: of `pallas_call`.
+        interpret: argument of `pallas_call`.
     """
     layout = RowLayout.of(pool.width, pool.storage)
     tokens, chosen = ids.shape
@@ -173,7 +177,7 @@ def _walk(
         first = steps * block.tokens - tokens
         return jnp.pad(array, [(0, first), *[(0, 0)] * (array.ndim - 2), (0, last)])
 
-    # Counted from 1, so that padding means "no expert".
+    # Units and slots are counted from 1, so that padding means "no expert".
     valid = (ids >= 0) & (ids < pool.num_experts)
     unit = jnp.where(valid, 1 + ids // layout.experts * layout.units, 0)
     slot = jnp.where(valid, 1 + ids % layout.experts, 0).astype(jnp.float32)
@@ -221,7 +225,7 @@ def _walk(
         out_shape=[
             jax.ShapeDtypeStruct((steps * block.tokens, *shape), jnp.float32) for shape in shapes
         ],
-        # Units of valid ids are within the pool; the checks would take half of an issue's time.
+        # Units of valid ids are within the pool. Checks would be half the time of issuing a copy.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), disable_bounds_checks=True
         ),
@@ -251,7 +255,7 @@ def _kernel(
     layer, turn = layer_ref[0], step % 2
 
     def fetch(unit_ref, turn):
-        """Starts the copy of each row of a step; pairs without an expert have none."""
+        """Starts the copy of each line of a step. Pairs without an expert have none."""
 
         def start(pair):
             unit = unit_ref[0, 0, pair] - 1
@@ -265,7 +269,7 @@ def _kernel(
 
     @pl.when(step == 0)
     def _():
-        # Where no row is copied to, words still are unpacked: they must be numbers.
+        # Places without a copied line are unpacked too, so they must hold numbers.
         rows_ref[...] = jnp.zeros_like(rows_ref)
         fetch(unit_ref, turn)
 
@@ -306,7 +310,7 @@ def _kernel(
 def _dot(
     image_ref: Any, rows: Int[Array, "chunk lanes"], slot: Int[Array, "1 chunk"], layout: RowLayout
 ) -> Float[Array, "1 chunk"]:
-    """The product of an image with every row, within the lanes of the row's slot."""
+    """Returns the product of an image with every line, within the lanes of the line's slot."""
     lane_slot = layout.slot_of(jax.lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1))
     products = [
         _multiply(_by_slot(image_ref[plane : plane + 1], lane_slot, layout), codes, contract=1)
@@ -321,7 +325,7 @@ def _mix(
     slot: Int[Array, "1 chunk"],
     layout: RowLayout,
 ) -> Float[Array, "planes lanes"]:
-    """The weighted sum of rows, each within the lanes of its slot."""
+    """Returns the weighted sum of lines, each within the lanes of its slot."""
     lane_slot = layout.slot_of(jax.lax.broadcasted_iota(jnp.int32, (1, rows.shape[1]), 1))
     by_slot = _by_slot(weights, slot, layout)
     products = [_multiply(by_slot, codes, contract=0) for codes in _planes(rows, layout)]
@@ -329,20 +333,20 @@ def _mix(
 
 
 def _multiply(parts: Array, codes: Array, contract: int) -> Float[Array, "parts n"]:
-    """A product on the MXU, over the rows (0) or the lanes (1) of codes."""
+    """Multiplies on the MXU, and sums over the lines (0) or the lanes (1) of codes."""
     dimensions = (((1,), (contract,)), ((), ()))
     return jax.lax.dot_general(parts, codes, dimensions, preferred_element_type=jnp.float32)
 
 
 def _planes(rows: Int[Array, "chunk lanes"], layout: RowLayout) -> list[Array]:
-    """The codes of each plane, in bfloat16, in which they are exact."""
+    """Returns the codes of each plane in bfloat16, in which they are exact."""
     top = 32 - layout.bits
     planes = [(rows << (top - layout.bits * plane)) >> top for plane in range(layout.planes)]
     return [codes.astype(jnp.float32).astype(jnp.bfloat16) for codes in planes]
 
 
 def _by_slot(vector: Float[Array, "1 n"], place: Int[Array, "1 n"], layout: RowLayout) -> Array:
-    """The vector where `place` is each of the slots, in bfloat16 parts that sum to it.
+    """Returns, for each slot, the vector where `place` is the slot, in parts that sum to it.
 
     Returns:
         bfloat16 [PARTS * experts, n]: the first parts of all slots, the second parts, ...
@@ -359,7 +363,7 @@ def _by_slot(vector: Float[Array, "1 n"], place: Int[Array, "1 n"], layout: RowL
 def _of_slot(
     products: Float[Array, "parts n"], place: Int[Array, "1 n"], layout: RowLayout
 ) -> Float[Array, "1 n"]:
-    """The products of the slot that `place` names, their parts added up."""
+    """Returns the products of the slot that `place` names, with their parts added up."""
     slots = jax.lax.broadcasted_iota(jnp.int32, (layout.experts, 1), 0)
     total = sum(
         products[part * layout.experts : (part + 1) * layout.experts] for part in range(1, PARTS)

@@ -1,4 +1,4 @@
-"""The arithmetic of each (token, expert) pair, which every implementation shares."""
+"""Arithmetic of each (token, expert) pair, which all implementations share."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from pallas_kernels.storage import ExpertPool, read_scales
 
 
 class Pairs(NamedTuple):
-    """What is known of each pair before any expert is read.
+    """Numbers of each pair that are known before any expert is read.
 
     Attributes:
-        gate: its mixing weight; 0 where there is no expert.
-        bias: what is added to its hidden value.
-        down_scale: the scale of the expert's `down`; 0 where there is no expert.
-        up_scale: likewise of `up`.
+        gate: mixing weight; 0 where there is no expert.
+        bias: number that is added to the hidden value.
+        down_scale: scale of the expert's `down`; 0 where there is no expert.
+        up_scale: scale of the expert's `up`; 0 where there is no expert.
     """
 
     gate: Float[Array, "*S"]
@@ -30,11 +30,11 @@ class Pairs(NamedTuple):
         gates: Float[Array, "T K"],
         hidden_bias: Float[Array, "T K"],
     ) -> "Pairs":
-        """The pairs of a lookup."""
+        """Returns the pairs of a lookup."""
         return Pairs(gates, hidden_bias, *read_scales(pool, ids))
 
     def mixing(self, code_x: Float[Array, "*S"], act: Activation) -> Float[Array, "*S"]:
-        """What the codes of `up` are multiplied with, given the product of `down`'s with x."""
+        """Returns the factors of the codes of `up`, given the product of `down`'s codes with x."""
         return self.gate * act(code_x * self.down_scale + self.bias) * self.up_scale
 
     def gradients(
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
         code_dy: Float[Array, "*S"],
         act: Activation,
     ) -> "PairGradients":
-        """All gradients of the pairs, given the products of codes with x and with dy."""
+        """Returns all gradients of the pairs, given the products of codes with x and with dy."""
         hidden = code_x * self.down_scale + self.bias
         active = act.value(hidden)
         up_dy = code_dy * self.up_scale
@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
 
 
 class PairGradients(NamedTuple):
-    """Gradients of each pair; those of scales are to be added up by expert."""
+    """Gradients of each pair. The gradients of scales must be added up by expert."""
 
     gates: Float[Array, "*S"]
     c_down: Float[Array, "*S"]

@@ -1,8 +1,8 @@
-"""The lookup in plain XLA: always works, and is the reference for every kernel.
+"""The lookup in plain XLA. It always works, and is the reference for every kernel.
 
-Tokens are walked in chunks, so that the gathered experts of one chunk, and never all [T, K, D]
-of them, are in memory. XLA on CPU does not fuse the gather with the products that follow it:
-materialising [T, K, D] makes the same lookup about ten times slower there.
+Tokens are processed in chunks. Memory holds the gathered experts of one chunk, and never all
+[T, K, D] of them. XLA on CPU does not fuse the gather with the products that follow it.
+Materialising [T, K, D] makes the same lookup about ten times slower there.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from pallas_kernels.storage import (
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass of one lookup produces."""
+    """Results of the backward pass of one lookup."""
 
     x: Float[Array, "T D"]
     pairs: PairGradients
@@ -60,7 +60,7 @@ def backward(
     dy: Float[Array, "T D"],
     activation: str,
 ) -> Cotangents:
-    """Reads the experts once more: cotangents, and coefficients of the factored gradient."""
+    """Reads the experts once more. Returns cotangents and coefficients of the factored gradient."""
     act = activation_by_name(activation)
 
     def one_token(token: tuple[Array, Array, Array, Array, Array]) -> Cotangents:
@@ -78,12 +78,12 @@ def backward(
 
 
 def _dot(rows: tuple[Float[Array, "K columns"], ...], vector: Float[Array, " D"]) -> Array:
-    """The product of every row with a vector, in float32."""
+    """Returns the float32 products of vectors of experts (`rows`) with another vector."""
     parts = jnp.split(vector.astype(jnp.float32), len(rows))
     products = [row @ part for row, part in zip(rows, parts, strict=True)]
     return jnp.sum(jnp.stack(products), axis=0)
 
 
 def _mix(weights: Float[Array, " K"], rows: tuple[Float[Array, "K columns"], ...]) -> Array:
-    """The weighted sum of the rows."""
+    """Returns the weighted sum of vectors of experts (`rows`)."""
     return jnp.concatenate([weights @ row for row in rows])

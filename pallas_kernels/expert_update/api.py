@@ -22,12 +22,12 @@ KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 class UpdateState(NamedTuple):
-    """What an update keeps beside the pool.
+    """State that the update keeps beside the pool.
 
     Attributes:
-        accumulators: int32 words, laid out like those of a pool of their width; `None` for float
-            pools, and for accumulators of no bits.
-        moments: second moment of each row of `down` and of `up`; 0 means never hit.
+        accumulators: int32 words, laid out like those of a pool with codes of as many bits; `None`
+            for float pools and for accumulators of 0 bits.
+        moments: float32 [*layers, 2, N]: second moment of each `down` and `up`; 0 means never hit.
     """
 
     accumulators: Any
@@ -35,7 +35,7 @@ class UpdateState(NamedTuple):
 
     @staticmethod
     def zeros_for(pool: ExpertPool, accumulator_bits: int | None = None) -> UpdateState:
-        """The state of a pool that has never been updated; see `update` for the bits."""
+        """Returns the state of a pool that has never been updated; see `update` for the bits."""
         layers = pool.weights.shape[:1] if pool.is_stack else ()
         moments = jnp.zeros((*layers, 2, pool.num_experts), jnp.float32)
         if not pool.is_packed:
@@ -59,38 +59,43 @@ def update(
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
-    """One step of a pool, or of a stack of pools, from its factored gradient.
+    """Applies one optimizer step to a pool, or to a stack of pools, from its factored gradient.
 
-    For each expert that was hit, its gradient rows are summed in float32 and it is rewritten once.
-    Row-wise: `delta = g / sqrt(nu)`, nu the lazy second moment of the row, the RMS of delta at most
-    1. Packed pools then move `(code + accumulator / 2^b) * scale` by `-learning_rate * delta`,
-    rounded stochastically to units of the accumulator; scales follow the RMS of their row's codes,
-    a quarter of an octave at a time. Float pools move by the same delta.
+    For each expert that is hit, the gradients of `down` and `up` are summed in float32, and the
+    expert is rewritten once. A vector with gradient g has the step `delta = g / sqrt(nu)`. Here nu
+    is the lazy second moment of the vector. The RMS of delta is at most 1.
 
-    A row whose gradient is not finite, or its square, is passed over; where a token's x or dy is
-    not, kernels pass over experts that lie in one row with those it hits, too.
+    In packed pools, `(code + accumulator / 2^b) * scale` moves by `-learning_rate * delta`, rounded
+    stochastically to units of the accumulator. Scales follow the RMS of their vector's codes, a
+    quarter of an octave at a time. Float pools move by the same delta.
 
-    Donate `pool` and `state` to have them rewritten in place: the cost is that of the pairs,
-    whatever N is. Experts that are not hit stay bit-identical.
+    The update skips a vector if its gradient, or the square of its gradient, is not finite. If x or
+    dy of a token is not finite, kernels skip further experts. These share a line
+    (`pallas_kernels.row_layout`) with an expert that the token hits.
+
+    Donate `pool` and `state` to rewrite them in place. The cost then depends on the number of
+    pairs, whatever N is. Experts that are not hit stay bit-identical.
 
     Args:
-        pool: any storage; its `layer` is ignored.
-        state: `UpdateState.zeros_for(pool)` at first.
-        gradient: with a leading axis of layers exactly if the pool is a stack.
-        hyperparameters: see there.
-        seed: of the run; with `step`, it determines all random bits.
+        pool: pool of any storage. Its `layer` is ignored.
+        state: state after the last update; `UpdateState.zeros_for(pool)` at first.
+        gradient: gradient of the pool, with a leading axis of layers exactly if the pool is a
+            stack.
+        hyperparameters: numbers of the rule.
+        seed: seed of the run. Together, `seed` and `step` determine all random bits.
         step: number of the update, different every time.
-        accumulator_bits: 0, 2, 4 or 8, the same as in `UpdateState.zeros_for`; `None` means as many
-            as a code has. Kernels know only that.
-        implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; `None` takes the fastest that is known
-            to work on the platform. A kernel named on another platform than its own is interpreted.
+        accumulator_bits: 0, 2, 4 or 8, the same as in `UpdateState.zeros_for`. `None` means as many
+            as a code has. Kernels support only that number.
+        implementation: "xla", "mosaic_tpu" or "mosaic_gpu". `None` selects the fastest that is
+            known to work on the platform. A kernel that is named on another platform than its own
+            is interpreted.
 
     Returns:
         The new pool, the new state, and counts by layer.
 
     Raises:
-        ValueError: if gradient or state do not fit the pool, or the implementation is unknown or
-            cannot do it.
+        ValueError: if gradient or state do not match the pool, or the implementation is unknown or
+            does not support the arguments.
     """
     check_implementation(implementation)
     _check_gradient(pool, gradient)
@@ -135,22 +140,26 @@ def update(
 
 
 def _check_gradient(pool: ExpertPool, gradient: FactoredGradient) -> None:
-    """Kernels read and write wherever they are told to."""
+    """Checks the shapes of a gradient, because kernels do not check where they read and write.
+
+    Raises:
+        ValueError: if the gradient does not match the pool.
+    """
     layers = pool.weights.shape[:1] if pool.is_stack else ()
     pairs = (*layers, *gradient.ids.shape[-2:])
     vectors = (*pairs[:-1], pool.width)
     expected = {"ids": pairs, "c_down": pairs, "c_up": pairs, "x": vectors, "dy": vectors}
     for name, shape in expected.items():
         if (found := getattr(gradient, name).shape) != shape:
-            raise ValueError(f"{name} of the gradient has shape {found}, the pool wants {shape}")
+            raise ValueError(f"{name} of the gradient has shape {found}; the pool needs {shape}")
 
 
 def check_state(state: UpdateState, expected: UpdateState) -> None:
-    """Refuses the state of something else.
+    """Checks that a state has the expected shapes.
 
     Args:
         state: arrays, or their shapes and dtypes.
-        expected: a state as it should be, likewise.
+        expected: a state with the right shapes, as arrays or as shapes and dtypes.
 
     Raises:
         ValueError: if shapes differ.
@@ -158,6 +167,6 @@ def check_state(state: UpdateState, expected: UpdateState) -> None:
     found, wanted = (jax.tree.map(jnp.shape, each) for each in (state, expected))
     if found != wanted:
         raise ValueError(
-            f"the state has accumulators and moments of shapes {tuple(found)}, the params want "
-            f"{tuple(wanted)}: it was made for other params or another accumulator_bits"
+            f"the state has accumulators and moments of shapes {tuple(found)}, but the params need "
+            f"{tuple(wanted)}; it was made for other params or another accumulator_bits"
         )

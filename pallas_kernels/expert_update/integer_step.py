@@ -1,7 +1,8 @@
 """The integer stage: codes and accumulators as one wide integer that takes stochastic steps.
 
 With accumulators of b bits, a weight's code w and accumulator a are the two digits of
-`v = 2^b w + a`, a in [-2^(b-1), 2^(b-1)); the value that the optimizer moves is v / 2^b code steps.
+`v = 2^b w + a`, where a is in [-2^(b-1), 2^(b-1)). The optimizer moves the value v / 2^b, in steps
+of the code.
 """
 
 import jax
@@ -10,24 +11,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.codes import Code
 
-# Beyond this many units a step clips whatever the state; it keeps float32 to int32 exact.
+# Larger steps, in units of v, clip in any state. The limit keeps float32 to int32 exact.
 LARGEST_STEP = float(1 << 20)
-RUNG = 2.0**0.25  # scales move along a ladder of these
-HELD = 0.5  # the share of a row's sum of squares with which few large values tell its scale
+RUNG = 2.0**0.25  # scales move by this factor
+HELD = 0.5  # share of a vector's sum of squares at which few large values determine its scale
 
 
 def spread(code: Code, bits: int = 0) -> float:
-    """The RMS that a scale aims at: of codes, or of values with accumulators of some bits."""
+    """Returns the target RMS of codes, or of values with accumulators of `bits` bits."""
     return code.spread * code.top * 2.0**bits
 
 
 def nearest(
     weights: Float[Array, "*R D"], code: Code
 ) -> tuple[Int[Array, "*R D"], Float[Array, "*R"]]:
-    """Weights as codes, rounded to nearest, and the scale of each row.
+    """Returns weights as codes, rounded to nearest, and the scale of each vector.
 
-    The scale is the one that training aims at, and rungs above it while weights beyond the range of
-    codes, which are clipped, hold most of the row.
+    Weights beyond the range of codes are clipped. The scale is the one that training aims at. It is
+    some rungs higher if clipped weights would hold most of the vector's sum of squares.
     """
     top = code.top
     squares = jnp.square(weights.astype(jnp.float32))
@@ -38,7 +39,7 @@ def nearest(
         return held > HELD * jnp.sum(squares, axis=-1)
 
     size = jnp.sqrt(jnp.mean(squares, axis=-1))
-    # A row of zeros needs a scale too, to leave zero by.
+    # A vector of zeros needs a scale too, with which a step can move it.
     scales = jnp.where(size == 0, 1.0, size) / spread(code)
 
     def climb(carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -54,29 +55,29 @@ def nearest(
 
 
 def join(codes: Int[Array, "*S"], accumulators: Int[Array, "*S"], bits: int) -> Int[Array, "*S"]:
-    """V = 2^bits * code + accumulator."""
+    """Returns v = 2^bits * code + accumulator."""
     return (codes << bits) + accumulators
 
 
 def split(values: Int[Array, "*S"], bits: int) -> tuple[Int[Array, "*S"], Int[Array, "*S"]]:
-    """The code and accumulator of v: the code is v / 2^bits rounded to nearest, ties up."""
+    """Returns the code and accumulator of v. The code is v / 2^bits, to nearest with ties up."""
     codes = (values + ((1 << bits) >> 1)) >> bits
     return codes, values - (codes << bits)
 
 
 def limits(code: Code, bits: int) -> tuple[int, int]:
-    """The smallest and largest v: those of the extreme codes with their extreme accumulators."""
+    """Returns the smallest and largest v, of extreme codes with their extreme accumulators."""
     top = code.top << bits
     half = (1 << bits) >> 1
     return -top - half, top + max(half - 1, 0)
 
 
 def clips(values: Int[Array, "*S"], code: Code, bits: int) -> Bool[Array, "*S"]:
-    """Which values lie outside the limits."""
+    """Returns which values lie outside the limits."""
     low, high = limits(code, bits)
     return (values < low) | (values > high)
 
 
 def bounded(step: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """A step that is exact as an integer once it is rounded."""
+    """Clips a step so that it is exact as an integer once it is rounded."""
     return jnp.clip(step, -LARGEST_STEP, LARGEST_STEP)

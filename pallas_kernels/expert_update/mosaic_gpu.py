@@ -1,10 +1,11 @@
 """The update for NVIDIA GPUs.
 
-The (token, expert) pairs of a layer are sorted by expert, and a block of 128 threads takes each row
-that is hit: it sums the row's gradient over its pairs in float32, in ascending order of tokens, in
-registers, and reads, rewrites and stores codes and accumulators once, a word a thread. No other
-block touches the row, and rows that are not hit are never touched. As in the kernel for TPUs, XLA
-gathers and scatters scales and second moments, from sums over each row that the kernel hands out.
+The (token, expert) pairs of a layer are sorted by expert. A block of 128 threads processes each
+line (a `row` in code) that is hit. It sums the line's gradient over its pairs in registers, in
+float32 and in ascending order of tokens. It reads, rewrites and stores codes and accumulators once,
+with one word per thread. No other block touches the line. Lines that are not hit are never touched.
+As for the TPU kernel, XLA gathers and scatters scales and second moments. For this the kernel
+returns sums over each line.
 """
 
 import functools
@@ -36,11 +37,11 @@ from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
-MAX_LANES = 1152  # nine words a thread
+MAX_LANES = 1152  # nine words per thread
 
 
 def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
-    """Why the kernel cannot do this update; `None` if it can."""
+    """Returns why the kernel cannot do this update, or `None` if it can."""
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
@@ -48,7 +49,7 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
         return why
     lanes = RowLayout.of(pool.width, pool.storage).lanes
     if lanes > MAX_LANES:
-        return f"a row of {lanes} words at width {pool.width} does not fit in registers"
+        return f"at width {pool.width}, a line of {lanes} words does not fit in registers"
     return None
 
 
@@ -63,7 +64,7 @@ def update_stack(
     storage: str,
     interpret: Any = False,
 ) -> Carry:
-    """See `pallas_kernels.expert_update.xla.update_stack`."""
+    """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
     layers, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
     interpret = InterpretGPUParams() if interpret is True else interpret
@@ -93,7 +94,7 @@ def _rewrite(
     layout: RowLayout,
     interpret: Any,
 ) -> tuple[Array, Array, RowSums]:
-    """Codes and accumulators after the step, in place, and the sums of each row."""
+    """Rewrites codes and accumulators in place. Returns them, and the sums of each line."""
     size, segments = rows.row.shape[0], 2 * layout.experts
     place = jnp.where(rows.is_last, jnp.cumsum(rows.is_last) - 1, size)
     last_of = jnp.zeros(size, jnp.int32).at[place].set(jnp.arange(size), mode="drop")
@@ -203,11 +204,11 @@ def _kernel(
         ]
 
         def to_new_scales(moved):
-            # Lanes of no segment must not divide by 0.
+            # Lanes without a segment must not divide by 0.
             by_lane = jnp.maximum(on_lanes(factors), 0.5)
             return [on_rung(each, by_lane, word) for each, word in zip(moved, random, strict=True)]
 
-        # Few scales move.
+        # Few scales move, so most lines skip this.
         moves = functools.reduce(jnp.logical_or, [factor != 1 for factor in factors])
         moved = jax.lax.cond(moves, to_new_scales, lambda moved: moved, moved)
         hit = on_lanes([jnp.where(is_hit(square), 1.0, 0.0) for square in mean_square]) > 0
@@ -234,9 +235,10 @@ def _kernel(
 
 
 def _sqrt(square: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """The square root, which Pallas does not lower for GPUs, to a unit in the last place or less.
+    """Returns the square root, to a unit in the last place or less.
 
-    One step of Newton's method from the approximate reciprocal root that GPUs have.
+    Pallas lowers no square root for GPUs. This is one step of Newton's method from the approximate
+    reciprocal root that GPUs have.
     """
     safe = jnp.maximum(square, jnp.float32(1e-37))
     root = safe * jax.lax.rsqrt(safe)

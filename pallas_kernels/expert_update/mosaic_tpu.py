@@ -1,13 +1,14 @@
 """The update for TPUs.
 
-The (token, expert) pairs of a layer, sorted by expert, are walked a block at a time. A row's
-gradient is summed over its pairs in float32, in ascending order of tokens, and goes on from block
-to block. In the block of a row's last pair, its codes and accumulators are there, copied while the
-block before was computed; the rule is applied to eight rows at a time, and they are copied back. A
-row is read and written once; the rows of experts that are not hit are never touched.
+The (token, expert) pairs of a layer are sorted by expert and processed a block at a time. The
+gradient of a line (a `row` in code) is summed over its pairs in float32, in ascending order of
+tokens. The sum continues from block to block. In the block of a line's last pair, VMEM holds the
+codes and accumulators of the line. They are copied while the block before is computed. The rule is
+applied to eight lines at a time, and they are copied back. A line is read and written once. Lines
+of experts that are not hit are never touched.
 
-Scales and second moments are a few numbers an expert: XLA gathers them before, and scatters what
-becomes of them after, from sums over each row that the kernel hands out.
+Scales and second moments are a few numbers per expert. XLA gathers them before the kernel. After
+it, XLA scatters their new values, which follow from sums over each line that the kernel returns.
 """
 
 from functools import partial
@@ -31,17 +32,17 @@ from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
 from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 
-BLOCK = 128  # pairs a grid step walks
-GROUP = 8  # rows that are rewritten together, the sublanes of a register
-RESIDENT_BYTES = 16 << 20  # x and dy are kept in VMEM up to this size; above, fetched by pair
+BLOCK = 128  # pairs per grid step
+GROUP = 8  # lines that are rewritten together, the sublanes of a register
+RESIDENT_BYTES = 16 << 20  # x and dy stay in VMEM up to this size; above, they are fetched by pair
 VMEM_BYTES = 48 << 20
 
-# Integers of a pair; and rows to rewrite in each group, in all of them at the end.
+# Integers of a pair. ROWS has the lines to rewrite in each group, and in all groups at its end.
 TOKEN, SLOT, UNIT_OF_LAST, ROWS = range(4)
 
 
 def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
-    """Why the kernel cannot do this update; `None` if it can."""
+    """Returns why the kernel cannot do this update, or `None` if it can."""
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
@@ -49,10 +50,10 @@ def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
         return why
     layout = RowLayout.of(pool.width, pool.storage)
     if len(RowSums._fields) * 2 * layout.experts > COLUMNS:
-        return f"{layout.experts} experts of width {pool.width} share a row, too many to add up"
+        return f"at width {pool.width}, {layout.experts} experts share a line, too many to add up"
     size = BLOCK * layout.lanes * 4 * (4 + 3 * layout.planes)
     if size + RESIDENT_BYTES > VMEM_BYTES:
-        return f"rows of width {pool.width} take {size >> 20} MiB of VMEM"
+        return f"at width {pool.width}, lines of experts take {size >> 20} MiB of VMEM, too much"
     return None
 
 
@@ -67,7 +68,7 @@ def update_stack(
     storage: str,
     interpret: Any = False,
 ) -> Carry:
-    """See `pallas_kernels.expert_update.xla.update_stack`."""
+    """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
     layers, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
 
@@ -96,17 +97,17 @@ def _rewrite(
     layout: RowLayout,
     interpret: Any,
 ) -> tuple[Array, Array, RowSums]:
-    """Codes and accumulators after the step, in place, and the sums of each row."""
+    """Rewrites codes and accumulators in place. Returns them, and the sums of each line."""
     size = rows.row.shape[0]
     steps, segments = pl.cdiv(size, BLOCK), 2 * layout.experts
 
     def in_blocks(array: Array) -> Array:
-        """[..., P] as [steps, numbers, BLOCK], zeros at the end."""
+        """Returns [..., P] as [steps, numbers, BLOCK], with zeros at the end."""
         numbers = array.reshape(-1, size)
         padded = jnp.pad(numbers, ((0, 0), (0, steps * BLOCK - size)))
         return padded.reshape(-1, steps, BLOCK).swapaxes(0, 1)
 
-    # Counted from 1, so that padding means "not the last of a row".
+    # Units are counted from 1, so that padding means "not the last pair of a line".
     unit = jnp.where(rows.is_last, 1 + rows.row * layout.units, 0)
     is_last = in_blocks(rows.is_last.astype(jnp.int32))
     of_group = jnp.sum(is_last.reshape(steps, 1, -1, GROUP), axis=-1)
@@ -116,7 +117,7 @@ def _rewrite(
     by_pair = in_blocks(jnp.stack([rows.pairs.token, rows.slot, unit]))
     integers = jnp.concatenate([by_pair, of_group], axis=1)
     coefficients = in_blocks(jnp.stack([rows.pairs.c_down, rows.pairs.c_up]))
-    # Numbers of rows: what the kernel must know by column. Halves of integers are exact in float32.
+    # Numbers of lines that the kernel needs by column. Halves of integers are exact in float32.
     experts = rows.experts(layout)
     scales, moments = (
         gather(each, layer, experts).reshape(segments, size)
@@ -181,7 +182,7 @@ def _rewrite(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=VMEM_BYTES,
-            disable_bounds_checks=True,  # rows of valid ids are within the pool
+            disable_bounds_checks=True,  # lines of valid ids are within the pool
         ),
         interpret=interpret,
         name="expert_update",
@@ -234,7 +235,7 @@ def _kernel(
         return jnp.clip(scalars_ref[1] - step * BLOCK, 0, BLOCK)
 
     def copy_row(integers_ref, pair, turn, *, back):
-        """Starts to copy codes and accumulators of a row, if the pair is the row's last."""
+        """Starts to copy codes and accumulators of a line, if the pair is the line's last."""
         unit = integers_ref[0, UNIT_OF_LAST, pair] - 1
 
         @pl.when(unit >= 0)
@@ -265,7 +266,7 @@ def _kernel(
 
     @pl.when(step == 0)
     def _():
-        # Rows that are not there are computed with the others of their group, to no effect.
+        # Absent lines are computed with the others of their group, to no effect.
         words_ref[...] = jnp.zeros_like(words_ref)
         gradient_ref[...] = jnp.zeros_like(gradient_ref)
         running_ref[...] = jnp.zeros_like(running_ref)

@@ -1,4 +1,7 @@
-"""One step of packed rows as plain arrays: of experts of a pool, or of any matrix."""
+"""One step of packed vectors (`rows` in code) as plain arrays.
+
+A vector here is `down` or `up` of an expert, or a row of any matrix.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,18 +23,18 @@ from pallas_kernels.expert_update.rule import (
     summands,
 )
 
-ROW = (-2, -1)  # the axes of a row's columns: planes, and words
+ROW = (-2, -1)  # axes of a vector's columns: planes, and words
 
 
 class RowNumbers(NamedTuple):
-    """What is kept of each row beside its codes and accumulators."""
+    """Numbers that are kept of each vector beside its codes and accumulators."""
 
     scales: Float[Array, "*R"]
     moments: Float[Array, "*R"]
 
 
 class RowCounts(NamedTuple):
-    """What a step did to each row; see `pallas_kernels.expert_update.Statistics`."""
+    """Effects of a step on each vector; see `pallas_kernels.expert_update.Statistics`."""
 
     hit: Bool[Array, "*R"]
     clipped: Float[Array, "*R"]
@@ -51,21 +54,22 @@ def step_rows(
     code: Code,
     bits: int,
 ) -> tuple[Int[Array, "*R planes W"], Int[Array, "*R planes W"], RowNumbers, RowCounts]:
-    """Moves every row whose gradient is finite and not zero; the others stay as they are.
+    """Moves every vector whose gradient is finite and not zero. The others stay as they are.
 
     Args:
-        codes: columns by plane, as words hold them.
-        accumulators: zeros where `bits` is 0.
-        gradient: of the weights.
-        numbers: before the step.
-        draw: random words, the same at every call: a hash is cheaper than memory.
+        codes: codes with columns by plane, as words hold them.
+        accumulators: accumulators with columns by plane; zeros where `bits` is 0.
+        gradient: gradient of the weights.
+        numbers: numbers before the step.
+        draw: function that returns random words, the same at every call. Hashing again costs less
+            than keeping them in memory.
         rule: hyperparameters.
-        width: columns of a row; those beyond are padding, in which all is 0.
+        width: columns of a vector. Columns beyond are padding, in which everything is 0.
         code: format of the codes.
-        bits: of an accumulator.
+        bits: bits of an accumulator.
 
     Returns:
-        Codes, accumulators and numbers after the step, and counts of rows that were hit.
+        Codes, accumulators and numbers after the step, and counts of vectors that were hit.
     """
     mean_square = jnp.sum(gradient * gradient, axis=ROW) / width
     hit = is_hit(mean_square)
@@ -76,7 +80,7 @@ def step_rows(
     values = integer_step.join(codes, accumulators, bits)
     moved = move(values, gradient, jnp.expand_dims(rate, ROW), draw(), rule)
 
-    # Few scales move, and chunks in which none does pass this by.
+    # Few scales move, and chunks in which none moves skip this.
     square_sum, outer, stops = (jnp.sum(each, axis=ROW) for each in summands(moved, code, bits))
     factor = jnp.where(hit, rung(square_sum, outer, stops, width, code, bits), 1.0)
 

@@ -1,7 +1,8 @@
-"""The rule of the update, applied to whole rows as a kernel holds them.
+"""The rule of the update, applied to whole lines as a kernel holds them.
 
-A few rows are `[planes, rows, lanes]` unpacked (`pallas_kernels.row_layout`). A sum over the codes
-of `down` or of `up` of one expert, a *segment*, is a column of one number a row.
+A few lines (`rows` in code) are `[planes, rows, lanes]` unpacked (`pallas_kernels.row_layout`). The
+codes of `down` or of `up` of one expert are a *segment*. A sum over a segment is a column with one
+number per line.
 """
 
 import jax
@@ -22,7 +23,7 @@ from pallas_kernels.expert_update.rule import (
 )
 from pallas_kernels.row_layout import RowLayout
 
-COLUMNS = 128  # numbers of a row, side by side: as many as a register has lanes
+COLUMNS = 128  # numbers of a line, side by side; as many as a register has lanes
 
 
 def rewrite_rows(
@@ -34,20 +35,21 @@ def rewrite_rows(
     rule: Hyperparameters,
     layout: RowLayout,
 ) -> tuple[Array, Array, Array]:
-    """One step of some rows.
+    """Applies one step to some lines.
 
     Args:
-        codes_words: the words of their codes.
-        accumulator_words: and of their accumulators.
-        gradient: of their weights, where the codes are; zeros for experts that are not hit.
-        known: side by side, by segment: scales, second moments; then the upper and the lower half
-            of the row's number.
-        prefix: the hash of all counters before the expert's, of `down` and of `up`.
+        codes_words: words of the codes.
+        accumulator_words: words of the accumulators.
+        gradient: gradient of the weights, at the places of the codes; zeros for experts that are
+            not hit.
+        known: columns, side by side: scales by segment, second moments by segment, and the upper
+            and the lower half of the line's number.
+        prefix: hash of all counters before the expert's, of `down` and of `up`.
         rule: hyperparameters.
-        layout: of the rows.
+        layout: layout of the lines.
 
     Returns:
-        The words after the step, and side by side the fields of `RowSums`, each by segment.
+        The words after the step, and the fields of `RowSums` by segment, side by side.
     """
     segments, bits = 2 * layout.experts, layout.bits
     segment = segment_of_lanes(layout)
@@ -93,7 +95,7 @@ def rewrite_rows(
     factors = [
         rung(*each, width, layout.code, bits) for each in zip(squares, outer, stopped, strict=True)
     ]
-    # Lanes of no segment must not divide by 0.
+    # Lanes without a segment must not divide by 0.
     by_lane = jnp.maximum(on_lanes(factors), 0.5)[None]
     moved = on_rung(moved, by_lane, random)
     moved = jnp.clip(moved, *integer_step.limits(layout.code, bits))
@@ -104,13 +106,13 @@ def rewrite_rows(
         for new, old in ((new_codes, codes), (new_accumulators, accumulators))
     ]
     magnitude = sums_of(jnp.abs(gradient))
-    # In the order of `RowSums`.
+    # The order is that of `RowSums`.
     sums = [*mean_square, *magnitude, *factors, *stopped]
     return words[0], words[1], _as_columns(sums)
 
 
 def segment_of_lanes(layout: RowLayout) -> Int[Array, "1 lanes"]:
-    """Which vector of which expert a lane belongs to: `2 * slot + vector`."""
+    """Returns the segment of each lane, `2 * slot + vector`."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1)
     return 2 * layout.slot_of(lane) + layout.vector_of(lane)
 

@@ -1,4 +1,7 @@
-"""What surrounds an update kernel: the rows that are hit, and what becomes of their scales."""
+"""Work around an update kernel: finding the lines that are hit, and updating their scales.
+
+A line is a `row` in code; see `pallas_kernels.row_layout`.
+"""
 
 from typing import NamedTuple
 
@@ -13,17 +16,17 @@ from pallas_kernels.sorted_pairs import SortedPairs
 
 
 class SortedRows(NamedTuple):
-    """The pairs of a layer, sorted by expert, and the rows of the pool that they hit.
+    """Pairs of a layer, sorted by expert, and the lines of the pool that they hit.
 
-    A row (`pallas_kernels.row_layout`) is rewritten at the last of its pairs. Numbers of a row are
-    therefore kept by pair, and count at a row's last pair only.
+    A line is rewritten at the last of its pairs. Numbers of a line are therefore kept by pair, and
+    only those at the line's last pair count.
 
     Attributes:
-        pairs: see there.
-        row: the row of each pair; meaningless where there is no expert.
-        slot: the place of its expert in the row.
-        is_last: whether it is the last pair of its row.
-        num_pairs: how many pairs have an expert. They come first.
+        pairs: sorted pairs.
+        row: line of each pair; meaningless where there is no expert.
+        slot: place of the pair's expert in the line.
+        is_last: whether the pair is the last one of its line.
+        num_pairs: number of pairs that have an expert. They come first.
     """
 
     pairs: SortedPairs
@@ -34,7 +37,7 @@ class SortedRows(NamedTuple):
 
     @staticmethod
     def of(pairs: SortedPairs, layout: RowLayout) -> "SortedRows":
-        """Finds the rows of sorted pairs."""
+        """Finds the lines of sorted pairs."""
         size = pairs.token.shape[0]
         expert = pairs.expert[pairs.rank]
         row, num_pairs = expert // layout.experts, pairs.first[pairs.num_hit]
@@ -45,20 +48,21 @@ class SortedRows(NamedTuple):
         return SortedRows(pairs, row, expert % layout.experts, is_last, num_pairs)
 
     def experts(self, layout: RowLayout) -> Int[Array, "experts P"]:
-        """The experts of each pair's row."""
+        """Returns the experts of each pair's line."""
         return self.row * layout.experts + jnp.arange(layout.experts)[:, None]
 
 
 class RowSums(NamedTuple):
-    """What a kernel hands out of each row: by slot, vector (`down`, `up`), and pair.
+    """Sums of each line that a kernel returns, by slot, vector (`down`, `up`) and pair.
 
-    Pairs come last here and everywhere near: a TPU pads a last dimension of two to 128.
+    Pairs are the last axis here and in related arrays, because a TPU pads a last dimension of two
+    to 128.
 
     Attributes:
-        mean_square: of the gradient.
+        mean_square: mean square of the gradient.
         magnitude: sum of the gradient's absolute values.
-        factor: what the scale is multiplied by.
-        stopped: values that went beyond the limits of codes.
+        factor: factor that the scale is multiplied by.
+        stopped: number of values that went beyond the limits of codes.
     """
 
     mean_square: Float[Array, "experts 2 P"]
@@ -70,8 +74,8 @@ class RowSums(NamedTuple):
 def gather(
     array: Float[Array, "layers 2 N"], layer: Array, experts: Int[Array, "experts P"]
 ) -> Float[Array, "experts 2 P"]:
-    """The numbers of both vectors of experts; of any expert where there is none."""
-    # The layer first: XLA for TPUs would bring the whole stack into another order.
+    """Returns the numbers of both vectors of experts; any numbers where there is no expert."""
+    # Indexed by layer first, because XLA for TPUs would otherwise reorder the whole stack.
     return array[layer][jnp.arange(2)[:, None], experts[:, None]]
 
 
@@ -83,7 +87,7 @@ def finish(
     rule: Hyperparameters,
     layout: RowLayout,
 ) -> Carry:
-    """Scales, second moments and statistics of a layer whose codes have been rewritten."""
+    """Updates scales, second moments and statistics of a layer after its codes are rewritten."""
     experts = rows.experts(layout)
     scales, moments = (gather(array, layer, experts) for array in (carry.scales, carry.moments))
     hit = rows.is_last & is_hit(sums.mean_square)

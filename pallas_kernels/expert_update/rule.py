@@ -1,4 +1,7 @@
-"""The row-wise rule: what every implementation of the update computes."""
+"""The rule that every implementation of the update computes, for each vector.
+
+A vector is `down` or `up` of an expert, or a row of a packed matrix.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +17,12 @@ EPSILON = 1e-12
 
 
 class Hyperparameters(NamedTuple):
-    """Numbers of the rule; all may be traced.
+    """Numbers of the rule. All of them may be traced.
 
     Attributes:
-        learning_rate: RMS of a row's step, in units of the weights.
-        weight_decay: of hit rows, times the learning rate.
-        beta2: decay of second moments, each time a row is hit.
+        learning_rate: RMS of a vector's step, in units of the weights.
+        weight_decay: decay of vectors that are hit, which is multiplied by the learning rate.
+        beta2: decay of second moments, each time a vector is hit.
     """
 
     learning_rate: Any
@@ -31,13 +34,13 @@ class Statistics(NamedTuple):
     """Counts of one update, by layer.
 
     Attributes:
-        experts: experts hit.
-        rows: vectors (`down` or `up`) with a gradient that is finite.
-        clipped: values that went beyond the limits of codes, to stop there unless their row's scale
-            made room.
-        grown: rows whose scale went up a rung to make room.
-        step_size: sum over the weights of hit rows of |step|, without the part of weight decay, in
-            units of the accumulator (packed pools) or of the weight (float pools).
+        experts: number of experts hit.
+        rows: number of vectors (`down` or `up`) with a gradient that is finite and not zero.
+        clipped: number of values that went beyond the limits of codes. They stop there unless the
+            scale of their vector went up.
+        grown: number of vectors whose scale went up a rung.
+        step_size: sum of |step| over the weights of hit vectors, without the part of weight decay.
+            The unit is that of the accumulator (packed pools) or of the weight (float pools).
     """
 
     experts: Float[Array, " layers"]
@@ -48,7 +51,7 @@ class Statistics(NamedTuple):
 
 
 def is_hit(mean_square: Float[Array, "*C"]) -> Bool[Array, "*C"]:
-    """Which rows move: those with a gradient, unless it, or its square, is not finite."""
+    """Returns which vectors move: those with a gradient, unless it or its square is not finite."""
     return (mean_square > 0) & (mean_square < jnp.inf)
 
 
@@ -58,10 +61,10 @@ def precondition(
     beta2: Any,
     sqrt: Callable[[Array], Array] = jnp.sqrt,
 ) -> tuple[Float[Array, "*C"], Float[Array, "*C"]]:
-    """The lazy second moment, and the factor that turns a gradient into a step of RMS <= 1.
+    """Returns the lazy second moment, and the factor from a gradient to a step of RMS <= 1.
 
-    A moment of 0 means "never hit": the first gradient sets it. There is no global bias
-    correction: a row first hit late would take a step many times too large.
+    A moment of 0 means "never hit", and the first gradient sets it. There is no global bias
+    correction. With it, a vector that is first hit late would take a step many times too large.
     """
     decayed = beta2 * moments + (1 - beta2) * mean_square
     new = jnp.where(moments == 0, mean_square, decayed)
@@ -76,12 +79,12 @@ def move(
     words: UInt[Array, "*S"],
     rule: Hyperparameters,
 ) -> Int[Array, "*S"]:
-    """Where a step takes the values of packed rows, before anything clips.
+    """Returns the values of packed vectors after a step, before anything clips.
 
     Args:
         values: codes joined with their accumulators.
-        sums: the gradient rows.
-        rate: `step_rate` of each row.
+        sums: gradients of the vectors.
+        rate: `step_rate` of each vector.
         words: random bits.
         rule: hyperparameters.
     """
@@ -92,18 +95,19 @@ def move(
 def step_rate(
     factor: Float[Array, "*C"], scales: Float[Array, "*C"], rule: Hyperparameters, bits: int
 ) -> Float[Array, "*C"]:
-    """Units of the accumulator that a gradient of 1 moves a row by."""
+    """Returns by how many units of the accumulator a gradient of 1 moves a vector."""
     return rule.learning_rate * factor / scales * 2.0**bits
 
 
 def summands(
     moved: Int[Array, "*S"], code: Code, bits: int
 ) -> tuple[Float[Array, "*S"], Float[Array, "*S"], Float[Array, "*S"]]:
-    """What `rung` wants the sums of, over the values of each row.
+    """Returns the arrays that `rung` takes sums of, over the values of each vector.
+
+    Outer values are those that would be beyond the limits of codes at a scale two rungs lower.
 
     Returns:
-        Squares; squares of the outer values, which at a scale two rungs lower would be beyond the
-        limits of codes; and 1 for those that are beyond them now.
+        Squares of all values, squares of outer values, and 1 for values beyond the limits now.
     """
     squares = jnp.square(moved.astype(jnp.float32))
     limit = integer_step.limits(code, bits)[1] / integer_step.RUNG**2
@@ -119,29 +123,29 @@ def rung(
     code: Code,
     bits: int,
 ) -> Float[Array, "*C"]:
-    """What a row's scale is multiplied by: a rung, 1 or its inverse.
+    """Returns the factor that a vector's scale is multiplied by: a rung, 1 or an inverse rung.
 
-    A scale follows the RMS of its row, so that codes make the most of their range while weights
-    grow and shrink. It moves once the RMS of the codes is more than a rung from where it should be:
-    a row stays a rung away from moving back. A row of zeros keeps its scale, or it would go down to
-    0 while nothing moves the row.
+    A scale follows the RMS of its vector, so that codes use most of their range while weights grow
+    and shrink. It moves once the RMS of the codes is more than a rung from its target. A vector
+    thus stays a rung away from moving back. A vector of zeros keeps its scale. Otherwise the scale
+    would go down to 0 while nothing moves the vector.
 
-    Where few values are most of a row, an RMS says nothing of them: as if the others were noise,
-    codes would clip away what the row is, step by step. While outer values hold half of the sum of
-    squares the scale does not go down, and it goes up if values that stop do.
+    Where few values are most of a vector, its RMS does not describe them. If the scale followed the
+    RMS alone, codes would clip these values away, step by step. While outer values hold half of the
+    sum of squares, the scale does not go down. It goes up if values beyond the limits hold half.
 
     Args:
-        square_sum: of the row's values, in units of the accumulator.
-        outer: likewise, of outer values (`summands`).
-        stops: how many are beyond the limits of codes.
-        width: of the row.
+        square_sum: sum of the squares of the vector's values, in units of the accumulator.
+        outer: sum of the squares of outer values (`summands`), in the same units.
+        stops: number of values beyond the limits of codes.
+        width: width of the vector.
         code: format of the codes.
-        bits: of an accumulator.
+        bits: bits of an accumulator.
     """
     wanted = width * integer_step.spread(code, bits) ** 2
     ratio, held = integer_step.RUNG, integer_step.HELD * square_sum
     small = (square_sum > 0) & (square_sum < wanted / ratio**2) & (outer < held)
-    least = stops * float(integer_step.limits(code, bits)[1]) ** 2  # that those stopped hold
+    least = stops * float(integer_step.limits(code, bits)[1]) ** 2  # least that these values hold
     large = (square_sum > wanted * ratio**2) | (least > held)
     return jnp.where(large, ratio, jnp.where(small, 1 / ratio, 1.0))
 
@@ -149,9 +153,9 @@ def rung(
 def on_rung(
     moved: Int[Array, "*S"], factor: Float[Array, "..."], words: UInt[Array, "*S"]
 ) -> Int[Array, "*S"]:
-    """The values of a row whose scale is multiplied by a factor, rounded stochastically.
+    """Returns a vector's values once its scale is multiplied by a factor, rounded stochastically.
 
-    The random bits are the lowest eight of the words, centred; `move` uses the upper 24.
+    The random bits are the lowest eight of the words, centred. `move` uses the upper 24.
     """
     lowest = (words << 24) + jnp.uint32(1 << 23)
     return round_stochastically(moved.astype(jnp.float32) / factor, lowest).astype(jnp.int32)

@@ -1,8 +1,9 @@
-"""The update in plain XLA: always works, and is the reference for every kernel.
+"""The update in plain XLA. It always works, and is the reference for every kernel.
 
-The (expert, token) pairs of a layer are sorted by expert. A loop walks the experts that were hit, a
-chunk at a time: it sums each expert's row over its pairs in ascending order of tokens, and rewrites
-the expert once, in place. Its cost depends on the pairs, not on N; its memory, on the chunk.
+The (expert, token) pairs of a layer are sorted by expert. A loop processes the experts that are
+hit, a chunk at a time. It sums the gradient of each expert over its pairs in ascending order of
+tokens, and rewrites the expert once, in place. The cost depends on the number of pairs and not on
+N. The memory depends on the size of a chunk.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_p
 
 
 class Carry(NamedTuple):
-    """What the loop rewrites in place; every array has a leading axis of layers."""
+    """Arrays that the loop rewrites in place. Every array has a leading axis of layers."""
 
     weights: Array
     scales: Any
@@ -70,8 +71,8 @@ def update_stack(
 
     if storage != "bfloat16":
         return all_layers(carry)
-    # XLA for CPUs scatters bfloat16 by way of a float32 copy of the whole pool, chunk by chunk;
-    # integers it scatters in place.
+    # For every chunk, XLA for CPUs scatters bfloat16 through a float32 copy of the whole pool. It
+    # scatters integers in place.
     return by_platform(carry, cpu=as_integers, default=all_layers)
 
 
@@ -86,7 +87,7 @@ def rewrite_packed(
     storage: str,
     accumulator_bits: int,
 ) -> Carry:
-    """One step of a chunk of packed experts."""
+    """Applies one step to a chunk of packed experts."""
     width, num_experts = sums.shape[-1], carry.moments.shape[-1]
     valid = expert < num_experts
     safe = jnp.where(valid, expert, 0)
@@ -114,7 +115,7 @@ def rewrite_packed(
         bits=accumulator_bits,
     )
 
-    # Places left over are dropped.
+    # Unused places are dropped.
     place = jnp.where(valid, expert, -1)
     to = (layer, matrix, expert[:, None])
 
@@ -144,9 +145,10 @@ def rewrite_floats(
     step: Any,
     storage: str,
 ) -> Carry:
-    """One step of a chunk of float experts under the same rule; bfloat16 rounds stochastically.
+    """Applies one step of the same rule to a chunk of float experts.
 
-    The weights of a bfloat16 pool may be given, and are then given back, as their bits in uint16.
+    bfloat16 weights are rounded stochastically. The weights of a bfloat16 pool may be given as
+    their bits in uint16, and are then returned as bits.
     """
     num_experts, width = carry.moments.shape[-1], sums.shape[-1]
     as_bits = carry.weights.dtype == jnp.uint16
@@ -187,19 +189,20 @@ def rewrite_floats(
 def add_counts(
     statistics: Statistics, layer: Array, valid: Bool[Array, " C"], counts: RowCounts
 ) -> Statistics:
-    """The statistics of a layer, with those of a chunk of experts."""
+    """Adds the counts of a chunk of experts to the statistics of a layer."""
     more = Statistics(valid, counts.hit, counts.clipped, counts.grown, counts.step_size)
     return jax.tree.map(lambda total, each: total.at[layer].add(jnp.sum(each)), statistics, more)
 
 
 def _round_to_bfloat16(value: Float[Array, "*S"], words: Array) -> UInt16[Array, "*S"]:
-    """The bits of a neighbouring bfloat16, the one away from zero with the right probability.
+    """Rounds stochastically to a neighbouring bfloat16, and returns its bits.
 
-    Adds 16 random bits below the 16 that are kept, and cuts them off.
+    Adds 16 random bits below the 16 bits that are kept, and cuts them off. The neighbour away from
+    zero thus has the right probability.
     """
     return ((_bits_as(jnp.uint32, value) + (words >> 16)) >> 16).astype(jnp.uint16)
 
 
 def _bits_as(kind: Any, array: Array) -> Array:
-    """The bits of an array, read as another type of the same size."""
+    """Returns an array with the same bits, read as another type of the same size."""
     return jax.lax.bitcast_convert_type(array, kind)
