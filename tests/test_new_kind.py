@@ -183,6 +183,30 @@ def test_experts_of_each_pool_are_removed_by_themselves():
     assert found != loss_of(state.pools, {})
 
 
+def test_a_budget_of_the_model_reaches_every_lookup():
+    _, task, _, state = make(**FLOATS)
+    batch = make_batch()
+
+    @jax.jit
+    def logits(budget, pools):
+        variables = {**state.variables, "pools": pools}
+        return task.model.apply(variables, *inputs_of(batch), budget_BL=budget)
+
+    def of_budget(count):
+        return logits(jnp.full(batch["inputs"].shape, count), state.pools)
+
+    whole = task.model.apply(state.variables, *inputs_of(batch))
+    zeroed = jax.tree.map(jnp.zeros_like, state.pools)
+    assert_close(of_budget(3), whole)
+    assert_close(of_budget(0), logits(jnp.full(batch["inputs"].shape, 3), zeroed))
+    assert np.abs(of_budget(1) - whole).max() > 1e-3
+    # A budget of some tokens leaves the tokens before them as they are.
+    some = logits(
+        jnp.where(jnp.arange(32) < 20, 3, 1) + jnp.zeros_like(batch["inputs"]), state.pools
+    )
+    assert_close(some[:, :20], whole[:, :20])
+
+
 def test_its_flops_and_its_memory_are_counted():
     _, task, _, state = make(**FLOATS)
     width, config = 16, TwinConfig()

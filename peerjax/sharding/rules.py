@@ -1,22 +1,30 @@
 """The placement rules: which array is split over which axis of the mesh.
 
 The mesh has one axis so far, `data`: batches are split over it and everything else is
-replicated. A rule is a pattern on the path of a leaf in the train state (such as
-`params/run_0/block/attention/query/kernel`) and the partition of its dimensions; the first
-pattern that matches decides.
+replicated. A rule maps the path of a leaf in the train state (such as
+`params/run_0/block/attention/query/kernel`), its shape and the mesh to a partition of its
+dimensions. The first rule whose pattern matches the path decides.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+Rule = Callable[[str, jax.ShapeDtypeStruct, Mesh], P]
 AXES = ("data",)
 BATCH = P("data")
-RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
+
+
+def replicated(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
+    """Every device has the whole array."""
+    return P()
+
+
+RULES: tuple[tuple[str, Rule], ...] = ((r".*", replicated),)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -36,7 +44,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
     def of_leaf(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name))
-        return sharding_of(mesh, spec)
+        rule = next(rule for pattern, rule in RULES if re.fullmatch(pattern, name))
+        return sharding_of(mesh, rule(name, leaf, mesh))
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
