@@ -129,15 +129,20 @@ def test_takes_its_rate_from_inject_hyperparams(name):
         return make_transform(learning_rate)
 
     injected = optax.inject_hyperparams(of_rate)(learning_rate=rate)
-    state = injected.init(params)
-    found = gradient(params)
-    updates, _ = injected.update(found, state, params)
-    expected, _ = transform.update(found, transform.init(params), params)
+
+    @jax.jit
+    def update(rate):
+        state, found = injected.init(params), gradient(params)
+        state.hyperparams["learning_rate"] = rate
+        updates, _ = injected.update(found, state, params)
+        expected, _ = transform.update(found, transform.init(params), params)
+        return updates, expected, optim.apply_updates(params, updates)
+
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    updates, expected, _ = update(jnp.float32(rate))
     jax.tree.map(close, updates, expected)
-    state.hyperparams["learning_rate"] = jnp.float32(0.0)
-    updates, _ = injected.update(found, state, params)
-    jax.tree.map(close, optim.apply_updates(params, updates), params)
+    _, _, same = update(jnp.float32(0))
+    jax.tree.map(close, same, params)
 
 
 @everywhere
