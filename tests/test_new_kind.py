@@ -99,6 +99,7 @@ def registered(monkeypatch):
 FLOATS = {"model.layers": (("dense", 1), ("twin", 2)), "pool.storage": "float32"}
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_is_sampled_and_evaluated(corpus, tmp_path, capsys):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1), ("twin", 2))

@@ -58,6 +58,7 @@ def loss_of(model, variables, removed=None):
     return found["all"]["loss"]["nats_per_token"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peer", "moe", "monet_vd"])
 def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
     kind, texts, tmp_path, capsys

@@ -112,6 +112,7 @@ def test_a_tokenizer_may_have_special_tokens_that_the_model_has_not(
         read_run(str(tmp_path / "published"), str(tmp_path / "other"), str(tmp_path / "tok.json"))
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
     config = tiny_config(corpus)
     config.steps = SAVE_EVERY
@@ -127,6 +128,7 @@ def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     tokenizer, finished, tmp_path, monkeypatch
 ):

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from peerjax.objectives import language
 from peerjax.objectives.task import inputs_of
@@ -29,6 +30,7 @@ def from_teacher(config, corpus):
     return task._replace(loss=loss, frozen=teacher)
 
 
+@pytest.mark.slow
 def test_it_trains_with_the_teacher_as_an_argument_and_resumes_bit_equally(corpus, tmp_path):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1),)

@@ -1,9 +1,13 @@
 """The memory of the training step that users' CPUs run. `tests/accelerators` has other targets."""
 
+import pytest
+
 from benchmarks.recipes import config_of, with_experts
 from peerjax.planning.programs import compile_step
 from tests.conftest import compile_as_users_do
 from tests.whole_step import LARGE, ONE_LAYER, SMALL, assert_cost_is_not_that_of_a_pool
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_cost_grows_with_the_pool():

@@ -67,6 +67,7 @@ def test_microbatches_average_losses_terms_and_gradients():
         assert_close(getattr(found, part), expected)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
     found = {}
     for devices in (1, 8):
@@ -87,6 +88,7 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
     assert with_all != with_half
 
 
+@pytest.mark.slow
 def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1), ("moe", 1))

@@ -28,6 +28,7 @@ from tests.training.tiny import STEPS, tiny_config
 CHANGES = {"monet.num_experts": 64, "monet.top_k": 2, "model.layers": (("monet_hd", 4),)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "storage"), [("monet_hd", "float32"), ("monet_vd", "int4")])
 def test_learns_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, corpus, tmp_path):
     config = tiny_config(corpus)

@@ -115,6 +115,7 @@ def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "checksums"])
 def test_damaged_checkpoint_is_named_and_passed_over(damage, corpus, undisturbed, tmp_path, caplog):
     workdir = tmp_path / "run"
@@ -195,6 +196,7 @@ def test_metrics_hold_each_step_once_and_losses_fall(undisturbed):
     assert np.mean(losses(undisturbed)[-3:]) < np.mean(losses(undisturbed)[:3]) - 0.1
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
@@ -211,6 +213,7 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(corpus, undisturbed, 
     assert metrics_file(workdir).startswith(before)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_report_gets_one(corpus, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)

@@ -167,6 +167,7 @@ def test_skipped_steps_are_told_and_too_many_in_a_row_stop_the_run():
     assert not list(warnings.about(pending, {"loss": 1.0, "skipped/in_a_row": 0.0}))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_at_which_codes_clip_is_warned_of_once(corpus, tmp_path, capsys):
     config = tiny_config(corpus)
     config.steps, config.optimizer.warmup_steps = 4, 1
