@@ -1,4 +1,4 @@
-"""Every field of a configuration, its default, and what makes a configuration valid."""
+"""All fields of a configuration with their defaults, and the validation of a configuration."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ from peerjax.layers.spec import FeedForward
 from peerjax.model import ModelConfig
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
-# Rules of pools that take a dense gradient.
+# Values of `pool.rule` that need dense gradients of the pools.
 DENSE_RULES = ("adamw", "eco")
-# Fields that a run may change when it is continued; all others make it another run.
+# Fields that may change when a run is resumed. A change to any other field is an error.
 CHANGEABLE = (
     "steps",
     "max_skipped_steps",
@@ -32,7 +32,7 @@ CHANGEABLE = (
     "data.workers",
     "kernels",
 )
-# Fields that earlier versions had elsewhere, by the names they had.
+# Names of fields in earlier versions, with the fields that replace them.
 RENAMED = {
     "model.mlp_width": ("mlp.hidden",),
     "model.activation": ("mlp.activation", "moe.activation"),
@@ -40,98 +40,101 @@ RENAMED = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """A locked configuration with every field there is; recipes in `configs/` change some.
+    """Returns a locked configuration with the default of every field.
 
-    Each kind of layer has a section, whose fields its class in `peerjax.layers` documents.
+    Recipes in `configs/` change some of them. Each kind of layer has a section. Its class in
+    `peerjax.layers` documents the fields.
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1000
-    # A run's workdir, or one of its checkpoints, such as "runs/a/checkpoints/500": where to take
-    # parameters, pools and running statistics from; empty to draw them.
+    # Workdir of a run, or one of its checkpoints such as "runs/a/checkpoints/500". A new run takes
+    # parameters, pools and running statistics from it. If this is empty, they are drawn at random.
     config.init_from = ""
-    config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
-    config.log_every = 10  # steps between lines when the output is no terminal
+    config.max_skipped_steps = 10  # training stops after so many non-finite steps in a row
+    config.log_every = 10  # steps between progress lines if the output is not a terminal
 
     data = config.data = ml_collections.ConfigDict()
-    data.source = "packages"  # or "files"; "shards" for what prepare.py made
-    data.domains = ("speeches", "drama", "code")  # of source "packages"
-    # Of source "files": a glob such as "corpus/**/*.txt", or several as domains of their own:
-    # "web=corpus/**/*.txt;notes=notes/*.jsonl". Of source "shards": their folder.
+    data.source = "packages"  # "packages", "files", or "shards" (written by prepare.py)
+    data.domains = ("speeches", "drama", "code")  # domains to read with source "packages"
+    # With source "files": a glob such as "corpus/**/*.txt", or several globs as named domains such
+    # as "web=corpus/**/*.txt;notes=notes/*.jsonl". With source "shards": the folder of the shards.
     data.pattern = ""
-    data.text_field = "text"  # of source "files": where the objects of JSON lines hold the text
-    # A tokenizer JSON, which a run copies; empty means the one that comes with peerjax, or with the
-    # shards.
+    data.text_field = "text"  # field of JSON lines that has the text, with source "files"
+    # Path of a tokenizer JSON, which is copied into the workdir. Empty selects the tokenizer that
+    # comes with peerjax or with the shards.
     data.tokenizer = ""
-    data.validation_fraction = 0.05  # of the documents
-    data.sequence_length = 256  # tokens a row
-    data.batch_size = 8  # rows a step, over all devices
-    data.workers = 0  # processes that prepare batches; 0 means a thread
+    data.validation_fraction = 0.05  # share of the documents used for validation
+    data.sequence_length = 256  # tokens in a sequence
+    data.batch_size = 8  # sequences in a step, over all devices
+    data.workers = 0  # processes that prepare batches; 0 uses a thread instead
 
     model = config.model = ml_collections.ConfigDict()
-    model.width = 128  # D
-    model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # runs of equal blocks
+    model.width = 128  # D, features of the residual stream
+    model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # stacks: (kind, number of blocks)
     model.heads = 4  # attention heads
     model.max_length = 2048  # the longest sequence the model accepts, in tokens
     model.rope_base = 10_000.0
-    model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
+    model.dtype = "float32"  # dtype of activations, or "bfloat16"; parameters are float32
     model.remat = False  # recompute each block in the backward pass
-    # What batch normalisation in routers goes by while training: "running", statistics of the
-    # steps before; or "in_batch", the papers' form, in which later tokens choose the experts of
-    # earlier ones: only to compare with.
+    # Statistics for batch normalisation in routers during training. "running" uses statistics of
+    # earlier steps. "in_batch" is the form in the papers, in which later tokens affect the experts
+    # of earlier ones. Use it only for comparison.
     model.routing_statistics = "running"
-    # The share of a step's own batch in running statistics. Queries move by a good part of their
-    # spread in a step: with the customary 0.1, statistics lag behind and experts fall idle.
+    # Weight of the current batch in running statistics. Queries move by a large part of their
+    # spread in one step. With the usual 0.1, statistics lag and experts become unused.
     model.routing_momentum = 0.9
 
     for kind in FEED_FORWARDS.values():
         config[kind.section] = ml_collections.ConfigDict(dataclasses.asdict(kind()))
 
     pool = config.pool = ml_collections.ConfigDict()
-    pool.storage = "int4"  # or "int8", "bfloat16", "float32"
-    # How a pool is updated. "adamw" is for float storage; "eco", its rounding error fed into
-    # momentum, for packed storage: to compare with, both keep dense gradients and moments.
+    pool.storage = "int4"  # "int4", "int8", "bfloat16" or "float32"
+    # Update rule of pools: "rowwise", "adamw" for float storage, or "eco" for packed storage.
+    # "eco" adds the rounding error to momentum. "adamw" and "eco" are for comparison, because both
+    # keep dense gradients and moments.
     pool.rule = "rowwise"
-    pool.learning_rate = 1e-2  # peak; follows the schedule below
-    pool.clip_norm = 0.0  # of the gradient of each run's pools, under "rowwise"; 0 means none
-    pool.beta2 = 0.99  # decay of a row's second moment, under "rowwise"
-    # Of the accumulators of packed pools: 0, 2, 4 or 8; `None` means as many as a code has.
+    pool.learning_rate = 1e-2  # peak; `optimizer` below sets the schedule
+    # Bound on the gradient norm of the pools of each stack, under "rowwise". 0 means no bound.
+    pool.clip_norm = 0.0
+    pool.beta2 = 0.99  # decay of the second moment of each vector, under "rowwise"
+    # Bits of the accumulators of packed pools: 0, 2, 4 or 8. `None` means as many as a code has.
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Lookup and update of pools: "auto" (by platform and sizes), "xla", "mosaic_tpu", "mosaic_gpu".
-    # A kernel named where its platform is not is interpreted, which is slow. Mixtures have no
-    # kernels: each name takes the XLA program that is fastest there, and runs everywhere. Sampling
-    # and evaluation of a run take "auto".
+    # Implementation of lookup and update of pools: "auto" (chosen by platform and sizes), "xla",
+    # "mosaic_tpu" or "mosaic_gpu". A kernel for another platform is interpreted, which is slow.
+    # Mixtures have no kernels. Each name selects the XLA program that is fastest on its platform,
+    # and all these programs run everywhere. Sampling and evaluation of a run use "auto".
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
-    optimizer.learning_rate = 3e-3  # peak, of everything but pools
+    optimizer.learning_rate = 3e-3  # peak for all parameters except pools
     optimizer.warmup_steps = 50
-    optimizer.final_fraction = 0.1  # of the peak, at the end of a cosine decay
+    optimizer.final_fraction = 0.1  # share of the peak that is left after the cosine decay
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
-    optimizer.weight_decay = 0.1  # of matrices and pools, not of norms and embeddings
-    # Bound on the global norm of the gradients of all but pools and packed matrices; under dense
-    # rules, of pools too. 0 means none.
+    optimizer.weight_decay = 0.1  # applies to matrices and pools, not to norms and embeddings
+    # Bound on the global gradient norm of all parameters except pools and packed matrices. Under
+    # dense rules it includes pools. 0 means no bound.
     optimizer.clip_norm = 1.0
-    optimizer.microbatches = 1  # parts of a batch, one after the other, to save memory
+    optimizer.microbatches = 1  # parts of a batch, computed one after the other to save memory
 
     config.eval = ml_collections.ConfigDict()
-    config.eval.every = 250  # steps; also before the first and after the last
-    config.eval.rows = 32  # rows a domain
+    config.eval.every = 250  # steps between evaluations; also before step 1 and after the last
+    config.eval.rows = 32  # sequences of each domain in an evaluation
 
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = 100  # steps; also after the last
-    config.checkpoint.keep = 3  # at least 2, so that a damaged one can be passed over
+    config.checkpoint.every = 100  # steps between checkpoints; also after the last step
+    config.checkpoint.keep = 3  # latest checkpoints to keep; at least 2, in case one is damaged
     return config.lock()
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """A configuration as it was written down; fields that it does not know have their defaults.
+    """Reads a configuration from JSON. Fields that the JSON lacks get their defaults.
 
     Raises:
-        ConfigError: if it has a field that is not known, or one of another type.
+        ConfigError: if a field is unknown or has another type.
     """
     config = default_config()
     try:
@@ -142,15 +145,15 @@ def from_json(text: str) -> ml_collections.ConfigDict:
                 fields |= {name: value for name in names if name not in fields}
         config.update_from_flattened_dict(fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"it is of another version of peerjax: {error}") from None
+        raise ConfigError(f"it was written by another version of peerjax ({error})") from None
     return config
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks what can be checked before any data is read.
+    """Checks everything that can be checked before data is read.
 
     Raises:
-        ConfigError: naming the first field that does not fit.
+        ConfigError: if a field is invalid. The message names the first such field.
     """
     _require_positive(config, "steps", "data.sequence_length", "data.batch_size", "model.width")
     _require_positive(config, "model.heads", "model.rope_base", "eval.every", "eval.rows")
@@ -170,12 +173,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
     model, data = config.model, config.data
     if data.source in ("files", "shards") and not data.pattern:
-        raise ConfigError(f"data.source is {data.source!r} but data.pattern is empty")
+        raise ConfigError(
+            f"data.source is {data.source!r} but data.pattern is empty; set data.pattern"
+        )
     if data.source == "files":
         domain_globs(data.pattern)
     if data.source == "shards" and data.tokenizer:
         raise ConfigError(
-            "data.source is 'shards', which bring their tokenizer: leave data.tokenizer empty"
+            "data.source='shards' uses the tokenizer of the shards; leave data.tokenizer empty"
         )
     _require(config, "data.validation_fraction", lambda part: 0 < part < 1, "is not in (0, 1)")
     _require_not_negative(config, "data.workers")
@@ -193,7 +198,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if model.width % (2 * model.heads):
         raise ConfigError(
             f"model.width={model.width} is not divisible by 2 * model.heads={2 * model.heads} "
-            "(rotary positions turn pairs of features)"
+            "(rotary positions rotate pairs of features)"
         )
     _validate_layers(model.layers)
     layers = feed_forwards(config)
@@ -211,7 +216,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward, int], ...]:
-    """The feed-forward layers that `model.layers` names, with the number of blocks of each."""
+    """Returns the feed-forward layers in `model.layers`, each with its number of blocks."""
     layers = []
     for kind, count in config.model.layers:
         cls = FEED_FORWARDS[kind]
@@ -221,7 +226,7 @@ def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward,
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
-    """The part of a configuration that the model is built from."""
+    """Returns the part of a configuration that the model is built from."""
     fields = dict(config.model)
     del fields["max_length"], fields["routing_momentum"]
     fields["layers"] = feed_forwards(config)
@@ -234,12 +239,12 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
 
 
 def implementation_of(config: ml_collections.ConfigDict) -> str | None:
-    """What the configuration says about kernels, as `pallas_kernels` takes it."""
+    """Returns `kernels.implementation` in the form that `pallas_kernels` takes."""
     return None if config.kernels.implementation == "auto" else config.kernels.implementation
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """Names the fields, other than changeable ones, in which two configurations differ."""
+    """Returns the differences of two configurations in all fields that may not change."""
     old_fields, new_fields = _flatten(old), _flatten(new)
     changed = []
     for name in sorted(old_fields.keys() | new_fields.keys()):
@@ -342,12 +347,12 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_tuples(value: Any) -> Any:
-    """A field as it was before JSON made lists of its tuples."""
+    """Turns the lists in a field back into tuples, which JSON does not have."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _flatten(fields: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
-    """Fields by their full name, such as "model.width"."""
+    """Returns fields by their full name, such as "model.width"."""
     if isinstance(fields, ml_collections.ConfigDict):
         fields = fields.to_dict()
     return flatten_dict(_with_tuples(fields), sep=".")

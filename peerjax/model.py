@@ -18,14 +18,14 @@ from peerjax.pool import ExpertPool, initialize_pool
 from peerjax.routing.auxiliary import DECODE, EXPERT_IDS, LOSSES, REMOVED, ROUTING
 from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
-# In the cache, beside the collection "decode".
+# Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
 BLOCK, GROUP = "block", "group"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder is made of; `peerjax.config` documents the fields."""
+    """Settings that a decoder is built from; `peerjax.config` documents the fields."""
 
     vocab_size: int
     width: int
@@ -35,8 +35,8 @@ class ModelConfig:
     dtype: str
     remat: bool
     pool_storage: str
-    routing_statistics: str = RUNNING  # of routers with batch normalisation
-    implementation: str | None = None  # of lookups and mixtures
+    routing_statistics: str = RUNNING  # statistics of routers with batch normalisation
+    implementation: str | None = None  # implementation of lookups and mixtures
 
     @property
     def depth(self) -> int:
@@ -45,13 +45,13 @@ class ModelConfig:
 
     @property
     def routes(self) -> bool:
-        """Whether a layer has experts."""
+        """Whether any layer has experts."""
         return any(spec.routes for spec, _ in self.layers)
 
     def sizes(self, spec: FeedForward) -> Sizes:
-        """What layers of a kind share with the others of the model.
+        """Returns the settings that layers of a kind share with all other layers.
 
-        The residual scale keeps the variance of the stream at O(1) over all sub-layers.
+        The residual scale keeps the variance of the residual stream at O(1) over all sub-layers.
         """
         same = (each for each in self.layers if each[0].section == spec.section)
         return Sizes(
@@ -64,12 +64,12 @@ class ModelConfig:
         )
 
     def stack_name(self, key: str) -> str:
-        """The layers of a stack, as figures name them, from its key in trees, such as "run_1"."""
+        """Returns the name of a stack in metrics, from its key in trees, such as "run_1"."""
         layers = self.place((key, BLOCK)).layers
         return f"layer_{layers[0]}" if len(layers) == 1 else f"layers_{layers[0]}-{layers[-1]}"
 
     def place(self, path: tuple[str, ...]) -> Place:
-        """Where in the model the module of a path is: `("run_1", "block", "peer", ...)`."""
+        """Returns the location of a module from its path, such as `("run_1", "block", "peer")`."""
         stack = int(path[0].removeprefix("run_"))
         first = sum(count for _, count in self.layers[:stack])
         spec, count = self.layers[stack]
@@ -80,12 +80,13 @@ class ModelConfig:
 
 
 class Place(NamedTuple):
-    """Where a module is.
+    """Location of a module in the model.
 
     Attributes:
-        stack: number of its stack.
-        layers: numbers of the layers that have it, in the order of the leading axis of its arrays.
-        within: its path in the block.
+        stack: number of the stack that contains the module.
+        layers: numbers of the layers that contain it, in the order of the leading axis of its
+            arrays.
+        within: path of the module in its block.
     """
 
     stack: int
@@ -94,7 +95,7 @@ class Place(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Pre-norm attention and a pre-norm feed-forward layer, each added to the residual stream."""
 
     config: ModelConfig
     feed_forward: FeedForward
@@ -103,7 +104,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[Array, KVCache | None], context: Context, routed: Any = None
     ) -> tuple[tuple[Array, KVCache | None], Any]:
-        """Maps `(x, cache)`; also returns what the layer hands on to the blocks of its period."""
+        """Maps `(x, cache)`. Also returns the routing for the other blocks of the period."""
         x_BLD, cache = carry
         config, sizes = self.config, self.config.sizes(self.feed_forward)
         attention = Attention(
@@ -132,7 +133,7 @@ class Group(nn.Module):
     def __call__(
         self, carry: tuple[Array, KVCache | None], context: Context
     ) -> tuple[tuple[Array, KVCache | None], None]:
-        """Like `Block`; the `layer` of the context is the number of the group in its stack."""
+        """Maps `(x, cache)`. `context.layer` is the number of the group in its stack."""
         routed, period = None, self.feed_forward.period
         unit = _unit(Block, self.config)
         for number in range(period):
@@ -143,7 +144,7 @@ class Group(nn.Module):
 
 
 class Stack(nn.Module):
-    """Equal blocks, scanned block by block or period by period; owns their pools."""
+    """Equal blocks that are scanned block by block or period by period, and their pools."""
 
     config: ModelConfig
     feed_forward: FeedForward
@@ -153,7 +154,7 @@ class Stack(nn.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], context: Context, cache: KVCache | None
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """Returns the stream after the stack, and the stack's cache if there is one."""
+        """Returns the residual stream after the stack, and the stack's cache if there is one."""
         pools = {
             name: self.variable("pools", name, self._initialize_pool, num_experts).value
             for name, num_experts in self.feed_forward.pools.items()
@@ -166,7 +167,7 @@ class Stack(nn.Module):
             unit,
             variable_axes=dict.fromkeys(kept, 0),
             split_rngs={"params": True},
-            # The pools are closed over: as scanned inputs they would be copied layer by layer.
+            # Pools are closed over. As scanned inputs they would be copied layer by layer.
             in_axes=(Context(*[nn.broadcast] * len(Context._fields))._replace(layer=0),),
             length=length,
         )(self.config, self.feed_forward, name=GROUP if grouped else BLOCK)
@@ -186,7 +187,7 @@ class Stack(nn.Module):
 
 
 def _unit(block: type[Block], config: ModelConfig) -> type[Block]:
-    """A block, recomputed in the backward pass if the configuration says so."""
+    """Returns a block class that is recomputed in the backward pass if `config.remat` is set."""
     if not config.remat:
         return block
     policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
@@ -196,11 +197,15 @@ def _unit(block: type[Block], config: ModelConfig) -> type[Block]:
 class Decoder(nn.Module):
     """A causal language model over packed documents.
 
-    Collections: "params" (float leaves), "pools" (`run_<i>/<name>`, the stacked `ExpertPool`s of
-    stack i); "stats" and "moments" as `peerjax.routing.running_norm` says, "taps" as
-    `peerjax.layers.look_up`, "routing", "losses", "removed" and "decode" as
-    `peerjax.routing.auxiliary`. Arrays of a stack have a leading axis of its blocks, or of its
-    periods: `ModelConfig.place` gives the layer numbers.
+    The collection "params" has float leaves. The collection "pools" has the stacked `ExpertPool`s
+    of stack i at `run_<i>/<name>`. These modules document the other collections:
+
+    - `peerjax.routing.running_norm`: "stats" and "moments"
+    - `peerjax.layers.look_up`: "taps"
+    - `peerjax.routing.auxiliary`: "routing", "losses", "removed" and "decode"
+
+    Arrays of a stack have a leading axis of its blocks or of its periods. `ModelConfig.place`
+    returns their layer numbers.
     """
 
     config: ModelConfig
@@ -220,17 +225,19 @@ class Decoder(nn.Module):
         """Returns the logits of the next token, float32 [B, L, V].
 
         Args:
-            tokens_BL: token numbers.
+            tokens_BL: token ids.
             positions_BL: position of each token in its document.
-            segments_BL: which document of its sequence each token belongs to; by default, every
-                sequence is one document.
-            cache: keys and values by stack; `decode` passes it. With a cache, a sequence
-                continues its document at `positions_BL`, and `(logits, cache)` is returned. What
-                is written at a position is seen from there on, until it is overwritten.
-            only: the one place of each sequence whose logits are returned; L is then 1.
-            budget_BL: how many experts of a pool each token may use; no limit by default.
-            seed: of the run, in training: for layers that draw.
-            step: number of the training step, likewise.
+            segments_BL: number of the document in its sequence that each token belongs to. By
+                default, every sequence is one document.
+            cache: keys and values by stack, passed by `decode`. With a cache, each sequence
+                continues its document at `positions_BL`, and the result is `(logits, cache)`.
+                Tokens at a position and after it see the keys and values written there, until
+                these are overwritten.
+            only: index of the one token in each sequence whose logits are returned. The result
+                then has L = 1.
+            budget_BL: number of experts of a pool that each token may use; no limit by default.
+            seed: seed of the run in training, for layers that draw random numbers.
+            step: number of the training step, for layers that draw random numbers.
         """
         config = self.config
         embed = nn.Embed(
@@ -258,7 +265,7 @@ class Decoder(nn.Module):
         if only is not None:
             x_BLD = jnp.take_along_axis(x_BLD, only[:, None, None], axis=1)
         x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
-        # Small initial logits: a fresh model predicts nearly uniformly.
+        # Initial logits are small, so a fresh model predicts nearly uniformly.
         head = nn.Dense(
             config.vocab_size,
             use_bias=False,
@@ -266,16 +273,16 @@ class Decoder(nn.Module):
             kernel_init=nn.initializers.normal(0.02),
             name="head",
         )
-        # Tokens in one axis: with two, XLA on CPU takes twice as long for the gradient.
+        # Tokens are in one axis. With two axes, XLA on CPU takes twice as long for the gradient.
         logits_TV = head(x_BLD.reshape(-1, config.width)).astype(jnp.float32)
         logits_BLV = logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
         return logits_BLV if cache is None else (logits_BLV, caches)
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:
-    """A cache for `batch` sequences of at most `size` tokens each, as `decode` takes it.
+    """Returns an empty cache for `decode`, for `batch` sequences of at most `size` tokens each.
 
-    Layers add what they keep between tokens when they first read some.
+    Layers add their own state to it when they first read tokens.
     """
     per_head = (config.heads, config.width // config.heads)
     zeros = partial(KVCache.zeros, batch=batch, size=size, heads=per_head[0], dim=per_head[1])
@@ -295,18 +302,19 @@ def decode(
     positions_BL: Int[Array, "B L"],
     **options: Any,
 ) -> tuple[Float[Array, "B _ V"], dict[str, Any]]:
-    """Reads some tokens of every sequence after those that are in the cache.
+    """Reads tokens of every sequence that follow the tokens in the cache.
 
     Args:
         model: the decoder.
-        variables: its collections "params", "pools" and "stats", packed matrices as floats.
-        cache: from `empty_cache` or an earlier call.
-        tokens_BL: token numbers.
-        positions_BL: their positions.
-        **options: further arguments of `Decoder`.
+        variables: collections "params", "pools" and "stats" of the decoder, with packed matrices as
+            floats.
+        cache: result of `empty_cache` or of an earlier call.
+        tokens_BL: token ids.
+        positions_BL: position of each token in its document.
+        **options: further arguments of a call of `Decoder`.
 
     Returns:
-        The logits, and the cache with these tokens.
+        The logits, and the cache that includes these tokens.
     """
     given = {**variables, DECODE: cache[DECODE]}
     read, kept = model.apply(

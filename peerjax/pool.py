@@ -1,6 +1,6 @@
 """Pools of experts: their initial values and the memory they take.
 
-`pallas_kernels.storage` knows how a pool lies in memory; everything else sees `ExpertPool`.
+`pallas_kernels.storage` defines the memory layout of a pool. All other code uses `ExpertPool`.
 """
 
 import math
@@ -37,30 +37,33 @@ def initialize_pool(
 ) -> ExpertPool:
     """Draws a stack of fresh pools, a few experts at a time.
 
-    `down ~ N(0, 1 / D)`, so that the hidden value of a unit-RMS input has unit variance, as in a
-    dense MLP; `up ~ N(0, residual_scale^2 / D)`. The experts that a head retrieves have nearly
-    equal scores in a fresh layer, so its gates are close to 1 / k, and the output variance of H
-    heads is `var(up) * E[act^2] * H / k`: the layer adds next to nothing until it has learnt.
-    An `up` sqrt(D k / H) times as large would start the layer at the output of a dense MLP, and
-    train worse: an expert is hit so rarely that its `up` would never turn away from its draw, and
-    int4 codes would round to steps of that draw's size.
+    `down ~ N(0, 1 / D)`. The hidden value of a unit-RMS input then has unit variance, as in a
+    dense MLP. `up ~ N(0, residual_scale^2 / D)`.
+
+    In a fresh layer, the experts that a head retrieves have nearly equal scores, so its gates are
+    close to 1 / k. The output variance of H heads is then `var(up) * E[act^2] * H / k`. So the
+    layer adds almost nothing until it has been trained.
+
+    An `up` that is sqrt(D k / H) times as large would give a fresh layer the output of a dense MLP.
+    It would train worse. An expert is hit so rarely that its `up` would keep the direction of its
+    draw, and int4 codes would round to steps of the size of that draw.
 
     Args:
-        key: seeds the draws.
-        num_layers: how many pools are stacked.
-        num_experts: N.
-        width: D.
-        residual_scale: of `up`, as of the output projections of dense layers.
+        key: random key of the draws.
+        num_layers: number of pools in the stack.
+        num_experts: N, experts in each pool.
+        width: D, length of the vectors `down` and `up`.
+        residual_scale: initial scale of `up`, as for the output projections of dense layers.
         storage: "float32", "bfloat16", or a format of `pallas_kernels.codes`. Packed pools are
-            drawn packed. Where `experts_per_row` divides N they are the float pool of the same
-            key, rounded to nearest, each vector with the scale that training aims at; elsewhere
-            they are drawn in other portions.
+            drawn in packed form. If `experts_per_row` divides N, they equal the float pool of the
+            same key, rounded to nearest. Each vector has the target scale of training. Otherwise
+            experts are drawn in other portions.
 
     Returns:
         A stack of pools.
 
     Raises:
-        ValueError: if the width does not pack, or the storage is unknown.
+        ValueError: if the width does not fill whole words of codes, or the storage is unknown.
     """
     form = array_forms(storage, num_experts, width)["weights"].shape
     std = jnp.array([[0.0], [0.0]])
@@ -68,10 +71,10 @@ def initialize_pool(
     std = std.at[UP].set(residual_scale * width**-0.5)
     packed = storage in CODES
     together = experts_per_row(width, storage) if packed else 1
-    # Places that are left over in the last row are drawn too, and never read.
+    # Unused places in the last row of words are drawn too, but never read.
     places = -(-num_experts // together) * together
     per_draw = math.gcd(places, EXPERTS_PER_DRAW)
-    if per_draw < FEWEST_PER_DRAW:  # too many draws: rather one with some that are cut off
+    if per_draw < FEWEST_PER_DRAW:  # avoids many small draws; surplus experts are cut off
         per_draw = EXPERTS_PER_DRAW
     draws = -(-places // per_draw)
     keys = jax.random.split(key, num_layers * draws)
@@ -96,19 +99,19 @@ def initialize_pool(
 
 
 def count_expert_parameters(pools: Any) -> int:
-    """Weights of all experts in a tree of pools."""
+    """Returns the number of weights of all experts in a tree of pools."""
     leaves = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
     return sum(pool.num_parameters for pool in leaves)
 
 
 class MemoryReport(NamedTuple):
-    """Bytes that pools keep while training, by part.
+    """Bytes that pools take in training, by part.
 
     Attributes:
         parts: bytes of "codes" (or "weights" of float pools), "scales", "accumulators",
-            "row statistics", "moments" (of AdamW) and "factored gradient" (which lives within a
-            step only).
-        parameters: weights of all experts.
+            "row statistics", "moments" (of AdamW) and "factored gradient" (which exists only
+            within a step).
+        parameters: number of weights of all experts.
         experts: number of experts of all layers.
     """
 
@@ -118,7 +121,7 @@ class MemoryReport(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Bytes that stay between steps."""
+        """Bytes kept between steps."""
         return sum(size for part, size in self.parts.items() if part != "factored gradient")
 
     @property
@@ -128,23 +131,23 @@ class MemoryReport(NamedTuple):
 
     @property
     def experts_per_gb(self) -> float:
-        """Experts that fit in 10^9 bytes, training state included."""
+        """Number of experts that fit in 10^9 bytes, training state included."""
         return self.experts / self.kept * 1e9
 
     @property
     def adamw_bytes(self) -> int:
-        """What float32 and AdamW take: weights, two moments and the dense gradient."""
+        """Bytes that float32 with AdamW takes: weights, two moments and the dense gradient."""
         return 16 * self.parameters
 
 
 def memory_report(pools: Any, states: Any = None, gradients: Any = None) -> MemoryReport:
-    """Adds up the memory of pools and of what training keeps beside them.
+    """Adds up the memory of pools and of their training state.
 
     Args:
-        pools: a tree of `ExpertPool`; arrays or their shapes.
-        states: the optimizer's state, in which each `UpdateState` (of `int4_accumulation`) and each
-            tree like a pool (moments of AdamW) is counted.
-        gradients: a tree of `FactoredGradient` of one step.
+        pools: a tree of `ExpertPool`, with arrays or their shapes.
+        states: the optimizer state. Each `UpdateState` (of `int4_accumulation`) and each
+            `ExpertPool` (moments of AdamW) in it is counted.
+        gradients: a tree with the `FactoredGradient`s of one step.
     """
     parts = dict.fromkeys(
         (

@@ -1,4 +1,4 @@
-"""What an evaluation looks at: probes, and the pass over text that feeds them."""
+"""Evaluation of a model: probes, and the pass over text that runs them."""
 
 from collections.abc import Mapping
 
@@ -20,10 +20,10 @@ __all__ = [
     "put_batch",
 ]
 
-# What training and `evaluate.py` look at, in the order of their tables. To add a probe, add a line.
+# Probes of training and `evaluate.py`, in the order of their tables. To add a probe, add a line.
 PROBES: dict[str, type[Probe]] = {"loss": Loss, "experts": Usage, "codes": Codes}
 
 
 def probes_for(tokenizer: Tokenizer) -> Mapping[str, Probe]:
-    """All probes, for text of a tokenizer."""
+    """Returns all probes, for text of a tokenizer."""
     return {name: probe.of(tokenizer) for name, probe in PROBES.items()}

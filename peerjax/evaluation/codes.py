@@ -1,4 +1,4 @@
-"""What the codes of packed pools look like: how they are spread, how many rows are full, scales."""
+"""Statistics of the codes of packed pools: distribution, saturated vectors and scales."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from peerjax.evaluation.probe import Probe
 from peerjax.model import Decoder
 
 EXPERTS_PER_CHUNK = 1024
-# Share of a row's codes at their limit. Normal weights, whose scale follows their RMS, have 1%.
+# A vector is saturated if more than this share of its codes is at the limit. Normal weights have
+# 1%, with a scale that follows their RMS.
 SATURATED_ABOVE = 0.05
 
 
 class CodeStatistics(NamedTuple):
-    """Of each layer of a stack.
+    """Statistics of the codes of each layer of a stack.
 
     Attributes:
-        histogram: share of the codes in each eighth of the range of magnitudes; of int4 codes,
-            these are the magnitudes 0, 1, ..., 7 themselves. Codes of fewer levels leave some of
-            the eighths empty.
-        saturated_rows: share of rows (`down` or `up`) of which more than `SATURATED_ABOVE` of the
-            codes are at their limit.
+        histogram: share of the codes in each eighth of the range of magnitudes. For int4 codes, the
+            eighths are the magnitudes 0, 1, ..., 7. With fewer levels, some eighths are empty.
+        saturated_rows: share of vectors (`down` or `up`) with more than `SATURATED_ABOVE` of their
+            codes at the limit.
         log_scale: mean of the natural logarithm of the scales.
     """
 
@@ -39,7 +39,7 @@ class CodeStatistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Codes(Probe):
-    """How the codes of packed pools are spread, by layer; see `CodeStatistics`."""
+    """The probe of the codes of packed pools, by layer; see `CodeStatistics`."""
 
     of_model: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -48,7 +48,7 @@ class Codes(Probe):
     }
 
     def result(self, model: Decoder, sums: Any, variables: dict[str, Any]) -> dict[str, Any]:
-        """Figures by layer; nothing for pools in floats."""
+        """Returns the statistics by layer, and nothing for float pools."""
         found = {}
         for stack, of_stack in variables["pools"].items():
             for name, pool in of_stack.items():
@@ -66,7 +66,7 @@ class Codes(Probe):
         return found
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
-        """All figures, as `codes/<layer>/...`."""
+        """Returns all statistics, as `codes/<layer>/...`."""
         return {
             f"codes/{layer}/{figure}": value
             for layer, found in result.items()
@@ -75,11 +75,11 @@ class Codes(Probe):
 
 
 def code_statistics(pool: ExpertPool) -> CodeStatistics:
-    """Reads a whole stack of packed pools, a chunk of experts at a time."""
+    """Computes the statistics of a whole stack of packed pools, one chunk of experts at a time."""
     top = CODES[pool.storage].top
     layers, num_experts, chunk = pool.weights.shape[0], pool.num_experts, EXPERTS_PER_CHUNK
     chunks = -(-num_experts // chunk)
-    rows = float(num_experts * 2)  # as an integer, the number of codes may not fit 32 bits
+    rows = float(num_experts * 2)  # an integer number of codes may not fit in 32 bits
 
     def add_chunk(index: Array, totals: CodeStatistics) -> CodeStatistics:
         layer, first = index // chunks, index % chunks * chunk

@@ -1,4 +1,4 @@
-"""Which experts belong to a domain of text."""
+"""Experts that belong to a domain of text."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,15 @@ FACTOR = 2.0
 def domain_experts(
     routing: Mapping[str, Float[np.ndarray, " N"]], factor: float = FACTOR
 ) -> dict[str, Bool[np.ndarray, " N"]]:
-    """The experts of each domain: used there `factor` times as often as anywhere else, or more.
+    """Returns the experts of each domain.
+
+    An expert belongs to a domain if its mean gate there is at least `factor` times its mean gate in
+    every other domain.
 
     Args:
-        routing: by domain, of two or more, the mean gate of every expert of a layer over the
-            domain's tokens.
-        factor: by how much an expert must prefer a domain to belong to it.
+        routing: mean gate of every expert of a layer over the tokens of each domain, by domain.
+            There must be two domains or more.
+        factor: smallest ratio of mean gates at which an expert belongs to a domain.
 
     References:
         Park et al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139,
@@ -33,7 +36,7 @@ def domain_experts(
 def random_experts(
     used: Bool[np.ndarray, " N"], count: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " N"]:
-    """Draws `count` experts among those that are used."""
+    """Draws `count` experts from those in `used`."""
     drawn = np.zeros(len(used), bool)
     drawn[rng.choice(np.flatnonzero(used), count, replace=False)] = True
     return drawn

@@ -31,19 +31,19 @@ def evaluate(
     rows: Callable[[PackedRows], Sequence[int]],
     batch_size: int,
 ) -> Evaluation:
-    """Evaluates a model on some text, by domain and on all text together.
+    """Evaluates a model on text, by domain and on all text together.
 
     Args:
         model: the decoder.
-        variables: its collections "params", "pools" and "stats".
+        variables: collections "params", "pools" and "stats" of the decoder.
         texts: packed rows by domain.
-        probes: what to look at, by name.
-        mesh: over which a batch is split; the current one.
-        rows: which of a domain's rows to read.
-        batch_size: rows at once, and as many more as let every device have the same number.
+        probes: probes by name.
+        mesh: the current mesh, over which a batch is split.
+        rows: function that returns the rows of a domain to read.
+        batch_size: rows in a batch. It is rounded up, so that all devices have equally many.
 
     Returns:
-        By text, then by probe, the probe's result.
+        The results of probes, by text and then by probe.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     groups = _by_given({name: each for name, each in probes.items() if not each.of_model})
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def _by_given(probes: Mapping[str, Probe]) -> list[Probes]:
-    """Probes that share a forward pass."""
+    """Groups probes that share a forward pass."""
     groups: dict[int, list[tuple[str, Probe]]] = {}
     for name, probe in probes.items():
         groups.setdefault(id(probe.given) if probe.given else 0, []).append((name, probe))
@@ -84,7 +84,7 @@ def _add(
     variables: dict[str, Any],
     batch: dict[str, Array],
 ) -> dict[str, Any]:
-    """Adds a batch to the sums of all text and of the domain at hand."""
+    """Adds a batch to the sums of all text and to those of the current domain."""
     keeps = sorted({name for _, probe in probes for name in probe.keeps})
     logits, kept = model.apply(dequantize(variables), *inputs_of(batch), mutable=keeps)
     kept = {name: kept.get(name, {}) for name in keeps}
@@ -103,7 +103,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def put_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places a batch that every process has as a whole on the mesh."""
+    """Places a batch on the mesh. Every process must have the whole batch."""
     sharding = sharding_of(mesh, BATCH)
     return {
         name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
@@ -112,7 +112,7 @@ def put_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def _padded(rows: PackedRows, chosen: Sequence[int], size: int) -> dict[str, np.ndarray]:
-    """Batches rows, with copies of weight 0 in the places that are left over."""
+    """Makes a batch of rows, with copies of weight 0 in unused places."""
     padded = [*chosen, *[chosen[0]] * (size - len(chosen))]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(dict(rows[row]) for row in padded))
     weight = np.arange(size) < len(chosen)

@@ -20,10 +20,10 @@ class LossSums(NamedTuple):
     """Sums over text.
 
     Attributes:
-        nats: the loss.
-        rest: what float32 could not add to `nats` so far (Kahan's compensation).
-        tokens: how many targets.
-        num_bytes: the bytes of the targets.
+        nats: sum of the loss.
+        rest: part of the loss that float32 could not add to `nats` (Kahan's compensation).
+        tokens: number of targets.
+        num_bytes: number of bytes of the targets.
     """
 
     nats: Float[Array, ""]
@@ -39,7 +39,7 @@ class Loss(Probe):
     Bits a byte are comparable between tokenizers.
 
     Attributes:
-        token_bytes: bytes of the text of each token.
+        token_bytes: number of bytes of the text of each token.
     """
 
     columns: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -52,18 +52,18 @@ class Loss(Probe):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Loss:
-        """The probe for text of a tokenizer."""
+        """Returns the probe for text of a tokenizer."""
         return cls(tuple(tokenizer.bytes_per_token().tolist()))
 
     def zeros(self, model: Decoder) -> LossSums:
-        """Nothing read."""
+        """Returns the sums before any text is read."""
         zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         return LossSums(zero, zero, none, none)
 
     def add(
         self, model: Decoder, sums: LossSums, logits_BLV: Array, kept: Any, batch: dict[str, Array]
     ) -> LossSums:
-        """Adds a batch."""
+        """Adds a batch to the sums."""
         losses_BL = next_token_loss(logits_BLV, kept, batch, (), 0)
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses_BL.shape)
         nats, rest = _compensated(sums.nats, sums.rest, jnp.sum(losses_BL * weight_BL))
@@ -77,7 +77,7 @@ class Loss(Probe):
         )
 
     def result(self, model: Decoder, sums: LossSums, variables: Any) -> dict[str, float]:
-        """Means over the text."""
+        """Returns means over the text, and the numbers of tokens and bytes."""
         nats, rest, tokens, num_bytes = (each.item() for each in sums)
         nats += rest
         return {
@@ -88,7 +88,7 @@ class Loss(Probe):
         }
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
-        """Both means, as `validation/<text>/...`."""
+        """Returns both means, as `validation/<text>/...`."""
         return {
             f"validation/{text}/{measure}": result[measure]
             for measure in ("nats_per_token", "bits_per_byte")

@@ -1,4 +1,4 @@
-"""The interface of a probe: what an evaluation looks at."""
+"""The interface of a probe, which measures something in an evaluation."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from jaxtyping import Array
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.model import Decoder
 
-# The name of all texts together, beside those of domains.
+# The name of all texts together, used beside names of domains.
 ALL = "all"
-# By text, then by probe, what the probe found.
+# Results of probes, by text and then by probe.
 Evaluation = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Adds something up over text. Its sums stay on the device until the text has been read.
+    """Adds something up over text. The sums stay on the device until the text has been read.
 
-    Subclasses are frozen dataclasses: one compiled program serves probes that are equal.
+    Subclasses must be frozen dataclasses, so that equal probes share one compiled program.
 
     Class attributes:
-        keeps: collections that the model keeps for it, such as "routing".
-        of_model: whether it looks at the weights alone. It then has a result for all texts
-            together only.
-        columns: label and format of the figures that tables show; by default, of all figures.
+        keeps: collections that the model keeps for the probe, such as "routing".
+        of_model: whether the probe reads only the weights. It then has one result, for all texts
+            together.
+        columns: label and format of the values that tables show. By default, tables show all
+            values.
 
     Attributes:
-        given: collections that the model reads beside its own, such as experts to leave out.
-            Probes of different `given` take a forward pass each.
+        given: further collections that the model reads, such as experts to leave out. Probes with
+            different `given` need separate forward passes.
     """
 
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -45,47 +46,47 @@ class Probe:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Probe:
-        """The probe for text of a tokenizer."""
+        """Returns the probe for text of a tokenizer."""
         return cls()
 
     def zeros(self, model: Decoder) -> Any:
-        """The sums before any text is read."""
+        """Returns the sums before any text is read."""
         return ()
 
     def add(
         self, model: Decoder, sums: Any, logits_BLV: Array, kept: Any, batch: dict[str, Array]
     ) -> Any:
-        """The sums after a batch. Called under `jax.jit`.
+        """Returns the sums after a batch. This is called under `jax.jit`.
 
         Args:
             model: the decoder.
-            sums: before the batch.
-            logits_BLV: of the next token.
+            sums: sums before the batch.
+            logits_BLV: logits of the next token.
             kept: the collections that `keeps` names.
-            batch: rows of text. Each counts `batch["weight"]` times: 1, or 0 for padding.
+            batch: rows of text. `batch["weight"]` is 1 for each row, or 0 for padding.
         """
         return sums
 
     def result(self, model: Decoder, sums: Any, variables: dict[str, Any]) -> Mapping[str, Any]:
-        """What was found, on the host: numbers by name, or by row and name.
+        """Returns the results on the host: numbers by name, or by row and name.
 
-        Arrays may be among them; files and tables leave them out.
+        Results may contain arrays. Files and tables omit these.
         """
         raise NotImplementedError
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> Mapping[str, float]:
-        """The figures that training writes to `metrics.jsonl`, by name.
+        """Returns the metrics that training writes to `metrics.jsonl`, by name.
 
         Args:
-            name: of the probe.
+            name: name of the probe.
             text: the domain, or "all".
-            result: what was found there.
+            result: result of the probe for that text.
         """
         return {f"{name}/{text}/{path}": value for path, value in numbers_of(result)}
 
 
 def figures_of(probes: Mapping[str, Probe], evaluation: Evaluation) -> dict[str, float]:
-    """The figures of all probes, for `metrics.jsonl`."""
+    """Returns the metrics of all probes, for `metrics.jsonl`."""
     figures: dict[str, float] = {}
     for text, found in evaluation.items():
         for name, result in found.items():
@@ -94,7 +95,7 @@ def figures_of(probes: Mapping[str, Probe], evaluation: Evaluation) -> dict[str,
 
 
 def numbers_of(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested mapping, by their path."""
+    """Yields the numbers of a nested mapping with their paths."""
     for name, value in result.items():
         if isinstance(value, Mapping):
             yield from numbers_of(value, f"{prefix}{name}/")
@@ -103,7 +104,7 @@ def numbers_of(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def only_numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The same nested mapping without what is no number."""
+    """Returns the nested mapping without values that are not numbers."""
     return {
         name: only_numbers(value) if isinstance(value, Mapping) else value
         for name, value in result.items()

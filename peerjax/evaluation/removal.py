@@ -1,4 +1,4 @@
-"""What a model loses with the experts of a domain: losses on every domain without them."""
+"""Removal of the experts of a domain, and the losses on every domain without them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from peerjax.evaluation.usage import GateSums, routers
 from peerjax.model import Decoder
 from peerjax.routing.auxiliary import EXPERTS, REMOVED
 
-# By layer name, such as "layer_1".
+# Experts by layer name, such as "layer_1".
 Experts = Mapping[str, Bool[np.ndarray, " N"]]
-# Draws of random experts, whose mean is the control.
+# Number of draws of random experts. The mean over draws is the control.
 DRAWS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """What happens without the experts of a domain.
+    """The effect of removing the experts of a domain.
 
     Attributes:
-        domain: whose experts are removed.
-        experts: how many of each layer, by layer name.
-        gates: by domain of text, the share of all gates that they have there.
-        changes: by domain of text, how much the loss grows, in nats a token.
-        control: the same with as many random experts of each layer, drawn from those in use; mean
-            over draws.
+        domain: the domain whose experts are removed.
+        experts: number of removed experts in each layer, by layer name.
+        gates: share of all gates that the removed experts have, by domain of text.
+        changes: increase of the loss in nats a token, by domain of text.
+        control: increase of the loss without equally many random experts in each layer. These are
+            drawn from the experts in use. The values are means over draws, by domain of text.
     """
 
     domain: str
@@ -51,17 +51,18 @@ def checked_domains(
     domains: Sequence[str],
     rows: Callable[[PackedRows], Sequence[int]],
 ) -> list[str]:
-    """The domains whose experts `remove_domains` can remove.
+    """Returns the domains whose experts `remove_domains` can remove.
 
     Args:
         model: the decoder.
         texts: packed rows by domain.
-        domains: some of them; or "all".
-        rows: which of a domain's rows are to be used.
+        domains: some of these domains, or "all".
+        rows: function that returns the rows of a domain to use.
 
     Raises:
         ConfigError: if the model has no experts.
-        DataError: if there are fewer than two domains, a domain is not known or has one row only.
+        DataError: if there are fewer than two domains, a domain is unknown, or a domain has fewer
+            than two rows.
     """
     if not domains:
         return []
@@ -70,17 +71,17 @@ def checked_domains(
     there = ", ".join(texts)
     if len(texts) < 2:
         raise DataError(
-            f"all text is of one domain, {there}: experts of a domain are told by other domains; "
-            "give several, as in --pattern='web=web/*.txt;code=code/*.py'"
+            f"all text is of one domain, {there}: experts of a domain are found by comparison with "
+            "other domains; give several, as in --pattern='web=web/*.txt;code=code/*.py'"
         )
     for domain in domains:
         if domain not in texts and domain != ALL:
-            raise DataError(f"there is no text of domain {domain!r}; there is some of {there}")
+            raise DataError(f"there is no text of domain {domain!r}; choose from {there}")
     for name, text in texts.items():
         if len(rows(text)) < 2:
             raise DataError(
-                f"domain {name!r} has one row of text, and needs two: one to find its experts, "
-                "one to measure the loss on"
+                f"domain {name!r} has one row of text, and needs two: one to find its experts, and "
+                "one to measure the loss; give more text of it"
             )
     return list(texts) if ALL in domains else list(dict.fromkeys(domains))
 
@@ -93,17 +94,18 @@ def remove_domains(
     domains: Sequence[str],
     rows: Callable[[PackedRows], Sequence[int]],
 ) -> list[Removal]:
-    """Removes the experts of one domain after the other, and measures the loss on all.
+    """Removes the experts of one domain after the other, and measures the loss on all domains.
 
-    Every second row shows which experts belong to a domain; losses are measured on the others.
+    Every second row is used to find the experts of a domain. Losses are measured on the other rows.
 
     Args:
-        evaluate: called with texts, probes, and `rows`, which of a text's rows to read.
+        evaluate: function of texts, probes, and `rows`, the function that returns rows of a text to
+            read.
         model: the decoder.
         loss: the probe of the loss.
         texts: packed rows by domain.
-        domains: whose experts to remove, as `checked_domains` gives them.
-        rows: which of a domain's rows to use.
+        domains: the domains whose experts to remove, a result of `checked_domains`.
+        rows: function that returns the rows of a domain to use.
     """
     found = evaluate(texts, {"gates": GateSums(), "loss": loss}, rows=lambda text: rows(text)[::2])
     experts = _by_domain({name: found[name] for name in texts})
@@ -149,11 +151,11 @@ def remove_domains(
 
 
 def removed_collection(model: Decoder, experts: Experts) -> dict[str, Any]:
-    """The collection that has a decoder leave experts out; see `peerjax.routing.auxiliary`.
+    """Returns the collection with which a decoder omits experts; see `peerjax.routing.auxiliary`.
 
     Args:
         model: the decoder.
-        experts: by layer name, which to leave out; all layers that route.
+        experts: experts to omit by layer name, for all layers that route.
     """
     return {
         REMOVED: unflatten_dict(
@@ -166,7 +168,7 @@ def removed_collection(model: Decoder, experts: Experts) -> dict[str, Any]:
 
 
 def _by_domain(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Experts]:
-    """The experts of every domain, by layer name."""
+    """Returns the experts of every domain, by layer name."""
     experts: dict[str, dict[str, Any]] = {name: {} for name in found}
     for layer in next(iter(found.values()))["gates"]:
         routing = {
@@ -178,6 +180,6 @@ def _by_domain(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Experts]:
 
 
 def _share(gate_sums: Mapping[str, np.ndarray], experts: Experts) -> float:
-    """The share of all gates that some experts have."""
+    """Returns the share of all gates that some experts have."""
     removed = sum(float(gate_sums[layer][which].sum()) for layer, which in experts.items())
     return removed / sum(float(each.sum()) for each in gate_sums.values())

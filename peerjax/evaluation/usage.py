@@ -1,4 +1,4 @@
-"""Probes of how experts are used."""
+"""Probes of the usage of experts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from peerjax.evaluation.probe import ALL, Probe
 from peerjax.model import Decoder
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 
-# At how many ranks, evenly spread on a logarithmic scale, `Usage` reads the shares of experts.
+# Number of ranks, evenly spread on a logarithmic scale, at which `Usage` reads shares of experts.
 CURVE_POINTS = 256
 
 
 class Router:
-    """A module that keeps its choices.
+    """A module that sows its choices.
 
     Attributes:
-        path: of the module.
-        names: of the layers that have it; with the module's name if a layer has several.
-        num_experts: N.
+        path: path of the module.
+        names: names of the layers that have it, with the module's name if a layer has several.
+        num_experts: N, number of experts to choose from.
     """
 
     def __init__(self, path: tuple[str, ...], names: tuple[str, ...], num_experts: int):
@@ -35,10 +35,10 @@ class Router:
 
 @functools.cache
 def routers(model: Decoder) -> tuple[Router, ...]:
-    """The modules of a model that keep their choices, in the order of their layers."""
+    """Returns the modules of a model that sow their choices, in the order of their layers."""
 
     def routing() -> Any:
-        # Shapes of weights do not depend on the batch: the smallest that splits over the devices.
+        # Shapes do not depend on the batch. This is the smallest one that splits over the devices.
         tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
         return model.init(jax.random.key(0), tokens, tokens).get(ROUTING, {})
 
@@ -62,7 +62,7 @@ class GateSums(Probe):
     keeps: ClassVar[tuple[str, ...]] = (ROUTING,)
 
     def zeros(self, model: Decoder) -> dict[str, Float[Array, "layers N"]]:
-        """Nothing read; by the path of the module."""
+        """Returns sums of zero, by the path of the module."""
         return {
             "/".join(each.path): jnp.zeros((len(each.names), each.num_experts), jnp.float32)
             for each in routers(model)
@@ -71,7 +71,7 @@ class GateSums(Probe):
     def add(
         self, model: Decoder, sums: Any, logits_BLV: Array, kept: Any, batch: dict[str, Array]
     ) -> Any:
-        """Adds a batch."""
+        """Adds a batch to the sums."""
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], logits_BLV.shape[:2])
         choices = by_module(kept[ROUTING])
         return {
@@ -80,11 +80,11 @@ class GateSums(Probe):
         }
 
     def result(self, model: Decoder, sums: Any, variables: Any) -> dict[str, Any]:
-        """The sums, on the host."""
+        """Returns the sums on the host, by layer."""
         return _by_layer(model, jax.device_get(sums))
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
-        """None: there are N of them."""
+        """Returns no metrics, because each layer would have N of them."""
         return {}
 
 
@@ -92,8 +92,8 @@ class GateSums(Probe):
 class Usage(GateSums):
     """`usage` and `unevenness` of every layer's experts, and the `curve` of their shares.
 
-    See `expert_usage` for the first two. The curve has the share of the gates that the experts at
-    some ranks get, the most used first, times N; `curve_ranks` gives the ranks.
+    `expert_usage` defines the first two. The curve has the shares of the gates of the experts at
+    some ranks, times N, with the most used expert first. `curve_ranks` returns the ranks.
     """
 
     columns: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -102,7 +102,7 @@ class Usage(GateSums):
     }
 
     def result(self, model: Decoder, sums: Any, variables: Any) -> dict[str, Any]:
-        """Figures by layer; only they go to the host."""
+        """Returns the results by layer. Only they are copied to the host."""
         reduced = jax.device_get(_usage_of_layers(sums))
         by_layer = {
             name: _by_layer(model, {path: each[name] for path, each in reduced.items()})
@@ -119,7 +119,7 @@ class Usage(GateSums):
         }
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
-        """Both figures on all text, as `experts/<layer>/...`."""
+        """Returns usage and unevenness on all text, as `experts/<layer>/...`."""
         if text != ALL:
             return {}
         return {
@@ -132,11 +132,12 @@ class Usage(GateSums):
 def expert_usage(
     gate_sums: Float[Array, " N"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Usage and unevenness of a layer.
+    """Returns usage and unevenness of a layer.
 
-    With z_i the sum of expert i's gates over the text, normalised to sum 1,
-    `usage = #{z_i > 0} / N`, and `unevenness = log N + sum_i z_i log z_i` is the KL divergence
-    of z from uniform, in nats: 0 is even, log N means that one expert gets everything.
+    Let z_i be the sum of expert i's gates over the text, normalised to sum 1. Then
+    `usage = #{z_i > 0} / N`, and `unevenness = log N + sum_i z_i log z_i`. Unevenness is the KL
+    divergence of z from uniform, in nats. 0 means even use, and log N means that one expert gets
+    everything.
 
     Args:
         gate_sums: z before normalisation; not all zero.
@@ -151,7 +152,7 @@ def expert_usage(
 
 
 def curve_ranks(num_experts: int) -> np.ndarray:
-    """The ranks, from 1, at which the curve of N experts is read."""
+    """Returns the ranks, from 1, at which the curve of N experts is read."""
     ranks = np.geomspace(1, num_experts, min(CURVE_POINTS, num_experts))
     return np.unique(np.round(ranks).astype(int))
 
@@ -168,7 +169,7 @@ def _usage_of_layers(sums: dict[str, Array]) -> dict[str, dict[str, Array]]:
 
 
 def _by_layer(model: Decoder, by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of arrays by the names of their layers, layer by layer."""
+    """Returns the rows of arrays by the names of their layers, in the order of layers."""
     return {
         name: row
         for router in routers(model)

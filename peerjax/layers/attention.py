@@ -13,10 +13,10 @@ from peerjax.layers.spec import Context
 def rotate(
     x: Float[Array, "B L heads dim"], positions: Int[Array, "B L"], base: float
 ) -> Float[Array, "B L heads dim"]:
-    """Applies rotary position embeddings, half-split convention.
+    """Applies rotary position embeddings in the half-split convention.
 
-    Feature i is paired with feature i + dim / 2 (as in Llama's Hugging Face code, not with its
-    neighbour), and the pair is turned by `position * base^(-2 i / dim)` radians.
+    Feature i is paired with feature i + dim / 2, as in Llama's Hugging Face code, and not with its
+    neighbour. The pair is rotated by `position * base^(-2 i / dim)` radians.
 
     References:
         Su et al., "RoFormer", arXiv:2104.09864, section 3.2.
@@ -31,12 +31,12 @@ def rotate(
 
 
 def same_document(segments: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
-    """The attention mask that lets a token see its own document only."""
+    """Returns the attention mask with which a token sees only its own document."""
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens that a stack of blocks has read, by position."""
+    """Keys and values, by position, of the tokens that a stack of blocks has read."""
 
     key: Float[Array, "layers B S heads dim"]
     value: Float[Array, "layers B S heads dim"]
@@ -45,7 +45,7 @@ class KVCache(NamedTuple):
     def zeros(
         layers: int, batch: int, size: int, heads: int, dim: int, dtype: jnp.dtype
     ) -> "KVCache":
-        """An empty cache for sequences of at most `size` tokens."""
+        """Returns an empty cache for sequences of at most `size` tokens."""
         shape = (layers, batch, size, heads, dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -56,7 +56,7 @@ class KVCache(NamedTuple):
         key: Float[Array, "B L heads dim"],
         value: Float[Array, "B L heads dim"],
     ) -> "KVCache":
-        """The cache with a layer's keys and values at `positions`, in place where donated."""
+        """Returns the cache with a layer's keys and values at `positions`; in place if donated."""
         sequences = jnp.arange(positions.shape[0])[:, None]
         return KVCache(
             self.key.at[layer, sequences, positions].set(key),
@@ -65,7 +65,7 @@ class KVCache(NamedTuple):
 
 
 def seen(positions: Int[Array, "B L"], size: int) -> Bool[Array, "B 1 L S"]:
-    """The attention mask over a cache of `size` positions: each token sees what is not after it."""
+    """Returns the mask over a cache of `size` positions; no token sees positions after its own."""
     return (jnp.arange(size) <= positions[:, :, None])[:, None]
 
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     """Multi-head causal self-attention.
 
     Attributes:
-        heads: number of heads; the width of x must be divisible by it.
+        heads: number of heads, which must divide the width of x.
         rope_base: base of the rotary frequencies.
         residual_scale: scale of the output projection's initial values.
         dtype: compute dtype; parameters are float32.
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         context: Context,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """Attends to x itself, or to a cache that x is written into first.
+        """Attends to x itself, or to the cache after x has been written into it.
 
         Args:
-            x_BLD: the stream.
-            context: has positions; segments, within which tokens see each other, unless there is
-                a cache; and the layer, which a cache is read at.
+            x_BLD: the input.
+            context: the layer uses its `positions`. Without a cache, tokens see each other only
+                within a segment of `segments`. With a cache, `layer` is its index in the cache.
             cache: keys and values of all layers of the stack.
 
         Returns:

@@ -1,9 +1,10 @@
 """The two decompositions of Monet's experts: n * n experts of m neurons from two sets of n halves.
 
 Park et al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139, section 3
-and appendix A. Expert (i, j) has the gate `sum_h g1_hi * g2_hj`; sums are reordered so that
-nothing of the size of all N = n * n experts exists. Every matrix is kept as its linear map,
-[out, in], as in the published checkpoints; neuron l of half i is number i * m + l.
+and appendix A. Expert (i, j) has the gate `sum_h g1_hi * g2_hj`. Sums are reordered so that no
+array has the size of all N = n * n experts, unless experts are removed. Every matrix is stored as
+its linear map, [out, in], as in the published checkpoints. Neuron l of half i has the number
+i * m + l.
 """
 
 from typing import NamedTuple
@@ -30,18 +31,21 @@ def horizontal(
 ) -> Float[Array, "*S D"]:
     """Horizontal decomposition: expert (i, j) is `V_j relu2(U_i x + c_i) + b_j`.
 
-    Equation 12. A token takes about `4 D n m` operations for the two matrices, `4 H n m` to mix
-    hidden neurons, `2 n D` for output biases; the largest intermediate values are 2 n m a token.
+    This is equation 12. A token takes about `4 D n m` operations for the two matrices, `4 H n m`
+    to mix hidden neurons, and `2 n D` for output biases. The largest intermediate arrays have
+    2 n m numbers a token.
 
     Args:
-        x: inputs; their dtype is that of the computation.
-        g1: gates of the first halves; each head's sum to 1, or `b` would need their sum.
-        g2: gates of the second halves; likewise.
+        x: inputs, in the dtype of the computation.
+        g1: gates of the first halves. They sum to 1 in each head; otherwise `b` would need their
+            sum.
+        g2: gates of the second halves. They also sum to 1 in each head.
         u: U_1 .. U_n, one above the other.
         v: V_1 .. V_n, side by side.
         c: hidden biases.
         b: output biases.
-        removed: experts that add nothing, number i * n + j. With them, n^2 numbers a token exist.
+        removed: whether each expert is left out of the sum; expert (i, j) has the number i * n + j.
+            If this is given, arrays have n^2 numbers a token.
     """
     gates = _Gates(g1, g2, removed)
     moved = gates.to_second(_hidden(x, u, c, num_keys=g1.shape[-1]))
@@ -67,25 +71,26 @@ def vertical(
     """Vertical decomposition: each half gives m / 2 hidden neurons and D / 2 outputs.
 
     With `x1 = relu2(U1_i x + c1_i)` and `x2 = relu2(U2_j x + c2_j)`, expert (i, j) is
-    `[V11_i x1 + V12_i x2 + b1_i; V21_j x1 + V22_j x2 + b2_j]`: equation 15, in the terms of
-    equations 22 to 29. Operations and intermediate values are as many as in `horizontal`.
+    `[V11_i x1 + V12_i x2 + b1_i; V21_j x1 + V22_j x2 + b2_j]`. This is equation 15, in the terms of
+    equations 22 to 29. It takes as many operations and intermediate values as `horizontal`.
 
     Args:
-        x: inputs; their dtype is that of the computation.
-        g1: gates of the first halves; each head's sum to 1, as the sums over the other side
-            that are left out suppose.
-        g2: gates of the second halves; likewise.
+        x: inputs, in the dtype of the computation.
+        g1: gates of the first halves. They sum to 1 in each head, so their sums are left out.
+        g2: gates of the second halves. They also sum to 1 in each head.
         u1: U1_1 .. U1_n, one above the other.
-        u2: U2_1 .. U2_n.
-        v11: V11_1 .. V11_n, side by side: from first halves to the left outputs.
-        v12: from second halves to the left outputs, chosen by the first.
-        v21: from first halves to the right outputs, chosen by the second.
-        v22: from second halves to the right outputs.
+        u2: U2_1 .. U2_n, one above the other.
+        v11: V11_1 .. V11_n, side by side. They map first halves to the left outputs.
+        v12: V12_1 .. V12_n, which map second halves to the left outputs. The first half of an
+            expert selects among them.
+        v21: V21_1 .. V21_n, which map first halves to the right outputs. The second half of an
+            expert selects among them.
+        v22: V22_1 .. V22_n, which map second halves to the right outputs.
         c1: hidden biases of first halves.
         c2: hidden biases of second halves.
         b1: biases of the left outputs.
         b2: biases of the right outputs.
-        removed: as in `horizontal`.
+        removed: see `horizontal`.
     """
     gates = _Gates(g1, g2, removed)
     x1 = _hidden(x, u1, c1, num_keys=g1.shape[-1])
@@ -99,15 +104,15 @@ def vertical(
 
 
 class _Gates(NamedTuple):
-    """The gates of all experts by their factors, and how hidden neurons are mixed by them.
+    """The gates of all experts as two factors, and their sums over hidden neurons.
 
-    Without removed experts no sum is taken that is known to be 1, and pairs are never written
-    down. With them, each sum is that of the pairs that are left.
+    Without removed experts, sums that are known to be 1 are skipped, and the gates of pairs are
+    never computed. With removed experts, each sum runs over the pairs that are left.
 
     Attributes:
-        g1: of the first halves.
-        g2: of the second halves.
-        removed: experts, if any, that add nothing.
+        g1: gates of the first halves.
+        g2: gates of the second halves.
+        removed: whether each expert is left out, or `None`.
     """
 
     g1: Float[Array, "*S H n"]
@@ -115,17 +120,17 @@ class _Gates(NamedTuple):
     removed: Bool[Array, " N"] | None
 
     def of_first(self) -> Float[Array, "*S n"]:
-        """`sum_j gate_ij`."""
+        """Returns `sum_j gate_ij`."""
         if self.removed is None:
             return jnp.sum(self.g1, axis=-2)
         return jnp.sum(self._left(self.removed), axis=-1)
 
     def of_second(self) -> Float[Array, "*S n"]:
-        """`sum_i gate_ij`."""
+        """Returns `sum_i gate_ij`."""
         return self._turned().of_first()
 
     def to_second(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
-        """`sum_i gate_ij hidden_i`; by way of [*S, H, m] if no expert is removed."""
+        """Returns `sum_i gate_ij hidden_i`, computed from [*S, H, m] if no expert is removed."""
         if self.removed is not None:
             left = self._left(self.removed).astype(hidden.dtype)
             return jnp.einsum("...ij,...im->...jm", left, hidden)
@@ -134,23 +139,23 @@ class _Gates(NamedTuple):
         return jnp.einsum("...hm,...hj->...jm", per_head, g2)
 
     def to_first(self, hidden: Float[Array, "*S n m"]) -> Float[Array, "*S n m"]:
-        """`sum_j gate_ij hidden_j`."""
+        """Returns `sum_j gate_ij hidden_j`."""
         return self._turned().to_second(hidden)
 
     def _turned(self) -> "_Gates":
-        """The same with sides exchanged."""
+        """Returns the same gates with the sides exchanged."""
         n = self.g1.shape[-1]
         removed = None if self.removed is None else self.removed.reshape(n, n).T.reshape(-1)
         return _Gates(self.g2, self.g1, removed)
 
     def _left(self, removed: Bool[Array, " N"]) -> Float[Array, "*S n n"]:
-        """The gate of every expert that is left."""
+        """Returns the gates of all experts, with 0 for removed ones."""
         gates = jnp.einsum("...hi,...hj->...ij", self.g1, self.g2)
         return jnp.where(removed.reshape(gates.shape[-2:]), 0, gates)
 
 
 def _hidden(x: Array, u: Array, c: Array, num_keys: int) -> Array:
-    """`relu2(U x + c)`, [*S, n, m]."""
+    """Returns `relu2(U x + c)`, [*S, n, m]."""
     return ACTIVATIONS["relu2"](_linear(x, u) + c).reshape(*x.shape[:-1], num_keys, -1)
 
 
@@ -167,22 +172,22 @@ def _flat(hidden: Array) -> Array:
 
 
 def kept_square_sum(num_keys: int, heads: int, top_k: int) -> float:
-    """Mean of `sum_i (sum_h g_hi)^2 x_i^2` for a hidden neuron of a fresh layer.
+    """Returns the mean of `sum_i (sum_h g_hi)^2 x_i^2` for a hidden neuron of a fresh layer.
 
-    Heads are taken as independent: two of them share a key with probability 1 / n.
+    Heads are assumed to be independent, so two of them share a key with probability 1 / n.
     """
     concentration = mean_square_sum(num_keys, top_k)
     return MEAN_SQUARE * heads * (concentration + (heads - 1) / num_keys)
 
 
 def moved_square_sum(num_keys: int, heads: int, top_k: int) -> float:
-    """Mean of `sum_j (sum_h g2_hj sum_i g1_hi x_i)^2` for a hidden neuron of a fresh layer.
+    """Returns the mean of `sum_j (sum_h g2_hj sum_i g1_hi x_i)^2` for a fresh hidden neuron.
 
-    Heads are taken as independent, as in `kept_square_sum`.
+    Heads are assumed to be independent, as in `kept_square_sum`.
     """
 
     def of_two_heads(together: float) -> float:
-        """`sum_j g2_hj g2_kj` times the mean of the two heads' neurons' product."""
+        """Returns `sum_j g2_hj g2_kj` times the mean product of the neurons of both heads."""
         return together * (MEAN**2 + (MEAN_SQUARE - MEAN**2) * together)
 
     concentration = mean_square_sum(num_keys, top_k)

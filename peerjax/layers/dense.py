@@ -26,7 +26,7 @@ class DenseConfig(FeedForward):
     activation: str = "gelu"
 
     def check(self, width: int) -> None:
-        """Raises a ValueError for fields out of range."""
+        """Raises a ValueError if a field is out of range."""
         require_positive(self, "hidden")
         require_choice(self, "activation", ACTIVATIONS)
 
@@ -35,15 +35,15 @@ class DenseConfig(FeedForward):
         return MLP(self, sizes, name=name)
 
     def flops(self, width: int) -> dict[str, float]:
-        """Both matrices."""
+        """Counts both matrices."""
         return {"mlp": 4 * width * self.hidden}
 
 
 class MLP(nn.Module):
-    """`act(x W_down) W_up`, without biases.
+    """Computes `act(x W_down) W_up`, without biases.
 
-    "down" is the first matrix and "up" the second, as `down` and `up` of an expert. Llama calls
-    them the other way round: its `up_proj` is the first.
+    "down" is the first matrix and "up" the second, like `down` and `up` of an expert. Llama's names
+    are the other way round, so its `up_proj` is the first matrix.
     """
 
     config: DenseConfig

@@ -9,22 +9,22 @@ from peerjax.routing.auxiliary import keep_choice, removed_experts
 from peerjax.routing.choice import Choice
 from peerjax.sharding.pools import sharded_lookup
 
-# A collection that is given, and the name of the one value that a module has in it.
+# A collection that the caller gives, and the name of the one value of each module in it.
 TAPS, TAP = "taps", "tap"
 
 
 class LookUp(nn.Module):
-    """`sum_k gate_k * act(down_k . x + bias_k) * up_k` over the chosen experts of a pool.
+    """Computes `sum_k gate_k * act(down_k . x + bias_k) * up_k` over the chosen experts of a pool.
 
-    The pool is the one of the context that has the module's name. A token uses as many experts as
-    the context's budget allows, without those that the collection "removed" names.
+    The module reads the pool in `context.pools` that has its own name. A token uses at most
+    `context.budget` experts, and none that the collection "removed" marks.
 
-    Sows the choice that results into "routing". Reads, where it is given, the collection "taps",
-    whose gradient is the factored gradient of the pool.
+    The module sows the resulting choice into "routing". If the collection "taps" is given, its
+    gradient is the factored gradient of the pool.
 
     Attributes:
         activation: "gelu" (exact), "relu" or "relu2".
-        implementation: of the lookup; `None` chooses by the platform.
+        implementation: implementation of the lookup; `None` chooses by the platform.
     """
 
     activation: str = "gelu"
@@ -37,7 +37,7 @@ class LookUp(nn.Module):
         """Looks up the experts of every token.
 
         Raises:
-            ValueError: if the choice is among more or fewer experts than the pool has.
+            ValueError: if the choice and the pool have different numbers of experts.
         """
         pool = context.pools[str(self.name)]
         if choice.num_experts != pool.num_experts:

@@ -1,4 +1,4 @@
-"""A mixture of MLP experts: the usual sparse layer, to compare pools with."""
+"""A mixture of MLP experts, the usual sparse layer, for comparison with pools."""
 
 import dataclasses
 from typing import ClassVar
@@ -29,11 +29,11 @@ class MoeConfig(FeedForward):
     """The section "moe".
 
     Attributes:
-        num_experts: E.
-        experts_per_token: k.
+        num_experts: E, experts of a layer.
+        experts_per_token: k, experts that each token uses.
         hidden: hidden neurons of an expert.
         activation: "gelu" (exact), "relu" or "relu2".
-        balance_weight: of the loss that spreads tokens over experts; 0 means none.
+        balance_weight: weight of the loss that spreads tokens over experts; 0 means no loss.
     """
 
     section: ClassVar[str] = "moe"
@@ -46,11 +46,11 @@ class MoeConfig(FeedForward):
 
     @property
     def routes(self) -> bool:
-        """Yes, without a pool."""
+        """Always true, although the layer has no pool."""
         return True
 
     def check(self, width: int) -> None:
-        """Raises a ValueError for fields out of range, or more experts a token than there are."""
+        """Raises a ValueError if a field is out of range or k exceeds the number of experts."""
         require_positive(self, "num_experts", "experts_per_token", "hidden")
         require_not_negative(self, "balance_weight")
         require_choice(self, "activation", ACTIVATIONS)
@@ -65,7 +65,7 @@ class MoeConfig(FeedForward):
         return MoE(self, sizes, name=name)
 
     def flops(self, width: int) -> dict[str, float]:
-        """The router and the chosen experts; padding of their blocks is not counted."""
+        """Counts the router and the chosen experts, without the padding of blocks."""
         return {
             "router": 2 * width * self.num_experts,
             "experts": self.experts_per_token * 4 * width * self.hidden,
@@ -73,12 +73,13 @@ class MoeConfig(FeedForward):
 
 
 class MoE(nn.Module):
-    """`sum_j gate_j * act(x down_j) up_j` over the k experts of the largest router logits.
+    """Computes `sum_j gate_j * act(x down_j) up_j` over the k experts with the largest logits.
 
-    No token is dropped. Routing is float32; see `peerjax.routing.token_choice` for the gates.
+    No token is dropped. Routing is computed in float32. `peerjax.routing.token_choice` defines the
+    gates.
 
-    Sows its choice into the collection "routing", and into "losses" `balance`, its balance loss
-    times `balance_weight`.
+    The layer sows its choice into the collection "routing". It sows its balance loss, times
+    `balance_weight`, into "losses" as `balance`.
     """
 
     config: MoeConfig
@@ -92,7 +93,7 @@ class MoE(nn.Module):
         config, width = self.config, x_BLD.shape[-1]
         dtype = jnp.dtype(self.sizes.dtype)
         x_TD = x_BLD.reshape(-1, width)
-        # Small initial logits: a fresh router gives its choices nearly equal gates.
+        # Initial logits are small, so the gates of a fresh router are nearly equal.
         init = nn.initializers.normal(0.02)
         router = nn.Dense(config.num_experts, use_bias=False, kernel_init=init, name="router")
         logits_TE = router(x_TD.astype(jnp.float32))
@@ -110,7 +111,7 @@ class MoE(nn.Module):
 
         y_TD = mixture(
             x_TD.astype(dtype),
-            ids_Tk,  # a removed expert is computed, and has the gate 0
+            ids_Tk,  # a removed expert is computed too, but its gate is 0
             choice.gates,
             experts("down", width, config.hidden, 1.0),
             experts("up", config.hidden, width, self.sizes.residual_scale**2),

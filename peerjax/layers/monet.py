@@ -1,6 +1,6 @@
 """Monet's layers (Park et al. 2024, arXiv:2412.04139): a router shared by consecutive blocks.
 
-`peerjax.layers.decompositions` has the experts' mathematics, `peerjax.routing.monet` the router.
+`peerjax.layers.decompositions` computes the experts. `peerjax.routing.monet` has the router.
 """
 
 import dataclasses
@@ -33,19 +33,19 @@ from peerjax.routing.monet import MonetRouter, ambiguity, keys_per_side, quantil
 
 @dataclasses.dataclass(frozen=True)
 class MonetConfig(FeedForward):
-    """The section "monet", of both kinds.
+    """The section "monet", which both kinds share.
 
     Attributes:
-        num_experts: N, the square of the number n of keys, and halves, of a side.
+        num_experts: N = n^2. Each side has n keys and n halves of experts.
         expert_width: m, hidden neurons of an expert.
         heads: H, routing heads.
-        top_k: keys that a side and head has on, on average.
-        group: consecutive blocks that share a router.
-        uniformity_weight: of the loss that spreads use over keys.
-        ambiguity_weight: of the loss that makes choices sharp.
-        storage: of the matrices. "float32" trains them with AdamW. A format of
-            `pallas_kernels.codes`, such as "int4", keeps them in packed codes, with the rule and
-            the learning rate of pools.
+        top_k: average number of keys that are on, for each side and head.
+        group: number of consecutive blocks that share a router.
+        uniformity_weight: weight of the loss that spreads use over keys.
+        ambiguity_weight: weight of the loss that makes choices sharp.
+        storage: storage of the matrices. "float32" trains them with AdamW. A format of
+            `pallas_kernels.codes`, such as "int4", stores them as packed codes. They then train
+            with the rule and the learning rate of pools.
     """
 
     section: ClassVar[str] = "monet"
@@ -63,16 +63,16 @@ class MonetConfig(FeedForward):
 
     @property
     def period(self) -> int:
-        """Blocks that share a router."""
+        """Number of consecutive blocks that share a router."""
         return self.group
 
     @property
     def routes(self) -> bool:
-        """Yes, without a pool."""
+        """Always true, although the layer has no pool."""
         return True
 
     def check(self, width: int) -> None:
-        """Raises a ValueError for fields out of range or that do not fit together."""
+        """Raises a ValueError if fields are out of range or do not fit together."""
         require_positive(self, "expert_width", "heads", "top_k", "group")
         require_not_negative(self, "uniformity_weight", "ambiguity_weight")
         require_choice(self, "storage", ("float32", *CODES))
@@ -82,7 +82,7 @@ class MonetConfig(FeedForward):
             raise ValueError(f"monet: {error}") from None
 
     def flops(self, width: int) -> dict[str, float]:
-        """The share of a router that a block has, and its experts."""
+        """Counts a block's share of its router, and the experts."""
         keys = keys_per_side(self.num_experts)
         hidden = keys * self.expert_width
         return {
@@ -93,7 +93,7 @@ class MonetConfig(FeedForward):
 
 @dataclasses.dataclass(frozen=True)
 class MonetHDConfig(MonetConfig):
-    """Horizontal decomposition."""
+    """Monet's layer in horizontal decomposition."""
 
     def module(self, sizes: Sizes, name: str | None = None) -> "MonetHD":
         """Builds the layer."""
@@ -102,10 +102,10 @@ class MonetHDConfig(MonetConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MonetVDConfig(MonetConfig):
-    """Vertical decomposition."""
+    """Monet's layer in vertical decomposition."""
 
     def check(self, width: int) -> None:
-        """Raises a ValueError as `MonetConfig`, and for odd widths."""
+        """Raises a ValueError as `MonetConfig` does, or if a width is odd."""
         super().check(width)
         if self.expert_width % 2 or width % 2:
             raise ValueError(
@@ -119,11 +119,11 @@ class MonetVDConfig(MonetConfig):
 
 
 class Routed(NamedTuple):
-    """What the first block of a group hands on.
+    """Routing that the first block of a group passes to the other blocks.
 
     Attributes:
-        choice: gates of all experts, by factors.
-        removed: experts that are to add nothing, if any are given.
+        choice: gates of all experts, as two factors.
+        removed: whether each expert is left out, or `None`.
     """
 
     choice: FactoredChoice
@@ -131,14 +131,15 @@ class Routed(NamedTuple):
 
 
 class MonetLayer(nn.Module):
-    """What `MonetHD` and `MonetVD` share: the router, and how parameters are drawn.
+    """The common part of `MonetHD` and `MonetVD`: the router, and initial parameters.
 
-    The first block of a group has the router, and sows its choice into the collection "routing";
-    "losses" gets `uniformity` and `ambiguity`, means over the routers of the model.
+    The first block of a group has the router and sows its choice into the collection "routing". It
+    also sows `uniformity` and `ambiguity` into "losses", as means over the routers of the model.
 
-    Hidden weights have variance 1 / D, biases are 0. Output weights have the deviation with which
-    a fresh layer's outputs are as large as those of a fresh dense MLP with relu^2. (The published
-    code draws every weight with deviation 0.02, from which outputs are several times smaller.)
+    Hidden weights have variance 1 / D, and biases are 0. The deviation of output weights is such
+    that a fresh layer's outputs are as large as those of a fresh dense MLP with relu^2. (The
+    published code draws every weight with deviation 0.02, which makes outputs several times
+    smaller.)
     """
 
     config: MonetConfig

@@ -1,4 +1,4 @@
-"""What the kinds of layers say about their parameters, by the parameters' paths."""
+"""Storage and weight decay of parameters, found from their paths and the kinds of layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pallas_kernels.codes import CODES
 from peerjax.layers.spec import FeedForward
 from peerjax.optim import is_packed_matrix, pack
 
-# Parameters of any module that weight decay leaves alone: norms, embeddings.
+# Names of parameters without weight decay in any module: norms, biases and embeddings.
 UNDECAYED = ("scale", "bias", "embedding")
 Layers = Sequence[tuple[FeedForward, int]]
 
 
 def packed_storage(layers: Layers, path: Any) -> str | None:
-    """The format of the codes of a parameter that is kept packed; `None` for one that is not.
+    """Returns the format of the codes of a packed parameter, or `None` if it is not packed.
 
     Args:
         layers: kinds of feed-forward layers, stack by stack.
-        path: of the parameter, as JAX gives it.
+        path: path of the parameter in JAX's form.
     """
     spec, name = _of_section(layers, path)
     if spec is None or name not in spec.packable or spec.packed_storage not in CODES:
@@ -30,7 +30,7 @@ def packed_storage(layers: Layers, path: Any) -> str | None:
 
 
 def packed(layers: Layers, params: Any) -> Any:
-    """Params with those in codes that are kept so."""
+    """Returns params in which the parameters that are stored as codes are packed."""
 
     def pack_leaf(path: Any, leaf: Any) -> Any:
         storage = packed_storage(layers, path)
@@ -40,7 +40,7 @@ def packed(layers: Layers, params: Any) -> Any:
 
 
 def decayed(layers: Layers, params: Any) -> Any:
-    """A tree of booleans: which parameters weight decay shrinks."""
+    """Returns a tree of booleans that are true for parameters with weight decay."""
 
     def is_decayed(path: Any, leaf: Any) -> bool:
         spec, name = _of_section(layers, path)
@@ -50,7 +50,7 @@ def decayed(layers: Layers, params: Any) -> Any:
 
 
 def _of_section(layers: Layers, path: Any) -> tuple[FeedForward | None, str]:
-    """The kind whose module a parameter belongs to itself, and the parameter's name."""
+    """Returns the kind whose module directly owns a parameter, if any, and the parameter's name."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     if names[0].startswith("run_"):
         spec = layers[int(names[0].removeprefix("run_"))][0]

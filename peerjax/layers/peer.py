@@ -24,10 +24,11 @@ class PeerConfig(FeedForward):
     Attributes:
         num_experts: (N1, N2), sizes of the two sets of sub-keys; a pool has N1 * N2 experts.
         heads: H, routing heads.
-        experts_per_head: k.
+        experts_per_head: k, experts that a head retrieves for each token.
         key_width: width of a sub-key, half of a query.
         activation: "gelu" (exact), "relu" or "relu2".
-        query_norm: "layernorm", "batchnorm" (over the tokens of earlier steps) or "none".
+        query_norm: normalisation of queries: "layernorm", "batchnorm" (over the tokens of earlier
+            steps) or "none".
     """
 
     section: ClassVar[str] = "peer"
@@ -41,11 +42,11 @@ class PeerConfig(FeedForward):
 
     @property
     def pools(self) -> dict[str, int]:
-        """One pool."""
+        """The one pool of the layer."""
         return {POOL: self.num_experts[0] * self.num_experts[1]}
 
     def check(self, width: int) -> None:
-        """Raises a ValueError for fields out of range, or more experts a head than there are."""
+        """Raises a ValueError if a field is out of range or k exceeds the number of experts."""
         require_positive(self, "heads", "experts_per_head", "key_width")
         require_choice(self, "activation", ACTIVATIONS)
         require_choice(self, "query_norm", QUERY_NORMS)
@@ -64,7 +65,7 @@ class PeerConfig(FeedForward):
         return PEER(self, sizes, name=name)
 
     def flops(self, width: int) -> dict[str, float]:
-        """Queries and their scores, the sums of retrieval, and the experts."""
+        """Counts queries and their scores, the sums of retrieval, and the experts."""
         n1, n2 = self.num_experts
         queries = 2 * width * self.heads * 2 * self.key_width
         scores = 2 * self.heads * (n1 + n2) * self.key_width
@@ -77,13 +78,14 @@ class PeerConfig(FeedForward):
 
 
 class PEER(nn.Module):
-    """`sum_h sum_k softmax(score)_hk * act(down_hk . x) * up_hk` over retrieved experts.
+    """Computes `sum_h sum_k softmax(score)_hk * act(down_hk . x) * up_hk` over retrieved experts.
 
-    Queries are `norm(W_q x)` per head, split in halves that score the two sets of sub-keys;
-    each head retrieves its `experts_per_head` best experts of the product. Routing is float32.
+    Queries are `norm(W_q x)` for each head. The two halves of a query score the two sets of
+    sub-keys. Each head retrieves its `experts_per_head` best experts of the product. Routing is
+    computed in float32.
 
-    The pool is `context.pools["pool"]`; `LookUp` says what is kept and read beside it.
-    Initialisation also records each sub-key's norm in the collection "stats".
+    The pool is `context.pools["pool"]`. `LookUp` documents the collections that are read and
+    written. Initialisation also records the norm of each sub-key in the collection "stats".
     """
 
     config: PeerConfig
@@ -115,8 +117,8 @@ class PEER(nn.Module):
             keys_HNd = self.param(name, init, (config.heads, num_keys, config.key_width))
             if self.is_initializing():
                 self.variable(STATS, f"initial_norm_{name}", jnp.linalg.norm, keys_HNd, axis=-1)
-            # Heads first, as in the keys: the scores are the largest arrays of a step, and with
-            # tokens first XLA on CPU would write them down once more in another order.
+            # Heads come first, as in the keys. The scores are the largest arrays of a step. With
+            # tokens first, XLA on CPU would write them once more in another order.
             return jnp.einsum("thd,hnd->htn", query_THd, keys_HNd)
 
         first, second = jnp.split(query_THd, 2, axis=-1)

@@ -1,4 +1,4 @@
-"""What a kind of feed-forward layer is: the interface between a layer's file and everything else.
+"""The interface of a kind of feed-forward layer.
 
 A kind is one frozen dataclass in one file of `peerjax.layers`. Its fields are its section of the
 configuration. `peerjax.layers.FEED_FORWARDS` lists the kinds by name.
@@ -15,16 +15,17 @@ from peerjax.routing.running_norm import RUNNING
 
 
 class Sizes(NamedTuple):
-    """What every layer of a model shares.
+    """Settings that all layers of a model share.
 
     Attributes:
         width: D, features of the residual stream.
-        residual_scale: initial scale of what a layer adds to the stream.
+        residual_scale: initial scale of a layer's output, which is added to the residual stream.
         dtype: name of the compute dtype; parameters are float32.
-        statistics: what routers with batch normalisation normalise by, as
-            `peerjax.routing.running_norm.RunningNorm` takes it.
-        implementation: of lookups and mixtures, as `pallas_kernels.dispatch` takes it.
-        routers: how many routers the model has in layers of this section. A loss that is a mean
+        statistics: statistics for routers with batch normalisation, a value of
+            `peerjax.routing.running_norm.RunningNorm.statistics`.
+        implementation: implementation of lookups and mixtures, in the form that
+            `pallas_kernels.dispatch` takes.
+        routers: number of routers of the model in layers of this section. A loss that is a mean
             over routers is divided by it.
     """
 
@@ -37,19 +38,20 @@ class Sizes(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks of a stack read beside the residual stream.
+    """Values that all blocks of a stack read in addition to the residual stream.
 
-    The scan over blocks broadcasts everything but `layer`, so a new field needs no new argument.
+    The scan over blocks broadcasts every field but `layer`, so a new field needs no new argument.
 
     Attributes:
-        pools: the stack's `ExpertPool`s by name, each a stack of pools itself.
-        layer: index of the block in its stack, an integer; `None` for pools that are no stacks.
+        pools: `ExpertPool`s of the stack by name; each of them is a stack of pools.
+        layer: index of the block in its stack, an integer; `None` if pools are not stacked.
         positions: position of each token in its document, integers [B, L].
-        segments: which document of its sequence each token belongs to, integers [B, L]; `None`
-            while decoding.
-        budget: how many experts each token may use, integers [B, L]; `None` for no limit.
-        seed: of the run, an integer, for draws that a layer makes in training; `None` elsewhere.
-        step: number of the training step, an integer; `None` elsewhere.
+        segments: number of the document in its sequence that each token belongs to, integers
+            [B, L]; `None` in decoding.
+        budget: number of experts that each token may use, integers [B, L]; `None` for no limit.
+        seed: seed of the run, an integer, for random draws of layers in training. It is `None`
+            outside of training.
+        step: number of the training step, an integer; `None` outside of training.
         shared: arrays that all blocks share; a plain function applies them.
     """
 
@@ -65,14 +67,15 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeedForward:
-    """A kind of feed-forward layer; subclasses add fields and override what differs.
+    """A kind of feed-forward layer. Subclasses add fields and override methods.
 
     Class attributes:
-        section: name of its section in the configuration, and of its module in parameter paths.
-        undecayed: parameters without weight decay, by leaf name; those named "scale", "bias" and
-            "embedding" never have any.
-        packable: parameters, by leaf name, that the field `storage` packs, if it names a format
-            of `pallas_kernels.codes`.
+        section: name of the kind's section in the configuration, and of its module in parameter
+            paths.
+        undecayed: leaf names of parameters without weight decay. Parameters named "scale", "bias"
+            or "embedding" never have any.
+        packable: leaf names of parameters that are packed if the field `storage` names a format of
+            `pallas_kernels.codes`.
     """
 
     section: ClassVar[str]
@@ -81,60 +84,60 @@ class FeedForward:
 
     @property
     def period(self) -> int:
-        """How many consecutive blocks share what the first of them routes."""
+        """Number of consecutive blocks that share the routing of the first of them."""
         return 1
 
     @property
     def pools(self) -> dict[str, int]:
-        """The number of experts of each pool that a layer owns, by the pool's name."""
+        """Number of experts of each pool of a layer, by the pool's name."""
         return {}
 
     @property
     def routes(self) -> bool:
-        """Whether the layer chooses among experts and keeps its choice."""
+        """Whether the layer chooses among experts and sows its choice."""
         return bool(self.pools)
 
     @property
     def packed_storage(self) -> str:
-        """How `packable` parameters are stored."""
+        """Storage of the `packable` parameters."""
         return getattr(self, "storage", "float32")
 
     def check(self, width: int) -> None:
-        """Checks the fields, for a model of `width` features.
+        """Checks the fields for a model of `width` features.
 
         Raises:
-            ValueError: naming the first field that does not fit, with its section.
+            ValueError: if a field is invalid. The message names the first one with its section.
         """
 
     def module(self, sizes: Sizes, name: str | None = None) -> nn.Module:
-        """Builds the layer, of signature `(x_BLD, context, routed) -> (y_BLD, routed)`.
+        """Builds the layer, with the signature `(x_BLD, context, routed) -> (y_BLD, routed)`.
 
-        `routed` is `None` in the first block of a period. What the layer returns there, the other
-        blocks of the period receive.
+        In the first block of a period, `routed` is `None`. The other blocks of the period receive
+        the `routed` that the first block returns.
         """
         raise NotImplementedError
 
     def flops(self, width: int) -> dict[str, float]:
-        """Forward FLOPs of a token by part of the layer; a multiply-add counts as 2."""
+        """Returns the forward FLOPs of a token by part of the layer; a multiply-add counts as 2."""
         raise NotImplementedError
 
 
 def require_positive(spec: FeedForward, *names: str) -> None:
-    """Raises a ValueError for the first of some fields that is not a positive number."""
+    """Raises a ValueError for the first of the named fields that is not a positive number."""
     for name in names:
         if not getattr(spec, name) > 0:
             raise ValueError(f"{spec.section}.{name}={getattr(spec, name)} is not positive")
 
 
 def require_not_negative(spec: FeedForward, *names: str) -> None:
-    """Raises a ValueError for the first of some fields that is negative or not a number."""
+    """Raises a ValueError for the first of the named fields that is negative or not a number."""
     for name in names:
         if not getattr(spec, name) >= 0:
             raise ValueError(f"{spec.section}.{name}={getattr(spec, name)} is negative")
 
 
 def require_choice(spec: FeedForward, name: str, choices: Any) -> None:
-    """Raises a ValueError if a field is not one of some values."""
+    """Raises a ValueError if a field is not one of `choices`."""
     if getattr(spec, name) not in choices:
         raise ValueError(
             f"{spec.section}.{name}={getattr(spec, name)!r} is unknown; "

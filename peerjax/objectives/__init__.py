@@ -1,4 +1,4 @@
-"""What a run minimises: tasks for the training loop."""
+"""Training objectives: tasks for the training loop."""
 
 from peerjax.objectives.language import language, language_model
 from peerjax.objectives.task import Batch, Task

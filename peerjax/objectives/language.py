@@ -16,12 +16,12 @@ from peerjax.objectives.task import Batch, Task, drawn_variables
 
 
 def language(config: ml_collections.ConfigDict, corpus: Corpus) -> Task:
-    """The task of `train.py`: predict the next token of a corpus."""
+    """Returns the task of `train.py`, which is to predict the next token of a corpus."""
     return language_model(config, corpus.tokenizer.vocab_size)
 
 
 def language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
-    """The same for any text of a vocabulary."""
+    """Returns the next-token task for any text with a vocabulary of `vocab_size` entries."""
     model = Decoder(model_config(config, vocab_size))
     return Task(model, partial(drawn_variables, model), next_token_loss)
 
@@ -29,5 +29,5 @@ def language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
 def next_token_loss(
     logits_BLV: Float[Array, "B L V"], kept: Any, batch: Batch, frozen: Any, step: Any
 ) -> Float[Array, "B L"]:
-    """The cross-entropy of every target."""
+    """Returns the cross-entropy of every target."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch["targets"])

@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it minimises."""
+"""The interface between the training loop and an objective."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Loss = Callable[[Array, Any, Batch, Any, Array], Array]
 
 
 class Task(NamedTuple):
-    """What a run trains, from which weights, by which loss.
+    """The model, the initial weights and the loss of a run.
 
     Attributes:
         model: the decoder.
-        init: draws the variables of a fresh run from a random key: the collections "params",
-            "pools" and "stats", with those params packed that are kept packed. Called under
-            `jax.jit`.
-        loss: gives the loss of every token in nats, float32 [B, L]. Its arguments are the logits
-            [B, L, V], the collections that `keeps` names, the batch, `frozen`, and the number of
-            the step. Training minimises its mean plus the terms that layers add.
-        keeps: collections that the loss reads beside those that training keeps for itself.
-        rows: wraps a source of rows of text, to add fields to them. The result is indexed as the
-            source is, so that a run can be resumed. `None` leaves rows as they are.
-        frozen: arrays that the loss reads, such as a teacher's. They are arguments of the compiled
-            step; training never saves, moves or donates them.
+        init: function that draws the variables of a fresh run from a random key. They are the
+            collections "params", "pools" and "stats". Parameters that are stored packed must be
+            packed in "params". The function is called under `jax.jit`.
+        loss: function that returns the loss of every token in nats, float32 [B, L]. Its arguments
+            are the logits [B, L, V], the collections that `keeps` names, the batch, `frozen`, and
+            the number of the step. Training minimises the mean plus the terms that layers add.
+        keeps: names of collections that the loss reads. Training always keeps some others.
+        rows: function that wraps a source of rows of text to add fields to them. The result must be
+            indexed like the source, so that a run can be resumed. `None` adds nothing.
+        frozen: arrays that the loss reads, such as those of a teacher. They are arguments of the
+            compiled step. Training never saves, changes or donates them.
     """
 
     model: Decoder
@@ -44,18 +44,18 @@ class Task(NamedTuple):
     frozen: Any = ()
 
     def of_rows(self, source: Any) -> Any:
-        """A source of rows with the fields that the task adds."""
+        """Returns a source of rows with the fields that the task adds."""
         return source if self.rows is None else self.rows(source)
 
 
 def inputs_of(batch: Batch) -> tuple[Array, Array, Array]:
-    """What of a batch the model reads."""
+    """Returns the arrays of a batch that the model reads."""
     return batch["inputs"], batch["positions"], batch["segments"]
 
 
 def drawn_variables(model: Decoder, key: Key[Array, ""]) -> dict[str, Any]:
-    """Draws a model's variables; parameters that are kept packed come packed."""
-    # Variables do not depend on the batch: the smallest that splits over the devices will do.
+    """Draws a model's variables. Parameters that are stored packed are packed in the result."""
+    # Variables do not depend on the batch. This is the smallest one that splits over the devices.
     tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
     variables = model.init(key, tokens, tokens, tokens)
     return {

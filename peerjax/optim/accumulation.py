@@ -1,4 +1,4 @@
-"""The transform that trains packed parameters: pools in place, any other matrix by differences."""
+"""The transform that trains packed parameters: pools in place, other matrices by differences."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class AccumulationState(NamedTuple):
 
     Attributes:
         count: number of updates made.
-        pools: an `UpdateState` for each pool or matrix: accumulators, second moments.
-        statistics: `Statistics` of the last update, likewise.
+        pools: an `UpdateState` for each pool or matrix, with accumulators and second moments.
+        statistics: `Statistics` of the last update, for each pool or matrix.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -48,53 +48,57 @@ def int4_accumulation(
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Row-wise steps of packed parameters, accumulated in a few more bits.
+    r"""Trains packed parameters by normalised steps of vectors, accumulated in a few more bits.
 
-    A packed weight is `(w + a / 2^b) s`: a code w, which the model reads, an accumulator a of b
-    bits (as many as the code, unless said otherwise) and a scale s of its row. With `g` the
-    gradient of the row and `nu` the average of its mean square over the steps in which it was hit,
+    A vector is `down` or `up` of an expert, or a row of a matrix. A packed weight is
+    `(w + a / 2^b) s`. The model reads the code w. The accumulator a has b bits, by default as many
+    as the code. The scale s belongs to the vector. Let `g` be the gradient of the vector, and `nu`
+    the average of its mean square over the steps in which it was hit. Then
 
     .. math::
         \delta = \frac{g}{\sqrt{\nu}}, \quad
         u = -\eta \, \delta \, \frac{2^b}{s}, \quad
-        2^b w + a \leftarrow \mathrm{clip}(2^b w + a + \mathrm{SR}(u)),
+        2^b w + a \leftarrow \mathrm{clip}(2^b w + a + \mathrm{SR}(u)).
 
-    with SR stochastic rounding and the RMS of delta at most 1. The scale of a row follows the
-    RMS of its codes, a quarter of an octave at a time. Float pools take the same steps without
-    accumulators (bfloat16 rounds stochastically).
+    Here SR is stochastic rounding, and the RMS of delta is at most 1. The scale of a vector follows
+    the RMS of its codes in steps of a quarter of an octave. Float pools take the same steps without
+    accumulators. In bfloat16 they round stochastically.
 
-    Params are a tree of packed parameters, of two kinds:
+    Params are a tree of packed parameters of two kinds:
 
-    - `ExpertPool`, whose update is a `FactoredGradient`. It comes out as an `Overwrite`, which
-      `peerjax.optim.apply_updates` puts in place of the donated pool.
-    - `PackedMatrix`, made by `peerjax.optim.pack` of any matrix. Its update is the ordinary
-      gradient with respect to `peerjax.optim.dequantize(params)`, an array. It comes out as the
-      difference of its words and scales, which `optax.apply_updates` adds exactly.
+    - `ExpertPool`. Its gradient is a `FactoredGradient`. The transform returns an `Overwrite`.
+      `peerjax.optim.apply_updates` puts this in place of the donated pool.
+    - `PackedMatrix`, which `peerjax.optim.pack` makes from any matrix. Its gradient is an array,
+      the ordinary gradient with respect to `peerjax.optim.dequantize(params)`. The transform
+      returns the difference of words and scales, which `optax.apply_updates` adds exactly.
 
-    It comes last in an `optax.chain`: a float that is added to words, or multiplied with their
-    difference, makes noise of them. `peerjax.optim.apply_updates` refuses what it can see of that.
-    Give other parameters to other transforms by `optax.partition`, or hide them by `optax.masked`.
-    `optax.MultiSteps` and `optax.apply_if_finite` cannot wrap it, because gradients and updates are
-    different trees: average gradients, or pass them over, before it.
+    The transform must come last in an `optax.chain`. Words become noise if a float is added to them
+    or multiplied with their difference. `peerjax.optim.apply_updates` stops with an error if it can
+    detect this. Give other parameters to other transforms with `optax.partition`, or hide them with
+    `optax.masked`.
+
+    `optax.MultiSteps` and `optax.apply_if_finite` cannot wrap the transform, because gradients and
+    updates are different trees. Average or skip gradients before it.
 
     Args:
-        learning_rate: RMS of a row's step in units of the weights; a number or a schedule.
-        weight_decay: of rows that were hit, times the learning rate.
-        beta2: decay of the second moments, each time a row is hit.
-        clip_norm: bound on the norm of the gradient of each pool, or stack of pools. Finding the
-            norm takes a second pass over the pairs; every row's step has an RMS of at most 1
-            without it. Gradients of matrices can be clipped by any optax transform before this one.
-        seed: with the number of the update and of the leaf in the tree, determines every random
-            bit. Give each transform of a partition its own.
-        accumulator_bits: of accumulators: 0, 2, 4 or 8; `None` means as many as a code has. With 0,
-            steps are rounded straight to codes. Under `optax.inject_hyperparams` name it in
-            `static_args`.
-        implementation: of `pallas_kernels.expert_update.update`; `None` chooses by the platform.
+        learning_rate: RMS of a vector's step in units of the weights; a number or a schedule.
+        weight_decay: decay of vectors that were hit; it is multiplied by the learning rate.
+        beta2: decay of a vector's second moment each time the vector is hit.
+        clip_norm: bound on the norm of the gradient of each pool, or stack of pools. The norm takes
+            a second pass over the pairs. Without a bound, the step of every vector still has an RMS
+            of at most 1. Any optax transform before this one can clip the gradients of matrices.
+        seed: seed that determines every random bit, together with the number of the update and of
+            the leaf in the tree. Give each transform of a partition its own seed.
+        accumulator_bits: bits of each accumulator: 0, 2, 4 or 8. `None` means as many as a code
+            has. With 0, steps are rounded directly to codes. Under `optax.inject_hyperparams`, name
+            it in `static_args`.
+        implementation: implementation of `pallas_kernels.expert_update.update`; `None` chooses by
+            the platform.
 
     Returns:
         The transform. Its `init` and `update` raise a ValueError for parameters that are not
-        packed, and `update` for gradients or a state of another tree, kind or shape, or without
-        params. Rows whose gradient, or its square, is not finite are passed over.
+        packed. Its `update` also raises one without params, or for gradients or a state of another
+        tree, kind or shape. A vector is skipped if its gradient, or the square, is not finite.
 
     Raises:
         ValueError: if `accumulator_bits` is an array.
@@ -117,7 +121,7 @@ def int4_accumulation(
         >>> bool(loss(optim.dequantize(params)) < before / 2)
         True
 
-        A pool, from its factored gradient:
+        This example updates a pool from its factored gradient:
 
         >>> from pallas_kernels.expert_lookup import lookup
         >>> from pallas_kernels.factored_gradient import FactoredGradient, Tap
@@ -142,7 +146,7 @@ def int4_accumulation(
     """
     if isinstance(accumulator_bits, jax.Array):
         raise ValueError(
-            "accumulator_bits is a number, which shapes depend on, and no array: under "
+            "accumulator_bits must be a number, not an array, because shapes depend on it; under "
             'optax.inject_hyperparams give static_args=("accumulator_bits",)'
         )
 
@@ -161,7 +165,7 @@ def int4_accumulation(
             layers = ()
             if isinstance(leaf, ExpertPool) and leaf.is_stack:
                 layers = leaf.weights.shape[:1]
-            # Each of its own, or they could not be donated.
+            # Each array is separate, because one array cannot be donated twice.
             return Statistics(*[jnp.zeros(layers, jnp.float32) for _ in Statistics._fields])
 
         return AccumulationState(
@@ -188,7 +192,7 @@ def int4_accumulation(
         old_states = _leaf_by_leaf(structure, state.pools, "a state")
 
         def update_leaf(number: int, leaf: Any, own: UpdateState, gradient: Any) -> Any:
-            # The number of the leaf is a part of its seed: they draw different bits.
+            # The seed includes the number of the leaf, so that leaves draw different bits.
             options: dict[str, Any] = {"seed": hash_words(seed, number), "step": state.count}
             _check_gradient(leaf, gradient)
             if isinstance(leaf, PackedMatrix):
@@ -226,22 +230,22 @@ def int4_accumulation(
 
 
 def _packed_leaves(params: Any) -> tuple[list[Any], Any]:
-    """Pools and packed matrices of a tree in which nothing else is."""
+    """Returns the pools and packed matrices of a tree, which must contain nothing else."""
     found, structure = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, ExpertPool | PackedMatrix)
     )
     for path, leaf in found:
         if not isinstance(leaf, ExpertPool | PackedMatrix):
             raise ValueError(
-                f"int4_accumulation moves packed parameters, but {jax.tree_util.keystr(path)} is "
-                f"a {type(leaf).__name__}: pack it with peerjax.optim.pack, or give it to another "
-                "transform by optax.partition"
+                f"int4_accumulation trains packed parameters, but {jax.tree_util.keystr(path)} is "
+                f"a {type(leaf).__name__}; pack it with peerjax.optim.pack, or give it to another "
+                "transform with optax.partition"
             )
     return [leaf for _, leaf in found], structure
 
 
 def _leaf_by_leaf(structure: Any, tree: Any, what: str) -> list[Any]:
-    """What a tree has for each packed parameter."""
+    """Returns the value of a tree for each packed parameter."""
     try:
         return structure.flatten_up_to(tree)
     except ValueError:
@@ -255,15 +259,16 @@ def _check_gradient(leaf: ExpertPool | PackedMatrix, gradient: Any) -> None:
     if isinstance(leaf, ExpertPool):
         if not isinstance(gradient, FactoredGradient):
             raise ValueError(
-                f"the gradient of a pool is a FactoredGradient, not a {type(gradient).__name__}"
+                "the gradient of a pool must be a FactoredGradient, not a "
+                f"{type(gradient).__name__}"
             )
         return
     is_array = hasattr(gradient, "dtype") and jnp.issubdtype(gradient.dtype, jnp.floating)
     if not is_array or gradient.shape != leaf.shape:
         found = gradient.shape if is_array else f"a {type(gradient).__name__}"
         raise ValueError(
-            f"the gradient of a packed matrix of shape {leaf.shape} is a float array like it, "
-            f"not {found}: differentiate with respect to peerjax.optim.dequantize(params)"
+            f"the gradient of a packed matrix of shape {leaf.shape} must be a float array of that "
+            f"shape, not {found}; differentiate with respect to peerjax.optim.dequantize(params)"
         )
 
 

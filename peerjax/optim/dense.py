@@ -1,4 +1,4 @@
-"""Transforms of dense gradients, on pools whose gradients are factored."""
+"""Optax transforms of dense gradients, applied to pools that have factored gradients."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from peerjax.sharding.pools import dense_pool_gradient
 def on_dense_gradients(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives a transform dense gradients of pools, where its caller has factored ones.
+    """Wraps a transform of dense gradients, so that it takes factored gradients of pools.
 
-    A dense gradient is a float pool, as large as the pool: this is for comparison with
-    `int4_accumulation`, not for large pools. Gradients of other parameters pass through. Pools,
-    and what the transform keeps in the form of pools, stay as they are if no gradient of a pool
-    hits an expert, as under `int4_accumulation`.
+    A dense gradient is a float pool, as large as the pool. Use this for comparison with
+    `int4_accumulation`, not for large pools. Gradients of other parameters pass through.
+
+    If no gradient of a pool hits an expert, pools do not change. State of the transform in the form
+    of pools does not change either. `int4_accumulation` does the same.
 
     Args:
-        inner: such as `optax.adamw`, for float pools, or `eco`, for packed ones.
+        inner: transform such as `optax.adamw` for float pools, or `eco` for packed pools.
 
     Returns:
         The transform. Its `update` raises a ValueError without params.
@@ -49,7 +50,9 @@ def on_dense_gradients(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("on_dense_gradients needs the params: update(updates, state, params)")
+            raise ValueError(
+                "on_dense_gradients needs the params: call update(updates, state, params)"
+            )
         leaves, structure = _flatten(params)
         gradients = structure.flatten_up_to(updates)
         factored = [each for each in gradients if isinstance(each, FactoredGradient)]
@@ -87,7 +90,7 @@ def _hits(gradients: list[FactoredGradient]) -> Bool[Array, ""]:
 
 
 def _dense(pool: ExpertPool, gradient: FactoredGradient) -> ExpertPool:
-    """The gradient in the dtype of a float pool, or in float32."""
+    """Returns the gradient in the dtype of a float pool, or in float32 for a packed pool."""
     weights = dense_pool_gradient(gradient, pool.num_experts)
     return ExpertPool.of_floats(weights if pool.is_packed else weights.astype(pool.weights.dtype))
 

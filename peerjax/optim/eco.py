@@ -1,4 +1,4 @@
-"""ECO: low-bit training whose rounding error goes into momentum, the rival to accumulators."""
+"""ECO: low-bit training that adds rounding errors to momentum, the alternative to accumulators."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from peerjax.optim.overwrite import Overwrite
 
 
 class EcoState(NamedTuple):
-    """State of `eco`; moments are float pools, as large as what they belong to.
+    """State of `eco`. Moments are float pools, as large as their pools.
 
     Attributes:
         count: number of updates made.
-        first: moments of AdamW, into which rounding errors go.
-        second: likewise, without.
+        first: first moments of AdamW, to which rounding errors are added.
+        second: second moments of AdamW, without rounding errors.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -39,37 +39,37 @@ def eco(
     weight_decay: float = 0.0,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW on packed pools whose rounding error is fed back through the first moment.
+    r"""AdamW on packed pools, with the rounding error fed back through the first moment.
 
     .. math::
         \tilde w = (1 - \eta \lambda) \hat w - \eta \frac{m / (1 - \beta_1^t)}
             {\sqrt{v / (1 - \beta_2^t)} + \epsilon}, \quad
         \hat w \leftarrow q(\tilde w), \quad e = \tilde w - \hat w, \\
         m \leftarrow m + \frac{1 - \beta_1^t}{\eta} \left(1 - \frac{1}{\beta_1}\right)
-            \left(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\right) e,
+            \left(\sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon\right) e.
 
-    q rounding stochastically to the codes of a row whose largest weight takes the largest code. It
-    keeps 8 bytes a parameter beside the codes, and its gradient is dense: for comparison with
-    `int4_accumulation`, not for large pools.
+    Here q rounds stochastically to the codes of a vector. The largest weight of the vector takes
+    the largest code. ECO keeps 8 bytes a parameter beside the codes, and its gradient is dense. Use
+    it for comparison with `int4_accumulation`, not for large pools.
 
     Args:
-        learning_rate: a number or a schedule. A step at 0 leaves everything but moments.
+        learning_rate: a number or a schedule. A step with rate 0 changes only moments.
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: beside the root of the second moment.
-        weight_decay: times the learning rate.
-        seed: with the number of the update, determines every random bit.
+        eps: number that is added to the root of the second moment.
+        weight_decay: weight decay; it is multiplied by the learning rate.
+        seed: seed that determines every random bit, together with the number of the update.
 
     Returns:
-        A transform of trees of packed stacks of pools; updates are float pools like them, and come
-        out as `Overwrite`.
+        A transform for trees of packed stacks of pools. Gradients are float pools of the same
+        sizes, and updates are `Overwrite`s.
 
     References:
         "ECO: Quantized Training without Full-Precision Master Weights", arXiv:2601.22101.
     """
 
     def init(params: Any) -> EcoState:
-        # Each of its own, or they could not be donated.
+        # Each tree is separate, because one array cannot be donated twice.
         first, second = (jax.tree.map(_zeros, params, is_leaf=_is_pool) for _ in range(2))
         return EcoState(jnp.zeros((), jnp.int32), first, second)
 
@@ -126,19 +126,19 @@ def _zeros(pool: ExpertPool) -> ExpertPool:
 
 
 def _floats(pool: ExpertPool) -> Array:
-    """The weights of all layers, [layers, N, 2, D]."""
+    """Returns the weights of all layers, [layers, N, 2, D]."""
     ids = jnp.arange(pool.num_experts)
     layers = jnp.arange(pool.weights.shape[0])
     return jax.lax.map(lambda layer: read_floats(pool.at_layer(layer), ids), layers)
 
 
 def _counters(weights: Array) -> list[Array]:
-    """Layer, expert, matrix and column of each weight."""
+    """Returns layer, expert, matrix and column of each weight."""
     return [jax.lax.broadcasted_iota(jnp.int32, weights.shape, axis) for axis in range(4)]
 
 
 def _pack(pool: ExpertPool, weights: Array, words: Array) -> ExpertPool:
-    """Rounds weights stochastically to codes; the largest of a row takes the largest code."""
+    """Rounds weights stochastically; a vector's largest weight takes the largest code."""
     top = CODES[pool.storage].top
     scales = jnp.maximum(jnp.max(jnp.abs(weights), axis=-1) / top, 1e-12)
     codes = round_stochastically(weights / scales[..., None], words).astype(jnp.int32)

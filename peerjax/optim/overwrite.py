@@ -11,13 +11,13 @@ from peerjax.optim.packed_matrix import PackedMatrix
 
 
 class Overwrite(NamedTuple):
-    """An update that stands for the whole new value, written in place of a donated old one."""
+    """An update that is the whole new value, written in place of the donated old one."""
 
     value: Any
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """Adds updates as `optax.apply_updates` does, and puts every `Overwrite` in place.
+    """Adds updates as `optax.apply_updates` does, and puts the value of every `Overwrite` in place.
 
     Args:
         params: a tree of arrays and pools.
@@ -27,8 +27,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
         The new params.
 
     Raises:
-        ValueError: if floats would be added to the codes of a pool or of a packed matrix, or have
-            taken their place.
+        ValueError: if floats would be added to the codes of a pool or of a packed matrix, or would
+            replace the codes.
     """
 
     def apply(path: Any, param: Any, update: Any) -> Any:
@@ -36,14 +36,15 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
             return update.value
         if isinstance(update, Overwrite) or (isinstance(param, ExpertPool) and param.is_packed):
             raise ValueError(
-                f"the update of the pool {jax.tree_util.keystr(path)} is no Overwrite by a pool "
-                "like it; int4_accumulation must come last in the chain that updates pools"
+                f"the update of the pool {jax.tree_util.keystr(path)} is not an Overwrite with a "
+                "pool of the same form; int4_accumulation must come last in the chain that updates "
+                "pools"
             )
         if isinstance(param, PackedMatrix) and not _is_difference(update):
             raise ValueError(
-                f"the update of the packed matrix {jax.tree_util.keystr(path)} is no difference of "
-                "words; int4_accumulation must come last in the chain that updates it, and what is "
-                "not to be trained stays out of the tree"
+                f"the update of the packed matrix {jax.tree_util.keystr(path)} is not a difference "
+                "of words; int4_accumulation must come last in the chain that updates it, and "
+                "matrices that are not trained must be left out of the tree"
             )
         return optax.apply_updates(param, update)
 
@@ -53,7 +54,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
 
 
 def _are_alike(new: Any, old: Any) -> bool:
-    """Whether two trees have the same structure, shapes and types."""
+    """Returns whether two trees have the same structure, shapes and types."""
 
     def form(tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)

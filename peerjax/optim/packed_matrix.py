@@ -1,8 +1,8 @@
-"""Matrices of any model as packed codes: what `int4_accumulation` moves beside pools.
+"""Matrices of any model as packed codes, which `int4_accumulation` trains as it trains pools.
 
-A matrix is [*rows, D]: the vectors along its last axis, its rows, have a scale each. A weight is a
-code times the scale of its row, in the words of `pallas_kernels.packing`; a width that does not
-fill whole words is padded with zeros.
+A matrix is [*rows, D]. Each row, a vector along the last axis, has a scale. A weight is a code
+times the scale of its row. Codes are stored in the words of `pallas_kernels.packing`. A width that
+does not fill whole words is padded with zeros.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.expert_update.packed_rows import RowNumbers, step_rows
 from pallas_kernels.packing import codes_per_word, pack_planes, unpack_planes
 
-# Beside `pallas_kernels.storage.LAYOUT`, which says how codes lie in words.
+# Complements `pallas_kernels.storage.LAYOUT`, which describes the order of codes in words.
 LAYOUT = "Matrix: [rows, W], its width padded to whole words; scales [rows]."
-# Compiled once for a shape; its loop would be anew at every call.
+# Compiled once per shape. Otherwise its loop would be compiled at every call.
 _nearest = jax.jit(nearest, static_argnames="code")
 
 
@@ -36,7 +36,7 @@ class PackedMatrix:
         words: int32 [*rows, W].
         scales: float32 [*rows].
         width: D, columns of the matrix.
-        storage: the format of its codes, of `pallas_kernels.codes`, such as "int4".
+        storage: name of the format of the codes in `pallas_kernels.codes`, such as "int4".
     """
 
     words: Any
@@ -46,7 +46,7 @@ class PackedMatrix:
 
     @property
     def code(self) -> Code:
-        """The format of its codes."""
+        """The format of the codes."""
         return CODES[self.storage]
 
     @property
@@ -55,20 +55,22 @@ class PackedMatrix:
         return (*self.scales.shape, self.width)
 
     def codes(self) -> Int[Array, "*rows D"]:
-        """The codes as int32."""
+        """Returns the codes as int32."""
         planes = unpack_planes(self.words, self.code.bits)
         return planes.reshape(*self.scales.shape, -1)[..., : self.width]
 
     def floats(self) -> Float[Array, "*rows D"]:
-        """The weights as float32."""
+        """Returns the weights as float32."""
         return self.codes() * self.scales[..., None]
 
 
 def array_forms(width: int, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a matrix by attribute; in one, they have leading axes of rows.
+    """Returns shape and dtype of one packed row, by attribute of `PackedMatrix`.
+
+    The arrays of a matrix have leading axes of rows in addition.
 
     Raises:
-        ValueError: if no matrix is packed like that.
+        ValueError: if matrices cannot be packed in that format.
     """
     _check_storage(storage)
     words = -(-width // codes_per_word(CODES[storage].bits))
@@ -79,41 +81,40 @@ def array_forms(width: int, storage: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def is_packed_matrix(node: Any) -> bool:
-    """Whether a node of a tree is a `PackedMatrix`; an `is_leaf` of `jax.tree.map`."""
+    """Returns whether a node of a tree is a `PackedMatrix`, for `is_leaf` of `jax.tree.map`."""
     return isinstance(node, PackedMatrix)
 
 
 def pack(weights: Float[Array, "*rows D"], storage: str = "int4") -> PackedMatrix:
-    """Packs a matrix, rounded to nearest, each row with the scale that training would give it.
+    """Packs a matrix, rounded to nearest. Each row gets the scale that training would give it.
 
-    Weights beyond the range of codes are clipped: of int4 codes, beyond 2.7 times the RMS of a row,
-    unless those hold most of its sum of squares.
+    Weights beyond the range of codes are clipped. In int4, these are weights beyond 2.7 times the
+    RMS of a row, unless they have most of the row's sum of squares.
 
     Args:
-        weights: floats; the vectors along the last axis share a scale and a second moment.
+        weights: floats. The weights of each row, along the last axis, share a scale and a second
+            moment.
         storage: the format of the codes: "int8", "int4", "int3" or "ternary".
 
     Raises:
-        ValueError: if `weights` has no rows or is empty, for other formats, and, outside of
-            `jax.jit`, if the size of a row is not finite.
+        ValueError: if `weights` has no rows or is empty, or the format is another one. Outside of
+            `jax.jit`, also if the scale of a row is not finite.
     """
     _check_storage(storage)
     code = CODES[storage]
     if weights.ndim < 2:
-        raise ValueError(
-            f"an array of shape {weights.shape} has no rows to pack; leave it as it is"
-        )
+        raise ValueError(f"an array of shape {weights.shape} has no rows to pack; keep it unpacked")
     if not weights.size:
-        raise ValueError(f"an array of shape {weights.shape} is empty; leave it as it is")
+        raise ValueError(f"an array of shape {weights.shape} is empty; keep it unpacked")
     codes, scales = _nearest(weights, code=code)
     if not isinstance(scales, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(scales))):
-        raise ValueError("weights, or the squares of weights, are not finite and cannot be packed")
+        raise ValueError("weights, or their squares, are not finite and cannot be packed")
     words = pack_planes(_by_plane(codes, code.bits), code.bits)
     return PackedMatrix(words, scales, weights.shape[-1], storage)
 
 
 def dequantize(params: Any) -> Any:
-    """The same tree with every `PackedMatrix` as float32 weights: differentiate in this one."""
+    """Returns the tree to differentiate: every `PackedMatrix` is replaced by float32 weights."""
     return jax.tree.map(
         lambda leaf: leaf.floats() if is_packed_matrix(leaf) else leaf,
         params,
@@ -122,9 +123,10 @@ def dequantize(params: Any) -> Any:
 
 
 def zero_state(matrix: PackedMatrix, accumulator_bits: int) -> UpdateState:
-    """What an update keeps beside a matrix; by row: moments [*rows], not [2, N].
+    """Returns the update state of a matrix before the first step.
 
-    Made of the scales, to lie on the devices that they lie on.
+    Moments are [*rows], not [2, N] as for pools. The arrays are computed from the scales, so that
+    they are on the same devices.
     """
     moments = jnp.zeros_like(matrix.scales)
     accumulators = None
@@ -145,11 +147,11 @@ def update_matrix(
     step: Int[Array, ""],
     accumulator_bits: int,
 ) -> tuple[PackedMatrix, UpdateState, Statistics]:
-    """One step of the row-wise rule; rows without a gradient that is finite stay as they are.
+    """Takes one step of the row-wise rule. Rows without a finite gradient do not change.
 
     Returns:
-        The *change* of the matrix, whose words and scales are to be added to the old ones, the new
-        state, and counts.
+        The *change* of the matrix, the new state, and counts. The caller adds the words and scales
+        of the change to the old ones.
     """
     bits = matrix.code.bits
     codes = unpack_planes(matrix.words, bits)
@@ -185,11 +187,11 @@ def update_matrix(
 
 def _check_storage(storage: str) -> None:
     if storage not in CODES:
-        raise ValueError(f"matrices are packed as {', '.join(CODES)}, not as {storage!r}")
+        raise ValueError(f"matrices can be packed as {', '.join(CODES)}, not as {storage!r}")
 
 
 def _by_plane(rows: Array, bits: int) -> Array:
-    """[*rows, D] as [*rows, planes, W], padded to whole words."""
+    """Reshapes [*rows, D] to [*rows, planes, W], padded to whole words."""
     count = codes_per_word(bits)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % count)]
     return jnp.pad(rows, padding).reshape(*rows.shape[:-1], count, -1)

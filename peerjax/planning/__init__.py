@@ -1,1 +1,1 @@
-"""What a configuration takes, before anything runs: FLOPs by formula."""
+"""FLOPs and memory of a configuration, found before anything runs."""

@@ -1,7 +1,7 @@
-"""Forward FLOPs a token, by formula: a compiled scan reports those of one iteration only.
+"""Forward FLOPs a token by formula, because a compiled scan reports only those of one iteration.
 
-A multiply-add counts as 2. Counted are products of matrices and vectors, and the sums of
-retrieval; norms, activations, softmaxes and sorting are not, nor is padding of experts' blocks.
+A multiply-add counts as 2. Products of matrices and vectors are counted, and the sums of retrieval.
+Norms, activations, softmaxes, sorting and the padding of experts' blocks are not counted.
 """
 
 from collections import defaultdict
@@ -12,14 +12,14 @@ from peerjax.model import ModelConfig
 def forward_flops(
     config: ModelConfig, sequence_length: int, full_attention: bool = False
 ) -> dict[str, float]:
-    """FLOPs of a token by part of the model; their sum is that of the whole.
+    """Returns the FLOPs of a token by part of the model. Their sum is the total.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         sequence_length: L, tokens of a sequence.
-        full_attention: count all L keys for every query, as a program without causal blocks
-            computes them, instead of the (L + 1) / 2 that a token sees on average. (Documents
-            shorter than a sequence leave it fewer still.)
+        full_attention: whether to count all L keys for every query, which a program without causal
+            blocks computes. Otherwise (L + 1) / 2 keys are counted, the number that a token sees on
+            average. (It sees even fewer if documents are shorter than a sequence.)
     """
     keys = sequence_length if full_attention else (sequence_length + 1) / 2
     flops: dict[str, float] = defaultdict(float)

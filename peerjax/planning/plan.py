@@ -1,4 +1,4 @@
-"""What a configuration takes on a target: FLOPs by formula, and a chip's memory by part."""
+"""FLOPs of a configuration by formula, and the memory of a target's chip by part."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from peerjax.training.state import create_state
 
 
 class Plan(NamedTuple):
-    """What a configuration takes.
+    """FLOPs and memory of a configuration.
 
     Attributes:
-        target: where.
+        target: name of the target.
         flops: forward FLOPs a token by part of the model.
-        state: bytes of the train state by part, as a chip holds it.
-        program: the compiled step; `None` if it was not compiled.
-        limit: bytes of a chip; `None` if it is not known.
+        state: bytes of the train state on a chip, by part.
+        program: measurements of the compiled step; `None` if it was not compiled.
+        limit: memory of a chip in bytes; `None` if it is unknown.
     """
 
     target: str
@@ -41,13 +41,14 @@ class Plan(NamedTuple):
 def plan(
     config: ml_collections.ConfigDict, target: str, vocabulary: int, *, compile: bool = True
 ) -> Plan:
-    """Works out what a configuration takes.
+    """Computes FLOPs and memory of a configuration.
 
     Args:
-        config: see `peerjax.config`.
-        target: see `peerjax.planning.targets.check_target`; need not be present.
-        vocabulary: entries of the tokenizer.
-        compile: whether to compile the step too, for its temporary memory.
+        config: configuration of a run; see `peerjax.config`.
+        target: name of a target; see `peerjax.planning.targets.check_target`. The target need not
+            be present.
+        vocabulary: number of entries of the tokenizer.
+        compile: whether to compile the step too, to find its temporary memory.
 
     Raises:
         UserError: if the configuration is not valid, the target is unknown, or its compiler is not
@@ -63,7 +64,7 @@ def plan(
         gradient_shapes(task, config.data.batch_size, config.data.sequence_length),
     )
     parameters, moments = _bytes_of(state.params), _bytes_of(state.opt_state)
-    kept = of_pools.kept - _bytes_of(state.pools)  # by the optimizer
+    kept = of_pools.kept - _bytes_of(state.pools)  # optimizer state of pools
     parts = {
         "parameters": parameters,
         "optimizer state of parameters": moments - kept,
@@ -79,7 +80,7 @@ def plan(
 
 
 def print_plan(found: Plan) -> None:
-    """Prints a plan as tables, and whether it fits."""
+    """Prints a plan as tables, and whether it fits into the memory of a chip."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     rows = [[part, f"{each / 1e6:,.2f}"] for part, each in found.flops.items()]
     rows.append(["all", f"{sum(found.flops.values()) / 1e6:,.2f}"])

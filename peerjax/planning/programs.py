@@ -1,8 +1,10 @@
-"""Whole training steps, compiled for a target that need not be there: memory and kernels in use.
+"""Memory and kernels of whole training steps, compiled for a target that need not be present.
+
+This command prints a `Program` as JSON:
 
     python -m peerjax.planning.programs TARGET CONFIG.json VOCABULARY
 
-prints a `Program` as JSON. `program_for` runs this in a process of its own.
+`program_for` runs it in a separate process.
 """
 
 import json
@@ -32,22 +34,22 @@ VOCABULARY = 4096
 
 
 class Program(NamedTuple):
-    """Figures of a compiled step; bytes and elements are those of one chip.
+    """Measurements of a compiled step. Bytes and elements are those of one chip.
 
     Attributes:
-        chips: how many chips run it.
-        rows: rows of a batch that a chip has.
+        chips: number of chips that run the step.
+        rows: rows of a batch on each chip.
         temp: bytes of temporary memory.
         total: bytes of arguments, results and temporary memory together.
         aliased: bytes of arguments that are rewritten in place.
-        pools: bytes of the pools and of what the optimizer keeps for them.
-        expert_parameters: weights of all experts.
-        words: words of the codes of all pools.
+        pools: bytes of the pools and of their optimizer state.
+        expert_parameters: number of weights of all experts.
+        words: number of words of the codes of all pools.
         largest_float: elements of the largest float array anywhere in the program.
-        largest_other: elements of the largest array of another type that is not as large as the
-            words of the pools (which the program also views in other shapes).
-        pool_copies: instructions that copy an array with as many words as the pools.
-        kernels: calls of Pallas kernels, a loop's counted once.
+        largest_other: elements of the largest array of another type. Arrays as large as the words
+            of the pools are not counted, because the program also views these in other shapes.
+        pool_copies: number of instructions that copy an array with as many words as the pools.
+        kernels: number of calls of Pallas kernels. A call in a loop counts once.
     """
 
     chips: int
@@ -67,17 +69,17 @@ class Program(NamedTuple):
 def program_for(
     target: str, config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY
 ) -> Program:
-    """Compiles the step of a configuration for a target, in a process of its own.
+    """Compiles the step of a configuration for a target, in a separate process.
 
     Args:
-        target: see `peerjax.planning.targets.check_target`.
-        config: see `peerjax.config`.
-        vocabulary: entries of the tokenizer.
+        target: name of a target; see `peerjax.planning.targets.check_target`.
+        config: configuration of a run; see `peerjax.config`.
+        vocabulary: number of entries of the tokenizer.
 
     Raises:
         UserError: if the target is unknown, its compiler is not installed, or the configuration
             is not valid.
-        RuntimeError: if the step does not compile, with the compiler's message.
+        RuntimeError: if the step does not compile. The message has the end of the output.
     """
     check_target(target)
     validate(config)
@@ -126,7 +128,7 @@ def compile_step(
 def step_of(
     config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY
 ) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """The step of a configuration, and shapes of what it takes."""
+    """Returns the step of a configuration, and the shapes of its arguments."""
     validate(config)
     task, optimizer = language_model(config, vocabulary), make_optimizer(config)
     state = jax.eval_shape(lambda: create_state(config, task, optimizer))
@@ -137,7 +139,7 @@ def step_of(
 
 
 def total_bytes(memory: Any) -> int:
-    """Bytes of a compiled program's arguments, results and temporary memory together."""
+    """Returns the bytes of a program's arguments, results and temporary memory together."""
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -147,13 +149,13 @@ def total_bytes(memory: Any) -> int:
 
 
 def pool_copies(program: str, words: int) -> int:
-    """How many instructions of a program's text copy an array of that many words."""
+    """Counts the instructions of a program's text that copy an array of `words` words."""
     copies = re.findall(r"= s32\[([\d,]+)\]\S* copy(?:-start)?\(", program)
     return sum(math.prod(map(int, shape.split(","))) == words for shape in copies)
 
 
 def _largest_arrays(program: str, words: int) -> dict[bool, int]:
-    """Elements of the largest array anywhere in a program's text: of floats, and of others."""
+    """Returns the elements of the largest array in a program's text, by whether it has floats."""
     largest = {True: 0, False: 0}
     for kind, dimensions in set(re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]+)\]", program)):
         is_float, size = kind.startswith(("f", "bf")), math.prod(map(int, dimensions.split(",")))

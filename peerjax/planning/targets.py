@@ -1,6 +1,6 @@
-"""Accelerators to compile for, none of which needs to be there.
+"""Accelerators to compile for. None of them needs to be present.
 
-Each target is compiled for in a process of its own: `environment` says how to start it.
+A separate process compiles for each target. `environment` returns its environment variables.
 """
 
 import json
@@ -22,7 +22,7 @@ GPUS = ("h100",)
 TARGETS = (*TPUS, *GPUS)
 GIB = 1 << 30
 MEMORY = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 79 * GIB}
-# What XLA must know of a GPU to compile for it.
+# Description of a GPU that XLA needs to compile for it.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -52,7 +52,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def check_target(target: str) -> None:
-    """Checks the name of a target: "cpu", a key of `MEMORY`, or chips of a TPU such as "v5p:4x4x4".
+    """Checks the name of a target: "cpu", a key of `MEMORY`, or TPU chips such as "v5p:4x4x4".
 
     Raises:
         UserError: if there is no such target.
@@ -68,12 +68,12 @@ def check_target(target: str) -> None:
 
 
 def kind_of(target: str) -> str:
-    """The kind of accelerator of a target, without the number of chips."""
+    """Returns the kind of accelerator of a target, without the number of chips."""
     return target.partition(":")[0]
 
 
 def device_of(target: str) -> Any:
-    """A device to compile for; `None` for the CPU at hand."""
+    """Returns a device to compile for, or `None` for the local CPU."""
     if target == "cpu":
         return None
     if target in TPUS:
@@ -86,7 +86,7 @@ def device_of(target: str) -> Any:
 
 
 def mesh_of(target: str) -> jax.sharding.Mesh:
-    """A mesh of one device of a target, or of all chips that it names; none need exist."""
+    """Returns a mesh of one device of a target, or of all chips in its name. None need exist."""
     if ":" in target:
         found = topologies.get_topology_desc(platform="tpu", topology_name=target)
         return make_mesh(found.devices)
@@ -94,7 +94,7 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
 
 
 def on(device: Any, tree: Any) -> Any:
-    """The shapes of a tree of arrays, on a device that need not exist."""
+    """Returns the shapes of a tree of arrays, placed on a device that need not exist."""
     if device is None:
         return tree
     place = jax.sharding.SingleDeviceSharding(device)
@@ -104,7 +104,7 @@ def on(device: Any, tree: Any) -> Any:
 
 
 def missing(target: str) -> str | None:
-    """The extra that must be installed to compile for a target; `None` if nothing is missing."""
+    """Returns the extra that is needed to compile for a target, or `None` if none is missing."""
     if target == "cpu":
         return None
     platform, extra = ("tpu", "compile-tpu") if kind_of(target) in TPUS else ("cuda", "compile-gpu")
@@ -112,10 +112,10 @@ def missing(target: str) -> str | None:
 
 
 def environment(target: str) -> dict[str, str]:
-    """Variables of a process that compiles for a target and has no accelerator."""
+    """Returns environment variables for a process that compiles for a target without hardware."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if kind_of(target) in TPUS:
-        # No questions to a metadata server, no lock against other processes, no logs.
+        # These turn off queries to a metadata server, the lock between processes, and logs.
         variables |= {
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -130,16 +130,16 @@ def environment(target: str) -> dict[str, str]:
 
 
 def run_for(target: str, module: str, *arguments: str) -> Any:
-    """Runs `python -m module target arguments...` and returns the JSON of its last line.
+    """Runs `python -m module target arguments...` and returns the JSON in its last line of output.
 
     The process starts in the current directory.
 
     Raises:
         UserError: if the compiler of the target is not installed.
-        RuntimeError: with the end of its output, if it fails.
+        RuntimeError: if the process fails. The message has the end of its output.
     """
     if extra := missing(target):
-        raise UserError(f"compiling for {target} needs the extra: pip install 'peerjax[{extra}]'")
+        raise UserError(f"compiling for {target} needs an extra: pip install 'peerjax[{extra}]'")
     found = subprocess.run(
         [sys.executable, "-m", module, target, *arguments],
         env=environment(target),

@@ -1,1 +1,1 @@
-"""Which experts a token gets: pure functions, and thin Linen modules around them."""
+"""Routing of tokens to experts: pure functions, and thin Linen modules around them."""

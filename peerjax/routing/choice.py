@@ -1,4 +1,4 @@
-"""What routing decides, as a value that later stages can change before experts are looked up."""
+"""The result of routing, which later stages can change before experts are looked up."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 class Choice:
     """The experts of every token, best first. The id N, one beyond the last, means "no expert".
 
-    A stack of layers has leading axes.
+    The choice of a stack of layers has leading axes.
 
     Attributes:
-        ids: expert numbers, N where a token has fewer than K experts.
+        ids: expert numbers. N fills the places of a token with fewer than K experts.
         gates: weights of the experts, float32.
-        num_experts: N.
-        hidden_bias: added to the experts' hidden values, or `None`.
+        num_experts: N, number of experts to choose from.
+        hidden_bias: bias that is added to the experts' hidden values, or `None`.
     """
 
     ids: Int[Array, "*S T K"]
@@ -30,28 +30,28 @@ class Choice:
     hidden_bias: Float[Array, "*S T K"] | None = None
 
     def limited(self, budget: Int[Array, "*S T"]) -> Choice:
-        """Keeps the first `budget` experts of each token."""
+        """Returns the choice with only the first `budget` experts of each token."""
         return self._where(jnp.arange(self.ids.shape[-1]) < budget[..., None])
 
     def without(self, removed: Bool[Array, " N"]) -> Choice:
-        """Leaves out some experts; the gates of the others stay as they are."""
+        """Returns the choice without some experts. The gates of the others do not change."""
         return self._where(~jnp.append(removed, True)[self.ids])
 
     def moved(self, metaexpert: Int[Array, "*S T"], total: int) -> Choice:
-        """The same experts as numbers of the pool that all metaexperts share.
+        """Returns the same experts, numbered in the pool that all metaexperts share.
 
         Expert i of metaexpert m has number `m * N + i` there, and "no expert" becomes `total`.
 
         Args:
-            metaexpert: m, by token.
-            total: experts of that pool, a multiple of N.
+            metaexpert: m of each token.
+            total: number of experts in that pool, a multiple of N.
         """
         ids = metaexpert[..., None] * self.num_experts + self.ids
         ids = jnp.where(self.ids == self.num_experts, total, ids)
         return dataclasses.replace(self, ids=ids, num_experts=total)
 
     def gate_sums(self, weight: Float[Array, " T"]) -> Float[Array, "layers N"]:
-        """Sums each expert's gates over weighted tokens, of a choice with one leading axis."""
+        """Sums each expert's gates over weighted tokens. The choice must have one leading axis."""
         layers, layer = self.ids.shape[0], jnp.arange(self.ids.shape[0])[:, None, None]
         weighted = self.gates * weight[None, :, None]
         zeros = jnp.zeros((layers, self.num_experts), jnp.float32)
@@ -66,7 +66,7 @@ class Choice:
 
 
 class FactoredChoice(NamedTuple):
-    """Gates of all n * n experts, by factors: expert i n + j has `sum_h g1_hi g2_hj`.
+    """Gates of all n * n experts as two factors. Expert i n + j has gate `sum_h g1_hi g2_hj`.
 
     Attributes:
         g1: gates of the first halves.
@@ -78,11 +78,11 @@ class FactoredChoice(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """N = n * n, number of experts."""
         return self.g1.shape[-1] ** 2
 
     def gate_sums(self, weight: Float[Array, " T"]) -> Float[Array, "layers N"]:
-        """Sums each expert's gates over weighted tokens; the gates are [layers, T, H, n]."""
+        """Sums each expert's gates over weighted tokens. The gates must be [layers, T, H, n]."""
         weighted = self.g1 * weight[None, :, None, None]
         sums = jnp.einsum("lthi,lthj->lij", weighted, self.g2)
         return sums.reshape(-1, self.num_experts)

@@ -1,8 +1,8 @@
-"""A mixture of MLP experts, of which only those are computed that tokens chose.
+"""A mixture of MLP experts that computes only the experts that tokens chose.
 
 Tokens are sorted by expert into padded blocks, and each block is multiplied by the weights of one
-expert. `jax.lax.ragged_dot` would need no padding, but XLA makes of it a multiplication by every
-expert on CPU and NVIDIA GPUs, and on TPUs for the gradient of the weights.
+expert. `jax.lax.ragged_dot` would need no padding. But on CPU and NVIDIA GPUs, XLA compiles it to
+a multiplication by every expert. On TPUs it does so for the gradient of the weights.
 """
 
 from functools import partial
@@ -28,21 +28,21 @@ def mixture(
     activation: str,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """`sum_j gates_j * act(x down_j) up_j` over the k experts that a token chose.
+    """Returns `sum_j gates_j * act(x down_j) up_j` over the k experts that a token chose.
 
     No token is dropped and no expert has a capacity. Under `jax.set_mesh` every device computes
     its own tokens.
 
     Args:
-        x: tokens, in the dtype to compute in.
+        x: tokens, in the dtype of the computation.
         ids: the experts that each token chose, all different.
-        gates: their weights, float32.
+        gates: weights of these experts, float32.
         down: first matrices of the experts, in the dtype of x.
-        up: second matrices.
+        up: second matrices of the experts, in the dtype of x.
         activation: "gelu" (exact), "relu" or "relu2".
-        implementation: as `pallas_kernels.dispatch` takes it. "xla" multiplies block by block,
-            "mosaic_tpu" by `jax.lax.ragged_dot`, "mosaic_gpu" all blocks at once; each runs
-            everywhere.
+        implementation: implementation in the form that `pallas_kernels.dispatch` takes. "xla"
+            multiplies block by block, "mosaic_tpu" uses `jax.lax.ragged_dot`, and "mosaic_gpu"
+            multiplies all blocks at once. Each of them runs on every platform.
     """
     num_experts = down.shape[0]
 
@@ -59,14 +59,14 @@ def mixture(
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, ids, gates, down, up)
-    # check_vma: a custom backward cannot state which cotangents vary over which axis.
+    # No check_vma, because a custom backward pass cannot state which cotangents vary over an axis.
     over_mesh = partial(jax.shard_map, check_vma=False, out_specs=BATCH)
     return over_mesh(local, in_specs=(BATCH, BATCH, BATCH, P(), P()))(x, ids, gates, down, up)
 
 
 @jax.custom_vjp
 def to_slots(x: Float[Array, "T D"], slots: Slots) -> Float[Array, "slots D"]:
-    """Copies each token to the slots of its pairs; padding is 0."""
+    """Copies each token to the slots of its pairs. Padding is 0."""
     k = slots.of_pair.shape[1]
     return x.at[slots.pair // k].get(mode="fill", fill_value=0)
 
@@ -77,7 +77,7 @@ def from_slots(y: Float[Array, "slots D"], slots: Slots) -> Float[Array, "T k D"
     return y[slots.of_pair]
 
 
-# Each is the other's gradient: reading, where differentiation would make a scatter-add of rows.
+# Each function is the gradient of the other. Both read rows; differentiation would scatter-add.
 to_slots.defvjp(
     lambda x, slots: (to_slots(x, slots), slots),
     lambda slots, dy: (from_slots(dy, slots).sum(1), None),
@@ -98,7 +98,7 @@ def expert_dot(
     weights: Float[Array, "E M N"],
     expert: Int[Array, " blocks"],
 ) -> Float[Array, "blocks b N"]:
-    """Multiplies each block by the weights of its expert; `expert` is ascending."""
+    """Multiplies each block by the weights of its expert. `expert` must be ascending."""
     return dispatch(
         "multiply blocks by experts",
         implementation,

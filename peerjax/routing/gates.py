@@ -1,4 +1,4 @@
-"""How the scores of retrieved experts become gates."""
+"""Rules that turn the scores of retrieved experts into gates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,11 +9,11 @@ from jaxtyping import Array
 
 
 class Gate(NamedTuple):
-    """A rule for gates; both functions map the scores [*S, k] of a head's retrieved experts.
+    """A rule for gates. Both functions take the scores [*S, k] of a head's retrieved experts.
 
     Attributes:
-        weigh: gives the gates, float32 [*S, k]; differentiable.
-        is_on: gives booleans [*S, k]. An expert that is off becomes the id that lookups skip.
+        weigh: returns the gates, float32 [*S, k]. It must be differentiable.
+        is_on: returns booleans [*S, k]. An expert that is off gets the id that lookups skip.
             `None` keeps all experts on.
     """
 

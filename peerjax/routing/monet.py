@@ -1,8 +1,9 @@
-"""Monet's routing: per head two sides of n keys, each side gated by a thresholded softmax.
+"""Monet's routing: two sides of n keys for each head, each side with a thresholded softmax.
 
-Expert (i, j) of the n * n has the gate `g1_i * g2_j`. A key is on if its score, normalised over a
-batch, is above the quantile that lets `top_k` of n Gaussian scores through: no sorting. Park et
-al., "Monet: Mixture of Monosemantic Experts for Transformers", arXiv:2412.04139, section 3.
+Expert (i, j) of the n * n experts has the gate `g1_i * g2_j`. A key is on if its score, normalised
+over a batch, is above a quantile. On average, `top_k` of n Gaussian scores are above it, so no
+sorting is needed. Park et al., "Monet: Mixture of Monosemantic Experts for Transformers",
+arXiv:2412.04139, section 3.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
 
-# The smallest mean gate whose logarithm the uniformity loss takes.
+# The uniformity loss raises smaller mean gates to this before it takes their logarithm.
 LEAST_MEAN_GATE = 1e-9
 
 
@@ -25,37 +26,38 @@ def keys_per_side(num_experts: int) -> int:
     """Returns n, the square root of the number of experts.
 
     Raises:
-        ValueError: if it is not whole.
+        ValueError: if `num_experts` is not a square number.
     """
     n = max(math.isqrt(max(num_experts, 0)), 1)
     if n * n != num_experts:
         raise ValueError(
-            f"{num_experts} experts are not a square of a number of keys; "
-            f"choose {n**2} or {(n + 1) ** 2}"
+            f"{num_experts} experts are not a square number; choose {n**2} or {(n + 1) ** 2}"
         )
     return n
 
 
 def quantile(num_keys: int, top_k: int) -> float:
-    """Returns the normal quantile `Phi^-1(1 - top_k / num_keys)`; minus infinity if all are let on.
+    """Returns the normal quantile `Phi^-1(1 - top_k / num_keys)`.
+
+    It is minus infinity if `top_k` equals `num_keys`, so that all keys are on.
 
     Raises:
         ValueError: if `top_k` is not in 1 .. `num_keys`.
     """
     if not 1 <= top_k <= num_keys:
-        raise ValueError(f"top_k={top_k} is not in 1 .. {num_keys}, the keys of a side")
+        raise ValueError(f"top_k={top_k} is not in 1 .. {num_keys}, the number of keys of a side")
     if top_k == num_keys:
         return -math.inf
     return statistics.NormalDist().inv_cdf(1 - top_k / num_keys)
 
 
 def threshold(normalised: Float[Array, "*S n"], top_k: int) -> Float[Array, "*S 1"]:
-    """Returns `min(max_i normalised_i, Phi^-1(1 - top_k / n))`: the largest key is always on.
+    """Returns `min(max_i normalised_i, Phi^-1(1 - top_k / n))`, so the largest key is always on.
 
     Args:
         normalised: scores of the keys of one side, with mean 0 and variance 1.
-        top_k: how many keys a side has on, on average over Gaussian scores: to the nominal
-            `top_k`, the rule of the largest key adds `(1 - top_k / n)^n`.
+        top_k: nominal number of keys of a side that are on, on average over Gaussian scores. The
+            rule of the largest key adds `(1 - top_k / n)^n` to it.
 
     Raises:
         ValueError: if `top_k` is not in 1 .. n.
@@ -67,12 +69,12 @@ def threshold(normalised: Float[Array, "*S n"], top_k: int) -> Float[Array, "*S 
 def gates(
     z: Float[Array, "*S n"], normalised: Float[Array, "*S n"], top_k: int
 ) -> Float[Array, "*S n"]:
-    """Returns the softmax of the raw scores over the keys that are on; the others are exactly 0.
+    """Returns the softmax of the raw scores over the keys that are on. Other gates are exactly 0.
 
     Args:
         z: raw scores.
-        normalised: the same scores, normalised; they say which keys are on, and get no gradient.
-        top_k: as `threshold` takes it.
+        normalised: the same scores, normalised. They decide which keys are on, and get no gradient.
+        top_k: nominal number of keys that are on; see `threshold`.
 
     Raises:
         ValueError: if `top_k` is not in 1 .. n.
@@ -82,11 +84,11 @@ def gates(
 
 
 def uniformity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[Array, ""]:
-    """The loss that spreads use over keys: `-1/(2 H n) sum log(mean gate)`; at best log n.
+    """Returns the loss that spreads use over keys: `-1/(2 H n) sum log(mean gate)`.
 
-    Equation 16, which takes the logarithm of gates that are mostly 0; the mean over the tokens
-    is taken first, and clamped at 1e-9. (The values in the paper's Table 7 are just above log 512
-    only in this reading.) Of several routers, take the mean.
+    Its best value is log n. This is equation 16, which takes the logarithm of gates that are mostly
+    0. Here the mean over tokens is taken first, and clamped at 1e-9. (The values in the paper's
+    Table 7 are just above log 512 only with this reading.) For several routers, take the mean.
 
     Args:
         g1: gates of the first side; all but the last two axes are tokens.
@@ -101,9 +103,10 @@ def uniformity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[
 
 
 def ambiguity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[Array, ""]:
-    """The loss that makes choices sharp: the mean of `1 - max gate` over heads, sides and tokens.
+    """Returns the loss that makes choices sharp: the mean of `1 - max gate`.
 
-    Equation 17, averaged over tokens. Of several routers, take the mean.
+    The mean is over heads, sides and tokens. This is equation 17, averaged over tokens. For several
+    routers, take the mean.
 
     Args:
         g1: gates of the first side; all but the last two axes are tokens.
@@ -116,7 +119,7 @@ def ambiguity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[A
 def mean_square_sum(num_keys: int, top_k: int) -> float:
     """Returns the mean of `sum_i gate_i^2` over standard normal scores, from 1,024 fixed draws.
 
-    One over it is how many keys share a head's gate, so to speak. Initial scales go by it.
+    Its inverse is the effective number of active keys per head. Initial scales depend on it.
     """
     z = np.random.default_rng(0).standard_normal((1024, num_keys))
     on = z >= np.minimum(z.max(axis=1, keepdims=True), quantile(num_keys, top_k))
@@ -125,19 +128,20 @@ def mean_square_sum(num_keys: int, top_k: int) -> float:
 
 
 class MonetRouter(nn.Module):
-    """Scores `z1 = W1 x`, `z2 = W2 x`, and the gates of both sides. Routing is float32.
+    """Computes the scores `z1 = W1 x` and `z2 = W2 x`, and the gates of both sides, in float32.
 
-    The paper reuses a router's gates in four layers, one after the other. Normalisation is per
-    head, over tokens and keys, without an affine part. W1 and W2, one sub-key a row, are drawn
-    with variance 1 / D: scores of a fresh router are about normal, and at D = 2,048 the deviation
-    is the 0.02 of the published code. Initialisation records each sub-key's norm in the
-    collection "stats".
+    The paper reuses the gates of a router in four consecutive layers. Normalisation is per head,
+    over tokens and keys, without an affine part. Each row of W1 and W2 is a sub-key. They are drawn
+    with variance 1 / D, so the scores of a fresh router are about normal. At D = 2,048 the
+    deviation is the 0.02 of the published code. Initialisation records the norm of each sub-key in
+    the collection "stats".
 
     Attributes:
-        num_experts: N, the square of the number n of keys of a side.
+        num_experts: N = n^2. Each side has n keys.
         heads: H, routing heads.
-        top_k: how many keys a side and head has on, on average.
-        statistics: what scores are normalised by, as `RunningNorm` takes it.
+        top_k: average number of keys that are on, for each side and head.
+        statistics: statistics that normalise the scores, "running" or "in_batch"; see
+            `RunningNorm`.
     """
 
     num_experts: int

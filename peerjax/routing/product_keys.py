@@ -19,17 +19,17 @@ def product_key_choice(
     k: int,
     gate: Gate = SOFTMAX,
 ) -> Choice:
-    """Chooses the k experts of the largest scores for every token and head.
+    """Chooses the k experts with the largest scores for every token and head.
 
     Args:
         scores1_HTN: scores of the first sub-keys, by head.
-        scores2_HTM: scores of the second sub-keys.
-        k: experts of a head.
-        gate: how scores become gates.
+        scores2_HTM: scores of the second sub-keys, by head.
+        k: number of experts that each head chooses.
+        gate: rule that turns scores into gates.
 
     Returns:
         A choice of K = H k experts out of N1 * N2 for each token, head by head. No gradient flows
-        through the ids. Rematerialisation saves them, after experts that are off are left out.
+        through the ids. Rematerialisation saves the ids after experts that are off are left out.
 
     Raises:
         ValueError: if there are fewer than k experts.
@@ -54,13 +54,13 @@ def top_k_pairs(
 ) -> Int[Array, "*S k"]:
     """Finds the k largest of all sums `scores1_i + scores2_j`.
 
-    Exact: a pair among the k largest has its i among the k largest of `scores1` and its j among
-    the k largest of `scores2`, so the top k of the k * k sums are the top k of all.
+    The result is exact. A pair among the k largest has its i among the k largest of `scores1` and
+    its j among the k largest of `scores2`. So the top k of the k * k sums are the top k of all.
 
     Args:
         scores1: scores of the first sub-keys.
         scores2: scores of the second sub-keys.
-        k: how many to find.
+        k: number of pairs to find.
 
     Returns:
         Expert numbers i * N2 + j, best first.
@@ -73,8 +73,8 @@ def top_k_pairs(
     """
     n1, n2 = scores1.shape[-1], scores2.shape[-1]
     if n1 * n2 < k:
-        raise ValueError(f"cannot choose {k} experts of {n1} * {n2}")
-    # `top_k` of more than two dimensions is many times slower on CPU.
+        raise ValueError(f"cannot choose {k} experts of {n1} * {n2}; lower k or add sub-keys")
+    # On CPU, `top_k` is many times slower with more than two dimensions.
     best1, index1 = jax.lax.top_k(scores1.reshape(-1, n1), min(k, n1))
     best2, index2 = jax.lax.top_k(scores2.reshape(-1, n2), min(k, n2))
     sums = best1[:, :, None] + best2[:, None, :]
@@ -87,10 +87,10 @@ def top_k_pairs(
 def pair_scores(
     scores1: Float[Array, "*S N1"], scores2: Float[Array, "*S N2"], ids: Int[Array, "*S k"]
 ) -> Float[Array, "*S k"]:
-    """Reads the scores `scores1_i + scores2_j` of experts `ids`; differentiable.
+    """Reads the scores `scores1_i + scores2_j` of experts `ids`. The result is differentiable.
 
-    Reading the scores at given ids, rather than taking them from a top-k, keeps gates and ids
-    together when a backward pass computes the scores again and a near-tie falls the other way.
+    A backward pass that computes the scores again can resolve a near-tie the other way. Scores that
+    are read at given ids, and not taken from a top-k, still belong to these ids.
     """
     n2 = scores2.shape[-1]
     first = jnp.take_along_axis(scores1, ids // n2, axis=-1)

@@ -1,8 +1,9 @@
-"""Batch normalisation for routers that does not look into the future.
+"""Batch normalisation for routers in which no token depends on later tokens.
 
-Statistics of the batch at hand would tell a token about the tokens after it: changing the last
-token of a text changes which experts its first tokens choose. A router here normalises by running
-statistics of the steps before, through which no gradient flows; the step moves them afterwards.
+With statistics of the current batch, a token depends on the tokens after it. A change to the last
+token of a text then changes the experts that its first tokens choose. Routers here normalise by
+running statistics of earlier steps, through which no gradient flows. Each step updates them
+afterwards.
 """
 
 from typing import Any, NamedTuple
@@ -14,30 +15,31 @@ from jaxtyping import Array, Float
 
 from peerjax.routing.auxiliary import sow_last
 
-# Collections: what a layer reads, and what it found in the batch at hand.
+# Collections: the statistics that a layer reads, and the moments of the current batch.
 STATS, MOMENTS = "stats", "moments"
-# Whose statistics a training step normalises by: those of the steps before, or of its own batch.
+# A training step normalises by statistics of earlier steps, or by those of its own batch.
 RUNNING, IN_BATCH = "running", "in_batch"
 
 
 class Moments(NamedTuple):
-    """Mean and variance, of a batch or running over steps."""
+    """Mean and variance of a batch, or running ones over steps."""
 
     mean: Array
     variance: Array
 
 
 class RunningNorm(nn.Module):
-    """`(z - mean) / sqrt(variance + eps)`.
+    """Computes `(z - mean) / sqrt(variance + eps)`.
 
-    Reads `moments` of the collection "stats"; where the collection "moments" is mutable, as in
-    training, sows those of z there.
+    The module reads `moments` of the collection "stats". If the collection "moments" is mutable, as
+    in training, the module sows the moments of z there.
 
     Attributes:
-        axes: over which z has one mean and one variance; the tokens are among them.
-        statistics: "running"; or "in_batch", which leaks the future and is there to compare with
-            the papers: in training, z is normalised by its own moments, gradient and all.
-        eps: added to the variance.
+        axes: axes of z that share one mean and one variance. They include the tokens.
+        statistics: "running" or "in_batch". With "in_batch", training normalises z by its own
+            moments, and the gradient includes them. This leaks later tokens into earlier ones. Use
+            it only for comparison with the papers.
+        eps: number that is added to the variance.
     """
 
     axes: tuple[int, ...]
@@ -48,7 +50,9 @@ class RunningNorm(nn.Module):
     def __call__(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalises z, in float32."""
         if self.statistics not in (RUNNING, IN_BATCH):
-            raise ValueError(f"unknown statistics {self.statistics!r}")
+            raise ValueError(
+                f"unknown statistics {self.statistics!r}; choose 'running' or 'in_batch'"
+            )
         shape = tuple(1 if axis in self.axes else size for axis, size in enumerate(z.shape))
         moments = self.variable(
             STATS, "moments", lambda: Moments(jnp.zeros(shape), jnp.ones(shape))
@@ -64,7 +68,7 @@ class RunningNorm(nn.Module):
 
 
 def pooled(parts: Any) -> Any:
-    """Moments of a whole from those of its equal parts, stacked along a leading axis."""
+    """Returns the moments of a whole from those of its equal parts, stacked on a leading axis."""
 
     def pool(each: Moments) -> Moments:
         variance = each.variance.mean(0) + each.mean.var(0)
@@ -74,12 +78,12 @@ def pooled(parts: Any) -> Any:
 
 
 def updated(stats: Any, moments: Any, momentum: float) -> Any:
-    """Running statistics after a step.
+    """Returns the running statistics after a step.
 
     Args:
-        stats: the collection "stats", which may hold more than moments.
-        moments: the collection "moments" of the step; its paths are among those of `stats`.
-        momentum: the step's share; 1 replaces what was there.
+        stats: the collection "stats", which may contain more than moments.
+        moments: the collection "moments" of the step. Its paths are among those of `stats`.
+        momentum: weight of the step; 1 replaces the old statistics.
     """
     if _is_moments(stats):
         return jax.tree.map(lambda old, new: old + momentum * (new - old), stats, moments)
@@ -92,7 +96,7 @@ def updated(stats: Any, moments: Any, momentum: float) -> Any:
 
 
 def has_moments(stats: Any) -> bool:
-    """Whether the collection "stats" of a model holds running moments."""
+    """Returns whether the collection "stats" of a model contains running moments."""
     return any(map(_is_moments, jax.tree.leaves(stats, is_leaf=_is_moments)))
 
 

@@ -1,4 +1,4 @@
-"""Token-choice routing of mixtures of experts: every token takes its k best of E experts."""
+"""Token-choice routing of mixtures of experts: every token chooses its k best of E experts."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows of one multiplication: at most what fills a matrix unit.
+# Limits of the rows of one multiplication. The largest number fills a matrix unit.
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 8
 
 
 class Slots(NamedTuple):
-    """Where (token, choice) pairs lie once they are sorted by expert and padded to blocks.
+    """Places of (token, choice) pairs after they are sorted by expert and padded to blocks.
 
-    Every expert has whole blocks of b slots, so that a block is multiplied by one expert. A slot
-    that holds no pair is padding.
+    Every expert has whole blocks of b slots, so that each block is multiplied by one expert. A slot
+    without a pair is padding.
 
     Attributes:
         of_pair: the slot of each pair.
-        pair: the pair t * k + j of each slot; T * k where there is none.
+        pair: the pair t * k + j of each slot, or T * k in padding.
         expert: the expert of each block.
     """
 
@@ -28,14 +28,14 @@ class Slots(NamedTuple):
 
 
 def gates_of(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, "T k"]:
-    """Mixing weights of the chosen experts: their probabilities, divided by their sum.
+    """Returns the gates of the chosen experts: their probabilities, divided by their sum.
 
-    That is the softmax over the chosen logits alone, as in Mixtral. With k = 1 it would be 1
-    whatever the router says and give it no gradient: there, the probability itself is the gate,
-    as in the Switch Transformer.
+    This is the softmax over the chosen logits alone, as in Mixtral. With k = 1 it would always be
+    1, and the router would get no gradient. The gate is then the probability itself, as in the
+    Switch Transformer.
 
     Args:
-        logits: of the router, float32.
+        logits: logits of the router, float32.
         ids: the experts that each token chose.
 
     References:
@@ -50,12 +50,12 @@ def gates_of(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array
 
 
 def balance_loss(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, ""]:
-    """`E * sum_i f_i P_i`: 1 where experts are used evenly, at most E.
+    """Returns `E * sum_i f_i P_i`, which is 1 if experts are used evenly, and at most E.
 
-    f_i is the share of the T * k choices that fell on expert i, through which no gradient flows,
-    and P_i the mean probability of expert i. With k = 1 it is the loss of the Switch Transformer
-    (there multiplied by alpha); Mixtral's code counts choices a token, which makes it k times
-    as large.
+    f_i is the share of expert i in the T * k choices. No gradient flows through it. P_i is the mean
+    probability of expert i. With k = 1 this is the loss of the Switch Transformer, which is
+    multiplied by alpha there. Mixtral's code counts choices per token, so its loss is k times as
+    large.
 
     References:
         Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
@@ -67,28 +67,29 @@ def balance_loss(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[A
 
 
 def counts_of(ids: Int[Array, "..."], num_experts: int) -> Int[Array, " E"]:
-    """How often each expert occurs."""
+    """Returns how often each expert occurs."""
     return jnp.sum(ids.reshape(-1, 1) == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
 
 
 def block_size(pairs: int, num_experts: int) -> int:
-    """Slots of a block: a power of two, near a quarter of what an expert gets on average.
+    """Returns the number of slots of a block.
 
-    Padding is then about an eighth of the work.
+    It is a power of two near a quarter of the average number of pairs of an expert. Padding is then
+    about an eighth of the work.
     """
     quarter = max(1, pairs // (4 * num_experts))
     return min(max(1 << (quarter.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
 def sorted_slots(ids: Int[Array, "T k"], num_experts: int, block: int) -> Slots:
-    """Sorts the pairs by expert, pads each expert's to whole blocks; none is dropped.
+    """Sorts the pairs by expert and pads the pairs of each expert to whole blocks.
 
-    The number of blocks is the largest that any choice of experts can need; those that this one
-    leaves over are padding of the last expert.
+    No pair is dropped. The number of blocks is the largest that any choice of experts can need.
+    Blocks that this choice does not need are padding of the last expert.
 
     Args:
         ids: the experts that each token chose.
-        num_experts: E.
+        num_experts: E, number of experts.
         block: slots of a block.
     """
     flat = ids.reshape(-1)
@@ -99,7 +100,7 @@ def sorted_slots(ids: Int[Array, "T k"], num_experts: int, block: int) -> Slots:
     last_block = jnp.cumsum(blocks)
     order = jnp.argsort(flat, stable=True)
     by_expert = flat[order]
-    # Of each sorted pair: its place among the pairs of its expert, then its slot.
+    # The place of each sorted pair among the pairs of its expert, and then its slot.
     place = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[by_expert]
     slot = (last_block - blocks)[by_expert] * block + place
     expert = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh of devices."""
+"""Placement of arrays on a mesh of devices."""
 
 from peerjax.sharding.rules import BATCH, make_mesh, sharding_of, state_shardings
 

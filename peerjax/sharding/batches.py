@@ -1,4 +1,4 @@
-"""Batches over a mesh."""
+"""Splitting of batches over a mesh."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from peerjax.sharding.rules import BATCH
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...], each part over all devices of the mesh."""
+    """Reshapes [B, ...] to [parts, B / parts, ...]; each part is split over all devices."""
 
     def split(leaf: Array) -> Array:
         leaf = leaf.reshape(parts, -1, *leaf.shape[1:])

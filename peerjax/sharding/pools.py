@@ -1,7 +1,7 @@
-"""Operations on pools over a mesh: every device handles its own tokens.
+"""Operations on pools over a mesh: every device computes its own tokens.
 
-Under `jax.set_mesh` these run inside `jax.shard_map`; without a mesh they are the plain
-operations, so that a layer can be used on its own.
+Under `jax.set_mesh` these run inside `jax.shard_map`. Without a mesh they are the plain operations,
+so that a layer can be used on its own.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def sharded_lookup(
     tap: Tap | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """`pallas_kernels.expert_lookup.lookup` with tokens split over the mesh's `data` axis."""
+    """Runs `pallas_kernels.expert_lookup.lookup` with tokens split over the `data` axis."""
     if tap is None:
         tap = Tap.zeros_for(ids, x)
 
@@ -60,9 +60,9 @@ def replicated_update(
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
-    """`pallas_kernels.expert_update.update`, by every device of the mesh for itself.
+    """Runs the whole `pallas_kernels.expert_update.update` on every device of the mesh.
 
-    All hold the same pool and the same gradient, and draw the same random bits.
+    All devices have the same pool and the same gradient, and draw the same random bits.
     """
 
     def local(seed: Any, step: Any, *operands: Any) -> tuple[ExpertPool, UpdateState, Statistics]:
@@ -81,7 +81,7 @@ def replicated_update(
 def dense_pool_gradient(
     gradient: FactoredGradient, num_experts: int
 ) -> Float[Array, "layers N 2 D"]:
-    """The dense gradient of a stack of pools, summed over the mesh's `data` axis."""
+    """Returns the dense gradient of a stack of pools, summed over the mesh's `data` axis."""
 
     def local(gradient: FactoredGradient) -> Array:
         return jax.lax.psum(gradient.dense(num_experts), "data")
@@ -92,7 +92,7 @@ def dense_pool_gradient(
 
 
 def gather_tokens(gradient: FactoredGradient) -> FactoredGradient:
-    """Replicates the gradient of a stack of pools: every device gets all tokens, in their order."""
+    """Replicates the gradient of a stack of pools. Every device gets all tokens in order."""
     if jax.sharding.get_abstract_mesh().empty:
         return gradient
     return jax.lax.with_sharding_constraint(gradient, P())

@@ -1,9 +1,9 @@
 """The placement rules: which array is split over which axis of the mesh.
 
-The mesh has one axis so far, `data`: batches are split over it and everything else is
-replicated. A rule maps the path of a leaf in the train state (such as
+The mesh has one axis so far, `data`. Batches are split over it, and everything else is replicated.
+A rule maps the path of a leaf in the train state (such as
 `params/run_0/block/attention/query/kernel`), its shape and the mesh to a partition of its
-dimensions. The first rule whose pattern matches the path decides.
+dimensions. The first rule whose pattern matches the path applies.
 """
 
 import re
@@ -35,12 +35,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def sharding_of(mesh: Mesh, spec: P) -> NamedSharding:
-    """The sharding that `spec` means on `mesh`."""
+    """Returns the sharding of `spec` on `mesh`."""
     return NamedSharding(mesh, spec)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The sharding of every leaf of a train state, by the first rule that matches its path."""
+    """Returns the sharding of every leaf of a train state, by the first rule that matches."""
 
     def of_leaf(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

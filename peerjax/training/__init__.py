@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: state, step, checkpoints, metrics, report."""
+"""The training loop with its state, step, checkpoints, metrics and report."""

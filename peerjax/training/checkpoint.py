@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: an orbax manager, and checksums of every file.
+"""Checkpoints that are either complete or absent: an orbax manager, and checksums of every file.
 
-Layout of a workdir's `checkpoints/`: one folder a step, written under a temporary name, renamed
-when complete, and then sealed: `checksums.json` inside it has the SHA-256 of every other file.
-A folder that is not as it was sealed is moved to `damaged_checkpoints/`, and the step before it
-is used.
+In a workdir, `checkpoints/` has one folder for each saved step. The folder is written under a
+temporary name, renamed when it is complete, and then sealed. Sealing writes `checksums.json`, which
+has the SHA-256 of every other file in the folder. A folder that does not match its checksums is
+moved to `damaged_checkpoints/`, and the checkpoint before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Checkpoints:
 
     Args:
         workdir: the run's folder.
-        keep: how many of the latest steps stay.
+        keep: number of latest checkpoints to keep.
 
     Raises:
         CheckpointError: if there are checkpoints, but none is intact.
@@ -56,18 +56,18 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest intact checkpoint, or `None`."""
+        """Step of the newest intact checkpoint, or `None`."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> epath.Path:
-        """The folder of a step's checkpoint."""
+        """Returns the folder of a step's checkpoint."""
         return self._folder / str(step)
 
     def save(self, step: int, state: Any, next_batch: int) -> None:
-        """Starts to save a step in the background, once the save before it has ended.
+        """Starts to save a step in the background, after the previous save has ended.
 
         Raises:
-            CheckpointError: if that earlier save failed, or this one cannot start.
+            CheckpointError: if the previous save failed, or this one cannot start.
         """
         self.wait()
         items = ocp.args.Composite(
@@ -85,7 +85,7 @@ class Checkpoints:
         """Waits for the save in progress.
 
         Raises:
-            CheckpointError: if it failed.
+            CheckpointError: if the save failed.
         """
         sealed, self._sealed = self._sealed, None
         try:
@@ -95,25 +95,25 @@ class Checkpoints:
             raise self._save_error(error) from error
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, int]:
-        """Reads a step back. What else a checkpoint holds is left out.
+        """Reads the checkpoint of a step, and only the fields of `abstract_state` in it.
 
         Args:
-            step: a step that exists.
-            abstract_state: shapes, dtypes and shardings that the train state is to have.
+            step: a step that has a checkpoint.
+            abstract_state: shapes, dtypes and shardings of the train state.
 
         Returns:
             `(state, next_batch)`.
 
         Raises:
-            CheckpointError: if the state in it has another structure.
+            CheckpointError: if the saved state has another structure.
         """
         data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
         try:
             restored = restore_part(self.path(step), abstract_state._asdict())
         except ValueError as error:
             raise CheckpointError(
-                f"the checkpoint {self.path(step)} holds another state than this version of "
-                f"peerjax keeps ({_first_line(error)}); go on with the version that wrote it, or "
+                f"the checkpoint {self.path(step)} does not match the state of this version of "
+                f"peerjax ({_first_line(error)}); continue with the version that wrote it, or "
                 "choose another --workdir"
             ) from error
         return abstract_state._replace(**restored), data["data"]["next_batch"]
@@ -122,7 +122,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Waits for the save in progress, whatever else went wrong, and ends."""
+        """Waits for the save in progress, also after an error, and shuts down."""
         try:
             self.wait()
         except CheckpointError:
@@ -130,12 +130,12 @@ class Checkpoints:
                 raise
         finally:
             self._sealer.shutdown()
-            # Closing waits for the saves in progress, and raises again what `wait` raised.
+            # `close` waits for saves in progress, and raises the error of `wait` again.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def _seal(self, step: int) -> None:
-        """Waits until a step is in its place, and writes the checksums of its files."""
+        """Waits until a step's folder is complete, and writes the checksums of its files."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             text = json.dumps({"files": checksums(self.path(step))}, indent=1)
@@ -144,16 +144,16 @@ class Checkpoints:
     def _save_error(self, error: Exception) -> CheckpointError:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         good = [step for step in self._manager.all_steps() if step != self._saving]
-        last = f"the last good one is of step {max(good)}" if good else "there is none before it"
+        last = f"the last good one is of step {max(good)}" if good else "there is no earlier one"
         return CheckpointError(
             f"the checkpoint of step {self._saving} could not be written to {self._folder} "
-            f"({reason}); {last}; mend the cause (is the disk full?) and run the same command "
-            "again to go on from there"
+            f"({reason}); {last}; fix the cause, such as a full disk, and run the same command "
+            "again to continue"
         )
 
 
 def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, except the checksums themselves."""
+    """Returns the SHA-256 of every file below a folder, except the file of checksums."""
     sums = {}
     for path in _files_below(folder):
         name = path.relative_to(folder).as_posix()
@@ -163,7 +163,7 @@ def checksums(folder: epath.Path) -> dict[str, str]:
 
 
 def find_damage(folder: epath.Path) -> str | None:
-    """Says what is wrong with a step's folder, or `None` if it is as it was written."""
+    """Returns what is wrong with a step's folder, or `None` if it matches its checksums."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,24 +173,24 @@ def find_damage(folder: epath.Path) -> str | None:
         if name not in actual:
             return f"{name} is missing"
         if actual[name] != digest:
-            return f"{name} is not as it was written"
+            return f"{name} does not match its checksum"
     return None
 
 
 def steps_in(workdir: epath.Path) -> list[int]:
-    """The steps of the checkpoints in a run's folder, intact or not."""
+    """Returns the steps of all checkpoints in a run's folder, intact or not."""
     folder = workdir / "checkpoints"
     found = folder.iterdir() if folder.exists() else ()
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def find_checkpoint(workdir: epath.Path, step: int | None = None) -> epath.Path:
-    """The folder of a step's checkpoint; of the newest intact one by default.
+    """Returns the folder of a step's checkpoint, by default of the newest intact one.
 
-    Changes nothing: the run may still be going on.
+    This function changes no files, because the run may still be in progress.
 
     Raises:
-        CheckpointError: if there is none, or the one asked for is damaged.
+        CheckpointError: if there is no such checkpoint, or it is damaged.
     """
     folder, steps = workdir / "checkpoints", steps_in(workdir)
     if not steps:
@@ -211,9 +211,9 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
     """Reads some fields of a saved train state, and no others.
 
     Args:
-        checkpoint: the folder of a step.
-        part: by field, the tree of shapes, dtypes and shardings that it is to have. A leaf that
-            is `ocp.PLACEHOLDER` is not read.
+        checkpoint: the folder of a step's checkpoint.
+        part: the fields to read, each with the tree of its shapes, dtypes and shardings. A leaf
+            that is `ocp.PLACEHOLDER` is not read.
 
     Raises:
         ValueError: if the state has no such leaf, or one of another shape.
@@ -232,7 +232,7 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
 
 
 def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
-    """Moves newer damaged steps away until the newest one is intact."""
+    """Moves damaged checkpoints away, newest first, until the newest one is intact."""
     if not folder.exists():
         return
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -282,7 +282,7 @@ def _sha256(path: epath.Path) -> str:
 
 
 def abstract(state_shapes: Any, shardings: Any) -> Any:
-    """Joins shapes and shardings, as `Checkpoints.restore` wants them."""
+    """Joins shapes and shardings into the form that `Checkpoints.restore` takes."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state_shapes,
@@ -291,5 +291,5 @@ def abstract(state_shapes: Any, shardings: Any) -> Any:
 
 
 def count_parameters(tree: Any) -> int:
-    """Number of elements in all leaves; a packed matrix has those of the matrix."""
+    """Returns the number of elements in all leaves, with packed matrices counted as unpacked."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree, is_packed_matrix))

@@ -1,4 +1,4 @@
-"""The gradient of a batch: of params as a tree of arrays, of pools in factored form."""
+"""The gradient of a batch: arrays for params, and factored gradients for pools."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from peerjax.sharding.batches import split_rows
 
 
 class Gradients(NamedTuple):
-    """What a batch says about every parameter.
+    """The gradients of a batch, and other values from the same pass.
 
     Attributes:
         params: a tree like the params.
         pools: a tree like the pools, with the factored gradient of each stack of pools.
-        moments: what routers found in the batch; see `peerjax.routing.running_norm`.
+        moments: moments of the batch for routers; see `peerjax.routing.running_norm`.
         losses: the terms that layers add to the loss; see `loss_terms`.
     """
 
@@ -43,20 +43,20 @@ def loss_and_gradients(
     seed: int = 0,
     step: Any = 0,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """Mean loss of a batch, and the gradients of its sum with the terms that layers add.
+    """Returns the mean loss of a batch, and gradients of that loss plus the terms of layers.
 
-    Microbatches are computed one after the other, to save memory: gradients of params add up,
-    factored ones are joined along their tokens, so that the result is that of the whole batch.
-    Only terms of layers may differ from it: they are means over the parts.
+    Microbatches are computed one after the other, to save memory. Gradients of params are added,
+    and factored gradients are joined along their tokens. The result is that of the whole batch.
+    Only the terms of layers can differ, because they are means over the parts.
 
     Args:
-        task: has the model and the loss.
-        variables: the model's collections "params", "pools" and "stats"; the gradient of params is
-            that with respect to `peerjax.optim.dequantize` of them.
+        task: task with the model and the loss.
+        variables: collections "params", "pools" and "stats" of the model. The gradient of params is
+            with respect to `peerjax.optim.dequantize` of them.
         batch: rows of text.
-        frozen: what else the loss reads.
-        microbatches: in how many parts to compute; they divide the rows.
-        seed: of the run, for layers that draw.
+        frozen: arrays that the loss reads, such as those of a teacher.
+        microbatches: number of parts in which the batch is computed. It must divide the rows.
+        seed: seed of the run, for layers that draw random numbers.
         step: number of the step.
     """
     model = task.model
@@ -97,9 +97,10 @@ def loss_and_gradients(
 
 
 def loss_terms(config: ModelConfig, collection: Any) -> dict[str, Float[Array, ""]]:
-    """Terms that layers added to the loss, named `<layers>/<name>`: means over a stack's layers.
+    """Returns the terms that layers added to the loss, as means over the layers of a stack.
 
-    Where several modules of a block add terms of one name, the name has the module's path too.
+    Their names are `<layers>/<name>`. If several modules of a block add terms of one name, the
+    result's names also contain the module's path.
     """
     found: dict[tuple[str, str], dict[tuple[str, ...], list[Array]]] = {}
     for path, values in by_module(collection).items():
@@ -118,7 +119,7 @@ def loss_terms(config: ModelConfig, collection: Any) -> dict[str, Float[Array, "
 def factored_gradients(
     config: ModelConfig, routing: Any, tap_grads: Any
 ) -> dict[str, dict[str, FactoredGradient]]:
-    """Joins the ids that lookups kept with the cotangents of their taps, as a tree like the pools.
+    """Joins the ids of lookups with the cotangents of their taps, as a tree like the pools.
 
     Raises:
         ValueError: if two modules of a block read one pool.
@@ -130,7 +131,7 @@ def factored_gradients(
         first = config.place(path).layers[0]
         if first in of_pool:
             raise ValueError(
-                f"two modules of a block of {path[0]} read the pool {path[-1]!r}; give each a pool"
+                f"two modules in a block of {path[0]} read the pool {path[-1]!r}; give each its own"
             )
         of_pool[first] = FactoredGradient.from_tap(choices[path][CHOICE].ids, taps[TAP])
     gradients: dict[str, dict[str, FactoredGradient]] = {}
@@ -141,7 +142,7 @@ def factored_gradients(
 
 
 def gradient_shapes(task: Task, rows: int, length: int) -> dict[str, dict[str, FactoredGradient]]:
-    """Shapes of the factored gradients of a batch, as a tree like the pools."""
+    """Returns the shapes of the factored gradients of a batch, as a tree like the pools."""
 
     def gradients() -> dict[str, dict[str, FactoredGradient]]:
         tokens = jnp.zeros((rows, length), jnp.int32)
@@ -153,7 +154,7 @@ def gradient_shapes(task: Task, rows: int, length: int) -> dict[str, dict[str, F
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every float in a tree is a finite number."""
+    """Returns whether every float in a tree is a finite number."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
@@ -165,7 +166,7 @@ def map_pools(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def _interleaved(blocks: list[FactoredGradient]) -> FactoredGradient:
-    """The gradient of a stack from those of the blocks of its periods."""
+    """Returns the gradient of a stack from the gradients of the blocks of its periods."""
     if len(blocks) == 1:
         return blocks[0]
 
@@ -177,12 +178,12 @@ def _interleaved(blocks: list[FactoredGradient]) -> FactoredGradient:
 
 
 def _join_tokens(parts: Array) -> Array:
-    """[parts, layers, T, ...] as [layers, parts * T, ...]."""
+    """Reshapes [parts, layers, T, ...] to [layers, parts * T, ...]."""
     joined = jnp.moveaxis(parts, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])
 
 
 def _zero_taps(task: Task, batch: Batch) -> Any:
-    """Zeros for the model's taps; their shapes depend on the batch."""
+    """Returns zeros for the model's taps, which have shapes that depend on the batch."""
     shapes = jax.eval_shape(task.model.init, jax.random.key(0), *inputs_of(batch))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get(TAPS, {}))

@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop, written to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -39,20 +39,22 @@ MakeTask = Callable[[ml_collections.ConfigDict, Corpus], Task]
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask = language) -> None:
-    """Trains as `config` says, or goes on from the newest checkpoint in `workdir`.
+    """Trains a model, or continues from the newest checkpoint in `workdir`.
+
+    Training runs in one process with all devices. It stops with an error if there are several
+    processes.
 
     Args:
-        config: see `peerjax.config`.
-        workdir: a folder. It gets `config.json`, `data.json`, `tokenizer.json`, `checkpoints/`,
-            `metrics.jsonl`, `tensorboard/`, and at the end `report.json` and plots.
-        make_task: what to minimise, from the configuration and its text.
-
-    One process with all devices; several are refused.
+        config: configuration of the run; see `peerjax.config`.
+        workdir: folder of the run. Training writes `config.json`, `data.json`, `tokenizer.json`,
+            `checkpoints/`, `metrics.jsonl` and `tensorboard/` there. At the end it writes
+            `report.json` and plots.
+        make_task: function that returns the training objective for a configuration and its text.
 
     Raises:
-        UserError: one of its kinds, with one sentence that says what to do.
+        UserError: a subclass of it, with one sentence that names the problem and the remedy.
     """
-    # ---- What the run is ----
+    # ---- Configuration, text and task ----
     folder = folder_of(workdir)
     validate(config)
     _refuse_several_processes()
@@ -83,7 +85,7 @@ def _train_in(
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignals())
 
-        # ---- State: fresh, or from the newest intact checkpoint ----
+        # ---- State: from the newest intact checkpoint, from another run, or fresh ----
         def fresh_state() -> TrainState:
             return create_state(config, task, optimizer)
 
@@ -92,7 +94,7 @@ def _train_in(
         checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
         start = checkpoints.latest_step
         if start is not None and start >= config.steps and report.is_of(folder, start):
-            print(f"the run in {folder} has finished its {start} steps; raise steps to go on")
+            print(f"the run in {folder} has finished its {start} steps; raise steps to continue")
             report.print_report(folder)
             return
         if start is not None:
@@ -110,7 +112,7 @@ def _train_in(
                 state = first_statistics(state, put_batch(mesh, first))
         record(folder, config, corpus.tokenizer, corpus.identity)
 
-        # ---- What is computed and shown ----
+        # ---- Step, probes and output ----
         train_step = jax.jit(make_train_step(config, task, optimizer), donate_argnums=0)
         probes = probes_for(corpus.tokenizer)
         tokens_per_step = config.data.batch_size * config.data.sequence_length
@@ -162,7 +164,7 @@ def _train_in(
             batch = next(batches)
             state, metrics = train_step(state, put_batch(mesh, batch), task.frozen)
             step += 1
-            # The figures of the step before are fetched while this step computes.
+            # Metrics of the previous step are fetched while this step computes.
             if pending is not None:
                 writer.write(pending.step, finish(pending))
             pending = Pending(step, metrics, batch["row"])
@@ -171,8 +173,8 @@ def _train_in(
             evaluating = step % config.eval.every == 0 or step == config.steps
             saving = step % config.checkpoint.every == 0 or ending
             if evaluating or saving:
-                # Nothing is saved before its figures are known and written down, or, unless the run
-                # ends, while steps are being skipped: it would take the place of a sounder one.
+                # Metrics of a step are written before its checkpoint. While steps are skipped,
+                # nothing is saved unless the run ends: it would replace a better checkpoint.
                 figures, pending = finish(pending), None
                 if evaluating:
                     evaluation = evaluate_now()
@@ -184,12 +186,12 @@ def _train_in(
             if ending:
                 break
         checkpoints.wait()
-        if step == start:  # killed between its last checkpoint and its report
+        if step == start:  # the run was killed between its last checkpoint and its report
             evaluation = evaluate_now()
 
     # ---- End ----
     if step < config.steps:
-        print(f"stopped and saved after step {step}; run the same command to go on")
+        print(f"stopped and saved after step {step}; run the same command to continue")
     elif jax.process_index() == 0:
         facts = {
             "steps": step,
@@ -206,7 +208,7 @@ def _train_in(
 def _refuse_several_processes() -> None:
     if jax.process_count() > 1:
         raise ConfigError(
-            f"JAX runs as {jax.process_count()} processes, but training is for one so far; start "
+            f"JAX runs as {jax.process_count()} processes, but training supports only one; start "
             "it on a single host, without jax.distributed"
         )
 
@@ -222,7 +224,7 @@ def _describe(
     flops = sum(forward_flops(model.config, length).values())
     experts = count_expert_parameters(shapes.pools)
     devices = f"{mesh.size} {jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
-    beginning = f"going on from step {start}" if start else "starting"
+    beginning = f"continuing from step {start}" if start else "starting"
     return (
         f"{parameters:,} parameters and {experts:,} in experts on {devices}, "
         f"{flops / 1e6:,.2f} MFLOPs a token forward, "

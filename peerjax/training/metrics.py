@@ -1,4 +1,4 @@
-"""Figures of a run: `metrics.jsonl`, TensorBoard events and what the terminal shows."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events and terminal output."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 class MetricsWriter:
-    """Writes one line a step to `metrics.jsonl`, and the same figures to TensorBoard.
+    """Writes one line a step to `metrics.jsonl`, and the same metrics to TensorBoard.
 
-    Nothing in the file depends on the clock: a run that was killed and continued leaves the
-    same file, byte for byte, as one that was not.
+    Nothing in the file depends on the clock. A run that was killed and continued writes the same
+    bytes as one that was not killed.
 
     Args:
         workdir: the run's folder.
-        first_step: the first step that will be written; lines of it and later ones, left by a
-            run that was killed after its last checkpoint, are dropped.
+        first_step: the first step that will be written. Old lines from this step on are deleted. A
+            run that was killed after its last checkpoint has such lines.
     """
 
     def __init__(self, workdir: epath.Path, first_step: int):
@@ -39,9 +39,9 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / EVENTS), purge_step=first_step)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes the line of a step, at once.
+        """Writes the line of a step immediately.
 
-        Figures that are not finite, such as the loss of a skipped step, are left out: JSON has no
+        Non-finite metrics, such as the loss of a skipped step, are left out, because JSON has no
         such numbers.
 
         Raises:
@@ -53,13 +53,13 @@ class MetricsWriter:
                 file.write(_as_line({"step": step, **figures}))
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written ({error}); mend the cause and run the same "
-                "command again to go on from the last checkpoint"
+                f"{self._path} cannot be written ({error}); fix the cause and run the same "
+                "command again to continue from the last checkpoint"
             ) from None
         self.write_events(step, figures)
 
     def write_events(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes figures to TensorBoard only: for those that depend on the clock."""
+        """Writes metrics to TensorBoard only. Use it for metrics that depend on the clock."""
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 
@@ -71,7 +71,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float | int]]:
-    """The lines of `metrics.jsonl`; a last line that was cut short is left out."""
+    """Returns the lines of `metrics.jsonl`, without an incomplete last line."""
     path = workdir / FILE
     lines = path.read_text().splitlines() if path.exists() else []
     records = []
@@ -88,12 +88,12 @@ def _as_line(record: Mapping[str, float | int]) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere; silent on all but one process.
+    """A progress bar on a terminal, and plain lines elsewhere. Only one process prints.
 
     Args:
         total: the last step.
-        step: the step that the run goes on from.
-        tokens_per_step: over all devices.
+        step: the step from which the run continues.
+        tokens_per_step: tokens in a step over all devices.
         line_every: steps between plain lines.
     """
 
@@ -101,7 +101,7 @@ class Progress:
         self._total, self._first, self._tokens = total, step, tokens_per_step
         self._line_every = line_every
         self._start: float | None = None
-        self.tokens_per_second = 0.0  # since the first step of this process, which compiled
+        self.tokens_per_second = 0.0  # without the first step of this process, which compiles
         self._bar: rich.progress.Progress | None = None
         self._quiet = jax.process_index() != 0
         if not self._quiet and sys.stdout.isatty():
@@ -115,7 +115,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Shows the figures of a step that is done."""
+        """Shows the metrics of a finished step."""
         now = time.monotonic()
         if self._start is None:
             self._start, self._first = now, step
@@ -134,7 +134,7 @@ class Progress:
             print(f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}", flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self._quiet:
             return
         if self._bar is not None:

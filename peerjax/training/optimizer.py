@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names, and what it keeps."""
+"""The optimizer of a configuration, and its state."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,10 @@ from peerjax.training.state import PARAMS, POOLS
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it at `config.steps`."""
+    """Returns a linear warm-up to `peak`, then a cosine decay until `config.steps`.
+
+    The cosine ends at `final_fraction` of the peak.
+    """
     optimizer = config.optimizer
     warmup = min(optimizer.warmup_steps, config.steps - 1)
     return optax.warmup_cosine_decay_schedule(
@@ -25,10 +28,10 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, peak: float) -> op
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW over params, and the rule that `config.pool` names over pools.
+    """Returns AdamW for params, combined with the update rule in `config.pool` for pools.
 
-    Under "rowwise" the gradients of pools are factored, and each row's step is bounded; under
-    "adamw" and "eco" they are dense, and clipped together with those of params.
+    Under "rowwise", the gradients of pools are factored, and the step of each vector is bounded.
+    Under "adamw" and "eco", they are dense, and clipped together with those of params.
     """
     optimizer, layers = config.optimizer, feed_forwards(config)
 
@@ -78,7 +81,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def state_of_pools(opt_state: Any) -> list[Any]:
-    """What the optimizer keeps for pools; what it keeps for other packed matrices is left out."""
+    """Returns the optimizer state of pools, without the state of packed matrices."""
 
     def is_state(node: Any) -> bool:
         return isinstance(node, UpdateState | ExpertPool)

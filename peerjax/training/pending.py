@@ -1,4 +1,4 @@
-"""A step's figures, fetched while the next step computes, and what they give cause to say."""
+"""Metrics of a step, fetched while the next step computes, and warnings about them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,17 +10,18 @@ from jaxtyping import Integer
 
 from peerjax.errors import DivergenceError
 
-# Share of the codes of rows hit that stop at their limit in one step: normal weights have 0.3%.
+# A warning is printed if more than this share of the codes of hit vectors exceed their range in one
+# step. Normal weights have 0.3%.
 TOO_MANY_CLIPPED = 0.05
 
 
 class Pending:
-    """The figures of a step that has been started but perhaps not finished.
+    """The metrics of a step that has started, but may not have finished.
 
     Args:
-        step: its number, from 1.
-        metrics: what the step returned.
-        rows: which rows of the training text it read.
+        step: number of the step, from 1.
+        metrics: metrics that the step returned.
+        rows: numbers of the rows of training text that the step read.
     """
 
     def __init__(
@@ -31,28 +32,28 @@ class Pending:
         self._rows = rows
 
     def figures(self) -> dict[str, float]:
-        """Waits for the step."""
+        """Waits for the step and returns its metrics."""
         return {name: float(value) for name, value in jax.device_get(self._metrics).items()}
 
     def place(self) -> str:
-        """Names the step and the text that it read."""
+        """Returns a description of the step and of the text that it read."""
         rows = ", ".join(str(int(row)) for row in self._rows[:8])
         more = "..." if len(self._rows) > 8 else ""
         return f"step {self.step} (batch {self.step - 1}, rows {rows}{more} of the training text)"
 
 
 class Warnings:
-    """Watches the figures of a run for what its user should know."""
+    """Finds problems in the metrics of a run."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         self._config = config
         self._warned = False
 
     def about(self, pending: Pending, figures: Mapping[str, float]) -> Iterator[str]:
-        """Yields a line for each thing to say about a step.
+        """Yields a warning for each problem in a step.
 
         Raises:
-            DivergenceError: if as many steps in a row were skipped as the configuration allows.
+            DivergenceError: if `max_skipped_steps` steps in a row were skipped.
         """
         in_a_row = round(figures["skipped/in_a_row"])
         if in_a_row:
@@ -62,16 +63,16 @@ class Warnings:
             skipped = f"{what} {verb} not finite in {pending.place()}"
             if in_a_row >= self._config.max_skipped_steps:
                 raise DivergenceError(
-                    f"{skipped}; {in_a_row} steps in a row were skipped for that "
-                    "(max_skipped_steps); the last checkpoint before them is kept; lower the "
-                    "learning rates, or look at those rows"
+                    f"{skipped}; {in_a_row} steps in a row were skipped, which is the limit "
+                    "max_skipped_steps; the last checkpoint before them is kept; lower the "
+                    "learning rates, or inspect those rows"
                 )
             yield f"warning: {skipped}; the step is skipped, {in_a_row} in a row so far"
         for name, share in figures.items():
             if name.startswith("pool_clipped/") and share > TOO_MANY_CLIPPED and not self._warned:
                 self._warned = True
                 yield (
-                    f"warning: {share:.1%} of the codes that step {pending.step} moved in "
-                    f"{name.split('/')[1]} went beyond the end of their range; "
+                    f"warning: {share:.1%} of the codes that step {pending.step} updated in "
+                    f"{name.split('/')[1]} exceeded their range; "
                     f"pool.learning_rate={self._config.pool.learning_rate} may be too large"
                 )

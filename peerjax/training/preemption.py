@@ -1,4 +1,4 @@
-"""Stopping cleanly when the process is asked to."""
+"""Clean stop of training on a signal."""
 
 import signal
 import threading
@@ -9,9 +9,9 @@ from orbax.checkpoint import utils
 
 
 class StopSignals:
-    """While entered, SIGTERM and the first Ctrl-C ask the loop to save and end.
+    """Inside this context, the training loop saves and ends after SIGTERM or the first Ctrl-C.
 
-    With several processes the machines agree on the step by JAX's preemption service.
+    With several processes, JAX's preemption service finds a common step for all machines.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        # Handlers can be set in the main thread only; elsewhere signals keep their effect.
+        # Handlers can be set only in the main thread. In other threads signals keep their effect.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
@@ -29,7 +29,7 @@ class StopSignals:
         self._restore()
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`."""
+        """Returns whether to stop after `step`."""
         if jax.process_count() > 1:
             return utils.reached_preemption(step)
         return self._received is not None

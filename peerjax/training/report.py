@@ -22,10 +22,10 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
     """Writes `report.json` and the plots of a run that has just ended.
 
     Args:
-        workdir: the run's folder, whose `metrics.jsonl` is complete.
+        workdir: the run's folder, with a complete `metrics.jsonl`.
         evaluation: the last evaluation, with the probes of `peerjax.evaluation.PROBES`.
-        run: further facts (steps, parameters, checkpoint...), kept as they are; paths relative to
-            the folder.
+        run: further facts (steps, parameters, checkpoint...), which are copied into the report.
+            Paths are relative to the folder.
     """
     records = read_metrics(workdir)
     first = next(record for record in records if "validation/all/nats_per_token" in record)
@@ -61,13 +61,13 @@ def write_report(workdir: epath.Path, evaluation: Evaluation, run: Mapping[str, 
 
 
 def is_of(workdir: epath.Path, step: int) -> bool:
-    """Whether there is a report, and it is of the run as it was after `step`."""
+    """Returns whether the folder has a report of the run after `step`."""
     path = workdir / FILE
     return path.exists() and json.loads(path.read_text())["steps"] == step
 
 
 def print_memory(memory: MemoryReport) -> None:
-    """Prints what pools keep while training, beside what float32 and AdamW would take."""
+    """Prints the memory that pools take in training, and the memory with float32 and AdamW."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     whole = {
         **memory.parts,

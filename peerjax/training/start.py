@@ -1,4 +1,4 @@
-"""The state that a run starts from: drawn, or taken from another run."""
+"""The initial state of a run that takes its weights from another run."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from peerjax.training.workdir import (
     vocabulary_size,
 )
 
-# Settings of the update that its accumulators depend on.
+# Settings in `config.pool` on which accumulators depend.
 OF_ACCUMULATORS = ("rule", "storage", "accumulator_bits")
 
 
 class Source:
-    """The checkpoint that `init_from` names, whose weights a run starts from.
+    """The checkpoint in `init_from`, from which a new run takes its weights.
 
     Args:
-        config: of the run that starts.
+        config: configuration of the new run.
 
     Raises:
-        ConfigError: if there is no run that this version can read.
+        ConfigError: if `init_from` has no run that this version can read.
         CheckpointError: if the checkpoint is missing or damaged.
     """
 
@@ -55,11 +55,11 @@ class Source:
         self._checkpoint = find_checkpoint(workdir, step)
 
     def check(self, model: Decoder, tokenizer: Tokenizer) -> None:
-        """Compares what the weights were trained with.
+        """Checks that the weights fit the new run.
 
         Raises:
-            ConfigError: naming what differs: tokenizer, vocabulary, layers, width, or the first
-                array of another shape.
+            ConfigError: if the tokenizer, the vocabulary, the layers, the width or the shape of an
+                array differs. The message names the first difference.
         """
         for name, old, new in (
             ("tokenizer", tokenizer_digest(self._workdir), tokenizer.digest),
@@ -68,7 +68,7 @@ class Source:
             ("model.width", self._old.model.width, self._new.model.width),
         ):
             if old != new:
-                hint = f"give data.tokenizer={self._workdir / TOKENIZER}"
+                hint = f"set data.tokenizer={self._workdir / TOKENIZER}"
                 raise ConfigError(
                     f"init_from={self._new.init_from} has another {name} ({old}) than this run "
                     f"({new}); {hint if name == 'tokenizer' else 'change it'}, or start from "
@@ -80,15 +80,15 @@ class Source:
             if old != new:
                 raise ConfigError(
                     f"init_from={self._new.init_from} does not fit this run: {path} is {old} there "
-                    f"and {new} here; set the fields of the layers as they were in that run"
+                    f"and {new} here; set the fields of the layers to the values of that run"
                 )
 
     def state(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-        """The state of a run before its first step, with the checkpoint's weights.
+        """Returns the state of a run before its first step, with the checkpoint's weights.
 
-        Parameters, pools and running statistics are those of the checkpoint, and so are
-        accumulators, if both runs update pools by the same rule with as many bits. Moments, the
-        step and the schedule start anew.
+        Parameters, pools and running statistics are those of the checkpoint. Accumulators are too,
+        if both runs have the same `pool.rule`, `pool.storage` and `pool.accumulator_bits`. Moments,
+        the step and the schedule start anew.
         """
         shapes = self._drawn()
         wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
@@ -103,7 +103,7 @@ class Source:
         return state._replace(opt_state=self._with_accumulators(state.opt_state, mesh))
 
     def _with_accumulators(self, opt_state: Any, mesh: Mesh) -> Any:
-        """The state of an optimizer with the accumulators of the checkpoint, where it has some."""
+        """Returns an optimizer state with the accumulators of the checkpoint, if it has any."""
         shapes = jax.eval_shape(lambda: opt_state)
         placed = abstract(shapes, state_shardings(mesh, shapes))
         wanted = jax.tree.map(_only_accumulators, placed, is_leaf=_is_update_state)
@@ -111,7 +111,7 @@ class Source:
             return opt_state
         try:
             read = restore_part(self._checkpoint, {"opt_state": wanted})
-        except (KeyError, ValueError):  # a model that was trained elsewhere has none
+        except (KeyError, ValueError):  # an imported model has no accumulators
             return opt_state
 
         def choose(new: Any, old: Any) -> Any:
@@ -126,12 +126,12 @@ class Source:
 
 
 def _drawn(model: Decoder) -> dict[str, Any]:
-    """Shapes of a model's variables."""
+    """Returns the shapes of a model's variables."""
     return jax.eval_shape(partial(drawn_variables, model), jax.random.key(0))
 
 
 def _shapes(variables: dict[str, Any]) -> dict[str, str]:
-    """Shape and type of every array, by path; a packed matrix has the shape of the matrix."""
+    """Returns the shape of every array by path. A packed matrix has the shape of the matrix."""
     leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_packed_matrix)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): str(list(leaf.shape))

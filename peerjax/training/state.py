@@ -15,14 +15,14 @@ PARAMS, POOLS = "params", "pools"
 
 
 class Skipped(NamedTuple):
-    """Steps that changed nothing, because their loss or gradient was not finite."""
+    """Counts of steps that changed nothing, because their loss or gradient was not finite."""
 
     total: Int[Array, ""]
     in_a_row: Int[Array, ""]
 
     @staticmethod
     def none() -> "Skipped":
-        """The counts of a fresh run."""
+        """Returns the counts of a fresh run."""
         return Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -30,12 +30,12 @@ class TrainState(NamedTuple):
     """Everything that a step reads and writes.
 
     Attributes:
-        params: float leaves, and matrices that are kept packed; differentiated as floats.
+        params: float leaves and packed matrices. Packed matrices are differentiated as floats.
         pools: the expert pools, by stack and name.
         opt_state: state of the optimizer over `{"params": params, "pools": pools}`.
-        stats: running statistics of routers; the norm of each sub-key at step 0.
+        stats: running statistics of routers, and the norm of each sub-key at step 0.
         step: number of steps made, skipped ones included.
-        skipped: how many of them were skipped.
+        skipped: counts of skipped steps.
     """
 
     params: Any
@@ -47,29 +47,29 @@ class TrainState(NamedTuple):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """The tree that the optimizer sees."""
+        """The tree that the optimizer updates."""
         return {PARAMS: self.params, POOLS: self.pools}
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model reads."""
+        """The collections that the model reads."""
         return {**self.trained, STATS: self.stats}
 
 
 def create_state(
     config: ml_collections.ConfigDict, task: Task, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Draws a fresh state from `config.seed`. To be called under `jax.jit`."""
+    """Draws a fresh state from `config.seed`. Call it under `jax.jit`."""
     return state_of(task.init(init_key(config)), optimizer)
 
 
 def init_key(config: ml_collections.ConfigDict) -> Key[Array, ""]:
-    """The key that draws the variables of a run."""
+    """Returns the random key for the initial variables of a run."""
     return jax.random.split(jax.random.key(config.seed))[0]
 
 
 def state_of(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of a run before its first step, from given variables."""
+    """Returns the state of a run before its first step, with the given variables."""
     trained = {PARAMS: variables[PARAMS], POOLS: variables[POOLS]}
     return TrainState(
         **trained,

@@ -27,11 +27,11 @@ Metrics = dict[str, Array]
 def make_train_step(
     config: ml_collections.ConfigDict, task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Builds the step, of signature `(state, batch, frozen=()) -> (state, metrics)`.
+    """Builds the step, with the signature `(state, batch, frozen=()) -> (state, metrics)`.
 
-    It differentiates, updates, skips and counts. The gradient of a pool leaves the model in
-    factored form, by its tap. A step whose loss or gradient is not finite changes nothing but the
-    counts of steps. `gradient_norm` is that of all parameters but pools.
+    The step computes gradients, updates the state and counts skipped steps. The model returns the
+    gradient of a pool in factored form, through its tap. A step with a non-finite loss or gradient
+    changes only the counts of steps. The metric `gradient_norm` covers all parameters but pools.
     """
     schedule = learning_rate_schedule(config, config.optimizer.learning_rate)
 
@@ -46,8 +46,8 @@ def make_train_step(
             step=state.step,
         )
         finite = all_finite((loss, grads, factored))
-        # Pools are rewritten in place, so there is no old one to go back to. They, and whatever
-        # else moves row by row, are passed over by a gradient that hits nobody.
+        # Pools are rewritten in place, so the old ones cannot be restored. Gradients of a skipped
+        # step are set to zero, so that pools and other packed parameters do not change.
         factored = map_pools(lambda gradient: gradient.only_if(finite), factored)
         gradient_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), grads)
@@ -79,9 +79,10 @@ def make_train_step(
 
 
 def _accept(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The new tree, or the old one after a step that is skipped.
+    """Returns the new tree, or the old one after a skipped step.
 
-    Pools and what belongs to them are taken as they are: nothing hit them.
+    Pools and their update states are always taken from the new tree. A skipped step did not change
+    them.
     """
 
     def is_of_pool(node: Any) -> bool:
@@ -96,10 +97,10 @@ def _accept(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
 def make_first_statistics(
     config: ml_collections.ConfigDict, task: Task
 ) -> Callable[[TrainState, Batch], TrainState]:
-    """Builds what starts the running statistics of routers: those of the first batch.
+    """Builds the function that sets the running statistics of routers from the first batch.
 
-    Every router is normalised by the batch itself there, so that those behind it see what they
-    will see.
+    Every router is normalised by the batch itself, so that later routers read the inputs that they
+    will read in training.
     """
     in_batch = Decoder(dataclasses.replace(task.model.config, routing_statistics=IN_BATCH))
 
@@ -116,9 +117,9 @@ def make_first_statistics(
 
 
 def update_metrics(config: ModelConfig, pools: Any, opt_state: Any) -> Metrics:
-    """What the last update did to the pools of each stack, mean over its layers.
+    """Returns statistics of the last update of pools, as means over the layers of each stack.
 
-    Rules with dense gradients do not count.
+    Rules with dense gradients have none.
     """
     statistics = optax.tree.get(opt_state, "statistics", {}).get(POOLS, {})
     metrics = {}
@@ -134,7 +135,10 @@ def update_metrics(config: ModelConfig, pools: Any, opt_state: Any) -> Metrics:
 
 
 def _by_name(config: ModelConfig, pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:
-    """Each pool with what a tree has for it, by its layers, and its name if they have several."""
+    """Returns each pool with its value in a tree, by the name of its stack in metrics.
+
+    The pool's name is added if layers have several pools.
+    """
     return {
         config.stack_name(stack) + (f".{name}" if len(of_stack) > 1 else ""): (
             pools[stack][name],

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, and whether the present command continues it."""
+"""The files that identify a run in its folder, and checks that a command may continue the run."""
 
 import json
 from typing import Any
@@ -15,21 +15,21 @@ CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
 
 
 def folder_of(workdir: str) -> epath.Path:
-    """A workdir as an absolute path.
+    """Returns a workdir as an absolute path.
 
     Raises:
-        ConfigError: if it is not in the file system: figures are appended to a file, step by step.
+        ConfigError: if it is not in the file system. Metrics are appended to a file at every step.
     """
     if "://" in workdir:
-        raise ConfigError(f"{workdir} is not a folder of this machine; mount it, and name that")
+        raise ConfigError(f"{workdir} is not a folder of this machine; mount it and give its path")
     return epath.Path(workdir).absolute()
 
 
 def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a folder that holds a run of another configuration.
+    """Checks that a folder has no run, or a run with the same configuration.
 
     Raises:
-        ConfigError: naming the fields that differ.
+        ConfigError: if configurations differ. The message names the fields.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -37,16 +37,16 @@ def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None
     changed = differences(read_config(workdir), config)
     if changed:
         raise ConfigError(
-            f"{workdir} holds a run of another configuration: {'; '.join(changed)}; "
-            "choose another --workdir, or the old values"
+            f"{workdir} holds a run with another configuration: {'; '.join(changed)}; "
+            "choose another --workdir, or use the old values"
         )
 
 
 def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-    """The configuration of the run in a folder.
+    """Returns the configuration of the run in a folder.
 
     Raises:
-        ConfigError: if there is no run, or one of another version.
+        ConfigError: if there is no run, or its configuration cannot be read.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -58,10 +58,10 @@ def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 
 def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
-    """Refuses to continue a run with another corpus or tokenizer.
+    """Checks that a folder has no run, or a run with the same corpus and tokenizer.
 
     Raises:
-        DataError: naming what differs.
+        DataError: if they differ, or the run was imported. The message names the difference.
     """
     path = workdir / DATA
     if not path.exists():
@@ -71,50 +71,53 @@ def check_data(workdir: epath.Path, identity: dict[str, Any]) -> None:
     for name in ("vocabulary", "tokenizer", "corpus"):
         if old[name] != identity[name]:
             raise DataError(
-                f"{workdir} was trained with another {name} ({old[name]}) than the present one "
-                f"({identity[name]}); choose another --workdir, or the old text and tokenizer"
+                f"{workdir} was trained with another {name} ({old[name]}) than the current one "
+                f"({identity[name]}); choose another --workdir, or use the old text and tokenizer"
             )
 
 
 def check_trained_here(workdir: epath.Path) -> None:
-    """Refuses a run that was imported, where its own text is needed.
+    """Checks that a run was not imported, and so has text of its own.
 
     Raises:
-        DataError: if it has none.
+        DataError: if the run was imported.
     """
     if not json.loads((workdir / DATA).read_text())["corpus"]:
         raise DataError(
-            f"the model in {workdir} was not trained here, and has no text of its own: evaluate it "
+            f"the model in {workdir} was not trained here, and has no text of its own; evaluate it "
             "with --pattern, and train in another --workdir"
         )
 
 
 def check_tokenizer(workdir: epath.Path, tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer that is not the one of the run in a folder.
+    """Checks that a tokenizer is the one of the run in a folder.
 
     Raises:
-        DataError: if it is another.
+        DataError: if the tokenizers differ.
     """
     expected = tokenizer_digest(workdir)
     if tokenizer.digest != expected:
         raise DataError(
-            f"{workdir} was trained with another tokenizer ({expected}) than the one there is now "
+            f"{workdir} was trained with another tokenizer ({expected}) than the current one "
             f"({tokenizer.digest}); put the old one back as {workdir / TOKENIZER}"
         )
 
 
 def tokenizer_digest(workdir: epath.Path) -> str:
-    """The digest of the tokenizer of the run in a folder."""
+    """Returns the digest of the tokenizer of the run in a folder."""
     return json.loads((workdir / DATA).read_text())["tokenizer"]
 
 
 def vocabulary_size(workdir: epath.Path) -> int:
-    """Entries of the vocabulary of a run's model; its tokenizer may have more, that no text has."""
+    """Returns the number of entries in the vocabulary of a run's model.
+
+    The tokenizer may have more entries, which occur in no text.
+    """
     return json.loads((workdir / DATA).read_text())["vocabulary"]
 
 
 def identity_of_imported(tokenizer: Tokenizer, vocabulary: int) -> dict[str, Any]:
-    """What a run is made of that was trained elsewhere; the rest is in `Corpus.identity`."""
+    """Returns the identity of an imported run. `Corpus.identity` is that of other runs."""
     return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": vocabulary}
 
 
@@ -124,9 +127,9 @@ def record(
     tokenizer: Tokenizer,
     identity: dict[str, Any],
 ) -> None:
-    """Writes down what the run is made of; its tokenizer too, so that the folder can be moved.
+    """Writes the files that identify a run, and its tokenizer, so that the folder can be moved.
 
-    The configuration comes last: a folder that has one has all.
+    The configuration is written last. A folder that has one therefore has all files.
     """
     write_atomically(workdir / TOKENIZER, tokenizer.json)
     write_atomically(workdir / DATA, json.dumps(identity, indent=1))

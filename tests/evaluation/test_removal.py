@@ -132,7 +132,7 @@ def test_what_cannot_be_removed_is_said_before_anything_is_read(texts, tmp_path,
     run = open_run(str(finished))
     with pytest.raises(DataError, match="of one domain, files: .* give several"):
         evaluate_without(run, ["files"])
-    with pytest.raises(DataError, match="no text of domain 'three'; there is some of one, two"):
+    with pytest.raises(DataError, match="no text of domain 'three'; choose from one, two"):
         evaluate_without(run, ["one", "three"], texts)
     with pytest.raises(DataError, match="domain 'one' has one row of text, and needs two"):
         evaluate_without(run, ["one"], texts, rows=1)

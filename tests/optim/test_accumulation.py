@@ -129,7 +129,7 @@ def test_a_pool_whose_new_words_were_scaled_is_refused():
     pool = make_pool("int4")
     late = optax.chain(optim.int4_accumulation(0.02), optax.scale(0.5))
     updates, _ = late.update(make_gradient(), late.init(pool), pool)
-    with pytest.raises(ValueError, match="is no Overwrite by a pool like it"):
+    with pytest.raises(ValueError, match="is not an Overwrite with a pool of the same form"):
         optim.apply_updates(pool, updates)
 
 

@@ -143,7 +143,7 @@ def test_where_training_cannot_run_is_said_at_once(corpus, tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="gs://bucket/run is not a folder of this machine"):
         train(tiny_config(corpus), "gs://bucket/run")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="JAX runs as 2 processes, but training is for one"):
+    with pytest.raises(ConfigError, match="JAX runs as 2 processes, but training supports only"):
         train(tiny_config(corpus), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

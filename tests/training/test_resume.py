@@ -109,7 +109,7 @@ def test_sigterm_saves_and_exits_cleanly(corpus, undisturbed, tmp_path):
             break
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0
-    assert "stopped and saved after step 1; run the same command to go on" in output
+    assert "stopped and saved after step 1; run the same command to continue" in output
     assert "warning" not in output
     train(tiny_config(corpus), str(tmp_path))
     assert_same_run(tmp_path, undisturbed)
@@ -185,7 +185,7 @@ def test_a_state_of_another_version_is_an_error_that_loses_nothing(finished, cor
     config = config_of_finished(corpus)
     config.steps += 1
     monkeypatch.setattr(loop, "create_state", create_more)
-    with pytest.raises(CheckpointError, match="checkpoints/6 holds another state than this vers"):
+    with pytest.raises(CheckpointError, match="checkpoints/6 does not match the state of this ver"):
         train(config, str(finished))
     assert checksums(epath.Path(finished)) == before
 

@@ -174,5 +174,5 @@ def test_a_learning_rate_at_which_codes_clip_is_warned_of_once(corpus, tmp_path,
     config.pool.learning_rate = 1.0
     train(config, str(tmp_path))
     told = capsys.readouterr().out
-    assert told.count("went beyond the end of their range") == 1
+    assert told.count("exceeded their range") == 1
     assert "pool.learning_rate=1.0 may be too large" in told
