@@ -9,19 +9,23 @@ from peerjax.inference.trained import open_run
 from peerjax.training.workdir import folder_of
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest by default.")
+STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint. Default: the newest.")
 PATTERN = flags.DEFINE_string(
-    "pattern", "", "Text to read, as data.pattern; the run's validation text by default."
+    "pattern", "", "Globs of text files, as in data.pattern. Default: the run's validation text."
 )
 REMOVE = flags.DEFINE_list(
-    "remove_domains", [], "Then also without the experts of these domains; or 'all'."
+    "remove_domains",
+    [],
+    "Evaluate again without the experts of each of these domains. 'all' means every domain.",
 )
-ROWS = flags.DEFINE_integer("rows", None, "Of each domain, spread evenly; all by default.", 1)
-OUTPUT = flags.DEFINE_string("output", None, "A folder; by default evaluation/ in the workdir.")
+ROWS = flags.DEFINE_integer(
+    "rows", None, "Number of rows to read of each domain, spread evenly. Default: all.", 1
+)
+OUTPUT = flags.DEFINE_string("output", None, "Output folder. Default: evaluation/ in the workdir.")
 
 
 def main() -> None:
-    """Prints loss by domain and expert usage, with all experts or without a domain's."""
+    """Prints the loss by domain and expert usage, and losses without the experts of domains."""
     run = open_run(WORKDIR.value, STEP.value)
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     make_folder(folder)

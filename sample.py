@@ -14,27 +14,31 @@ from peerjax.inference.trained import open_run, restore
 from peerjax.sharding import make_mesh
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest by default.")
-PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty begins a document.")
+STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint. Default: the newest.")
+PROMPT = flags.DEFINE_string("prompt", "", "Text to continue. An empty prompt begins a document.")
 PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    'A file of prompts, one a line, or .jsonl with "prompt"; answers as JSON lines.',
+    'File of prompts: one per line, or .jsonl with the field "prompt". Results are JSON lines.',
 )
-BATCH = flags.DEFINE_integer("batch", 16, "How many prompts of the file go together.", 1)
-TOKENS = flags.DEFINE_integer("tokens", 200, "At most so many tokens for each prompt.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.")
-TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the likeliest tokens of this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+BATCH = flags.DEFINE_integer("batch", 16, "Number of prompts of the file in a batch.", 1)
+TOKENS = flags.DEFINE_integer("tokens", 200, "Maximum number of tokens for each prompt.")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Sampling temperature. 0 takes the most likely token."
+)
+TOP_P = flags.DEFINE_float(
+    "top_p", 0.95, "Sample from the most likely tokens with this total probability."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed for sampling.")
 
 
 def main() -> None:
-    """Shows the continuation of a prompt as it grows, or writes those of a file."""
+    """Prints the continuation of a prompt while it is generated, or those of a file."""
     sampling = Sampling(TEMPERATURE.value, TOP_P.value, SEED.value)
     check(sampling, TOKENS.value)
     prompts = [PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
     run = open_run(WORKDIR.value, STEP.value)
-    encode(run, prompts)  # what is wrong with any prompt is told before the model is read
+    encode(run, prompts)  # reports a bad prompt before the model is read
     variables = restore(run, make_mesh(jax.local_devices()[:1]))
     if PROMPTS.value is None:
         print(prompts[0], end="", flush=True)

@@ -7,7 +7,9 @@ from peerjax import script
 from peerjax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/quickstart.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run. If it holds a run, training continues."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Measurements of what peerjax promises: `python -m benchmarks` lists them."""
+"""Benchmarks of peerjax. `python -m benchmarks` lists them."""

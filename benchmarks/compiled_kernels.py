@@ -1,10 +1,10 @@
-"""Compiles every kernel for a target, and tells what the compiled kernels keep and move.
+"""Compiles every kernel for a target, and prints the memory and traffic of the kernels.
 
     python -m benchmarks.compiled_kernels TARGET [--quick | --quick=N] [--loops]
 
-prints JSON, a list of `Compiled`. The target (`peerjax.planning.targets`) need not be there.
-`--quick` takes the first N of `QUICK_SHAPES`, or all. `--loops` has libtpu write its instructions
-down, which takes some time.
+The output is JSON, a list of `Compiled`. The target (`peerjax.planning.targets`) need not be
+present. `--quick` takes the first N of `QUICK_SHAPES`, or all. With `--loops`, libtpu writes its
+instructions to files, which takes some time.
 """
 
 import functools
@@ -32,7 +32,7 @@ from pallas_kernels.storage import DOWN, UNIT, ExpertPool, packed_shape
 from peerjax.planning.programs import pool_copies
 from peerjax.planning.targets import TPUS, device_of, on
 
-LAYERS = 12  # of the stack whose layer is read, or all of whose are rewritten
+LAYERS = 12  # layers of the stack. A lookup reads one of them, an update rewrites all.
 
 
 class Shape(NamedTuple):
@@ -54,27 +54,27 @@ SHAPES = (
     Shape(576, 1 << 19, 64, 64),  # eight experts in nine units
     Shape(1024, 1 << 18, 512, 128, "int8"),
 )
-# Every path through a kernel, with few pairs: compiling for a TPU, most of the time goes into the
-# sort of the pairs.
+# Covers every path through a kernel, with few pairs. Most of the compile time for a TPU goes
+# into the sort of the pairs.
 QUICK_SHAPES = (
     Shape(256, 1 << 21, 32, 128),
     Shape(1024, 1 << 19, 1, 128),
     Shape(1024, 1 << 19, 32, 128),
 )
-GPU_CACHE_BYTES = 40 << 20  # of the second level, of an H100, four fifths
+GPU_CACHE_BYTES = 40 << 20  # four fifths of the second-level cache of an H100
 
 
-# A copy between HBM and VMEM, and its size in granules of 32 bytes.
+# Matches a copy between HBM and VMEM, and its size in granules of 32 bytes.
 COPY = r"dma\.(?:hbm_to_vmem|vmem_to_hbm)[^\n]*?size_in_granules=\*/(\d+)"
 
 
 class Loop(NamedTuple):
-    """A loop of a compiled kernel: what one pass takes and does.
+    """Figures of one pass through a loop of a compiled kernel.
 
     Attributes:
-        bundles: of instructions, one a cycle.
-        copies: started between HBM and VMEM.
-        copy_bytes: size of one of them.
+        bundles: bundles of instructions, one per cycle.
+        copies: copies that it starts between HBM and VMEM.
+        copy_bytes: bytes of one copy.
     """
 
     bundles: int
@@ -83,22 +83,22 @@ class Loop(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What is known of a compiled kernel, with what surrounds it.
+    """Figures of a compiled kernel and of the program around it.
 
     Attributes:
         kernel: "lookup", "lookup backward" or "update".
-        shape: a `Shape`.
+        shape: the sizes it is compiled for.
         pool: bytes of the codes of all layers.
         temp: bytes of temporary memory.
-        images: bytes of that which the vectors of tokens take, spread over planes and lanes.
+        images: bytes of temporary memory for the tokens' vectors, spread over planes and lanes.
         aliased: bytes rewritten in place.
-        pool_copies: instructions that copy an array of the size of the codes.
-        on_chip: bytes of VMEM, or of shared memory, that the kernel asks for.
-        row_copies: DMAs of rows of the pool if all pairs hit different rows.
-        row_bytes: bytes that these move.
-        vector_bytes: bytes of vectors of tokens that other copies of a kernel move.
+        pool_copies: number of instructions that copy an array of the size of the codes.
+        on_chip: bytes of VMEM or of shared memory that the kernel allocates.
+        row_copies: number of DMAs of pool rows if all pairs hit different rows.
+        row_bytes: bytes that these DMAs move.
+        vector_bytes: bytes of the tokens' vectors that other copies of the kernel move.
         block_bytes: bytes that the pipeline of the grid moves; on a GPU, the numbers of pairs.
-        least_bytes: the fewest bytes that must move.
+        least_bytes: the fewest bytes that must be moved.
         loops: the kernel's innermost loops, in order; TPUs only.
     """
 
@@ -119,20 +119,20 @@ class Compiled(NamedTuple):
 
     @staticmethod
     def of_json(record: dict[str, Any]) -> "Compiled":
-        """From what `main` prints."""
+        """Makes a value from the JSON that `main` prints."""
         shape, loops = Shape(*record["shape"]), [Loop(*loop) for loop in record["loops"]]
         return Compiled(**{**record, "shape": shape, "loops": loops})
 
 
 def implementation_for(target: str) -> str:
-    """The kernels that run on a target."""
+    """Returns the name of the kernels for a target."""
     return "mosaic_tpu" if target in TPUS else "mosaic_gpu"
 
 
 def programs(
     target: str, shape: Shape
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]:
-    """The kernels of a target: functions, shapes of their arguments, arguments that are donated."""
+    """Returns the kernels of a target: functions, shapes of arguments, and which are donated."""
     device, name = device_of(target), implementation_for(target)
     kernels = lookup_api.KERNELS[name]
 
@@ -165,24 +165,28 @@ def programs(
 
 
 def least_bytes(kernel: str, shape: Shape) -> int:
-    """The fewest bytes that a layer must move, x and dy in bfloat16, all pairs in other rows."""
+    """Returns the fewest bytes that a layer must move.
+
+    x and dy are in bfloat16, and all pairs are in different rows.
+    """
     width, _, tokens, chosen, storage = shape
     pairs, vectors = tokens * chosen, tokens * width * 2
     codes = pairs * 2 * width * RowLayout.of(width, storage).bits // 8
     if kernel == "lookup":  # codes, two scales; ids, gates; x, y
         return codes + pairs * (8 + 8) + 2 * vectors
-    if kernel == "lookup backward":  # and dy, dx, gradients of gates, c_down, c_up
+    if kernel == "lookup backward":  # also dy, dx, gradients of gates, c_down, c_up
         return codes + pairs * (8 + 8 + 12) + 3 * vectors
     # Codes, accumulators, scales and moments of both vectors, read and written; coefficients.
     return 2 * (2 * codes + pairs * 16) + pairs * 12 + 2 * vectors
 
 
 def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
-    """What a kernel moves of x, dy and their like, spread over the places of a row.
+    """Returns the bytes that a kernel moves of x, dy and similar vectors.
 
-    The update reads them by pair; once, if VMEM or the second-level cache of a GPU holds them all.
-    The lookups of a TPU have them in their blocks; on a GPU every part of a token reads them and
-    writes a sum, which is read once more.
+    The vectors are spread over the places of a row. The update reads them once if VMEM, or the
+    second-level cache of a GPU, holds all of them, and otherwise once per pair. TPU lookups have
+    them in their blocks. On a GPU, every part of a token reads them and writes a sum. The sum is
+    read once more.
     """
     layout = RowLayout.of(shape.width, shape.storage)
     image = layout.planes * layout.lanes * 4
@@ -200,11 +204,11 @@ def _vector_bytes(target: str, kernel: str, shape: Shape) -> int:
 
 
 def _gpu_pair_bytes(kernel: str, shape: Shape) -> int:
-    """Numbers of pairs that a kernel for GPUs reads and writes."""
+    """Returns the bytes of the numbers of pairs that a GPU kernel reads and writes."""
     pairs = shape.tokens * shape.chosen
     segments = 2 * RowLayout.of(shape.width, shape.storage).experts
-    # Unit, slot, gate, bias, two scales; and two products. Or ends, token, slot, row, coefficients;
-    # and of each segment, scale and moment, and the fields of `RowSums`.
+    # Lookup: unit, slot, gate, bias, two scales; backward also two products. Update: ends, token,
+    # slot, row, coefficients; also scale, moment and the fields of `RowSums` of each segment.
     words = {"lookup": 6, "lookup backward": 8, "update": 7 + segments * (2 + len(RowSums._fields))}
     return 4 * pairs * words[kernel]
 
@@ -213,9 +217,9 @@ def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) 
     """Compiles every kernel for some shapes.
 
     Args:
-        target: what for.
-        shapes: sizes.
-        dump: where libtpu writes instructions down, if it does.
+        target: the target to compile for.
+        shapes: the sizes to compile for.
+        dump: folder that libtpu writes instructions to; `None` if it writes none.
     """
     found = []
     for shape in shapes:
@@ -251,7 +255,7 @@ def compile_all(target: str, shapes: Sequence[Shape], dump: Path | None = None) 
 
 
 def _pallas_calls(jaxpr: Any) -> list[Any]:
-    """The equations of kernels for TPUs, wherever they are in a program."""
+    """Returns the equations of all TPU kernels in a program, at any depth."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
@@ -265,7 +269,7 @@ def _pallas_calls(jaxpr: Any) -> list[Any]:
 
 
 def _vmem(call: Any) -> int:
-    """Bytes of VMEM that a kernel asks for: scratch, and its blocks twice."""
+    """Returns the bytes of VMEM that a kernel allocates: scratch, and its blocks twice."""
     total = 0
     for variable in call.params["jaxpr"].invars:
         space = getattr(variable.aval, "memory_space", None)
@@ -276,7 +280,7 @@ def _vmem(call: Any) -> int:
 
 
 def _block_bytes(call: Any) -> int:
-    """Bytes that the pipeline moves over the whole grid: a block of each array a step."""
+    """Returns the bytes that the pipeline moves over the grid: a block of each array a step."""
     grid = call.params["grid_mapping"]
     blocks = [each.transformed_block_aval for each in grid.block_mappings]
     moved = [each for each in blocks if "any" not in str(each.memory_space).lower()]
@@ -284,12 +288,12 @@ def _block_bytes(call: Any) -> int:
 
 
 def _write_instructions_to(folder: str) -> None:
-    """Has libtpu, which is not loaded yet, write down the instructions of what it compiles."""
+    """Makes libtpu write the instructions it compiles to files. It must not be loaded yet."""
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
 def _innermost_loops(folder: Path | None) -> list[Loop]:
-    """The innermost loops of the kernel compiled last; empties the folder."""
+    """Returns the innermost loops of the kernel compiled last, and empties the folder."""
     if folder is None:
         return []
     text = "".join(
@@ -303,8 +307,8 @@ def _innermost_loops(folder: Path | None) -> list[Loop]:
 
 
 def innermost_loops(text: str) -> list[Loop]:
-    """Reads the instructions of a kernel as libtpu writes them down."""
-    # A bundle begins with its address, a mark, and as many ">" as loops that it is in.
+    """Reads the innermost loops from the instructions that libtpu writes for a kernel."""
+    # A bundle begins with its address, a mark, and one ">" for each loop around it.
     marks = list(re.finditer(r"0x[0-9a-f]+[^:{\n]*:([ >]*){", text))
     depths = [mark[1].count(">") for mark in marks]
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -321,7 +325,7 @@ def innermost_loops(text: str) -> list[Loop]:
 
 
 def main() -> None:
-    """Parses the command line."""
+    """Compiles the kernels for the target on the command line, and prints their figures."""
     target, *options = sys.argv[1:]
     quick = [option for option in options if option.startswith("--quick")]
     count = int(quick[0].partition("=")[2] or len(QUICK_SHAPES)) if quick else 0

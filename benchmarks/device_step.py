@@ -1,8 +1,8 @@
-"""Training steps of the recipe for one accelerator, executed on the one at hand: memory and time.
+"""Measures memory and time of the recipe for one accelerator, executed on this device.
 
-What `one_accelerator` compiles, run: state, running statistics and steps, on batches of random
-tokens. JAX keeps a quarter of a GPU's memory back unless `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95` is
-set.
+`one_accelerator` only compiles these training steps. Here state, running statistics and steps are
+executed, on batches of random tokens. JAX leaves a quarter of a GPU's memory unused unless
+`XLA_PYTHON_CLIENT_MEM_FRACTION=0.95` is set.
 """
 
 import math
@@ -23,7 +23,7 @@ from peerjax.training.optimizer import make_optimizer
 from peerjax.training.state import create_state
 from peerjax.training.step import make_first_statistics
 
-# Recipe, expert parameters wanted.
+# Recipe, and the wanted number of expert parameters.
 CHOICES = {
     "gpu": ("peer_60b_one_gpu", 60e9),
     "tpu": ("peer_12b_one_v5e", 12e9),
@@ -33,7 +33,7 @@ STEPS = 10
 
 
 def run(quick: bool) -> Result:
-    """Makes some steps; `quick` of the small recipe for CPUs."""
+    """Executes some steps. `quick` uses the small recipe for CPUs."""
     recipe, wanted = CHOICES["cpu" if quick else jax.default_backend()]
     found = execute(recipe, STEPS)
     parameters, seconds = found["expert_parameters"], found["seconds_per_step"]
@@ -55,15 +55,15 @@ def run(quick: bool) -> Result:
 
 
 def execute(recipe: str, steps: int) -> dict[str, Any]:
-    """Makes steps of a recipe, and tells what they took.
+    """Executes steps of a recipe, and measures their time and memory.
 
     Args:
         recipe: the name of a file in `configs/`.
-        steps: how many.
+        steps: number of steps.
 
     Returns:
         "expert_parameters", "tokens_per_step", "seconds_per_step" (median), "losses" of all steps,
-        and "peak_bytes" of the device, `None` where it does not count them.
+        and "peak_bytes" of the device. "peak_bytes" is `None` if the device does not count them.
     """
     config = config_of(recipe)
     task, optimizer = language_model(config, VOCABULARY), make_optimizer(config)

@@ -1,4 +1,4 @@
-"""The examples: a classifier whose matrices are packed int4, beside its float32 AdamW twin."""
+"""Compares the examples' classifiers: packed int4 matrices, and float32 with AdamW."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ SEEDS = 3
 
 
 def run(quick: bool) -> Result:
-    """Trains all from the same seeds."""
+    """Trains all classifiers from the same seeds."""
     seeds = 1 if quick else SEEDS
     found = digits.compare(seeds)
     of_nnx = [digits_nnx.train(seed) for seed in range(seeds)]

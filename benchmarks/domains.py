@@ -1,7 +1,7 @@
-"""What PEER and Monet lose on every domain without the experts of one.
+"""Measures losses of PEER and Monet on every domain without the experts of one domain.
 
-Trains the quickstart with each, at the learning rates that `monet` finds, and evaluates it as
-`evaluate.py --remove_domains=all` does.
+The quickstart is trained with each model, at the learning rates that `monet` finds. It is evaluated
+as by `evaluate.py --remove_domains=all`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from peerjax.inference.trained import open_run
 
 
 def run(quick: bool) -> Result:
-    """Trains every model, and removes the experts of one domain after the other."""
+    """Trains every model, and removes the experts of each domain in turn."""
     steps = QUICK_STEPS if quick else STEPS
     rows, figures, details = [], [], {}
     for name in (PEER_INT4,) if quick else (PEER_INT4, HD, VD):
@@ -44,7 +44,7 @@ def run(quick: bool) -> Result:
 
 
 def evaluate(workdir: str, rows: int | None = None) -> list[dict[str, Any]]:
-    """The removals of a run, as JSON."""
+    """Returns the removals of a run, as values for JSON."""
     _, removals = evaluate_without(open_run(workdir), [ALL], rows=rows)
     return [dataclasses.asdict(removal) for removal in removals]
 

@@ -1,4 +1,4 @@
-"""What comparisons of models at equal forward FLOPs a token share."""
+"""Shared code of comparisons of models at equal forward FLOPs a token."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,10 +26,10 @@ class Arm(NamedTuple):
     """One model of one size.
 
     Attributes:
-        settings: fields that make it.
+        settings: the fields of its configuration that differ from the recipe.
         flops: forward FLOPs a token.
-        parameters: of all layers.
-        expert_parameters: how many of them are in pools.
+        parameters: number of all parameters.
+        expert_parameters: number of the parameters in pools.
     """
 
     settings: Settings
@@ -39,12 +39,12 @@ class Arm(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training an arm found.
+    """Results of training an arm.
 
     Attributes:
         rates: the best learning rates.
-        tuning: by rate, every (value, loss) that was tried.
-        runs: at full length, by seed.
+        tuning: all pairs (value, loss) that were tried, by rate.
+        runs: the runs at full length, by seed.
     """
 
     rates: dict[str, float]
@@ -57,12 +57,12 @@ class Trained(NamedTuple):
         return [run.nats_per_token for run in self.runs]
 
     def over_layers(self, what: str) -> float:
-        """The mean of a figure of experts over layers and seeds."""
+        """Returns the mean of a figure of experts over layers and seeds."""
         return float(np.mean([layer[what] for run in self.runs for layer in run.experts.values()]))
 
 
 def arm_of(settings: Settings) -> Arm:
-    """The recipe with other settings, and its sizes."""
+    """Returns the recipe with other settings, and its sizes."""
     model = Decoder(model_config(config_of(settings), Tokenizer.load().vocab_size))
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
@@ -72,31 +72,31 @@ def arm_of(settings: Settings) -> Arm:
 
 
 def config_of(settings: Settings) -> ml_collections.ConfigDict:
-    """The recipe with other settings."""
+    """Returns the recipe with other settings."""
     config = quickstart.get_config()
     config.update_from_flattened_dict(settings)
     return config
 
 
 def flops_of(settings: Settings) -> float:
-    """Forward FLOPs a token of the recipe with other settings."""
+    """Returns the forward FLOPs a token of the recipe with other settings."""
     config = config_of(settings)
     model = model_config(config, Tokenizer.load().vocab_size)
     return sum(forward_flops(model, config.data.sequence_length).values())
 
 
 def mismatch(arms: Sequence[Arm]) -> float:
-    """By how much FLOPs differ from those of the first arm, at most; a share."""
+    """Returns the largest difference of FLOPs from those of the first arm, as a share."""
     return max(abs(arm.flops / arms[0].flops - 1) for arm in arms)
 
 
 def with_flops(settings: Settings, field: str, wanted: float) -> Settings:
-    """Settings whose FLOPs a token are as near those wanted as a whole number allows.
+    """Chooses a whole number for a field, so that FLOPs a token are nearest to those wanted.
 
     Args:
         settings: fields that differ from the recipe.
-        field: the one to choose; FLOPs grow linearly with it.
-        wanted: FLOPs a token.
+        field: the field to choose. FLOPs grow linearly with it.
+        wanted: the wanted FLOPs a token.
 
     Raises:
         ValueError: if no positive number comes within 1%.
@@ -114,13 +114,13 @@ def tune_and_train(
     steps: int,
     seeds: Sequence[int],
 ) -> dict[Any, Trained]:
-    """Tunes every learning rate of every arm, and trains the best at full length.
+    """Tunes every learning rate of every arm, and trains each arm at its best rates.
 
     Args:
-        arms: by any key.
-        starts: by the same keys, the fields of the learning rates and where to begin.
-        steps: the full length.
-        seeds: what to train from.
+        arms: the arms, by any key.
+        starts: fields of the learning rates with their start values, by the same keys.
+        steps: number of steps at full length.
+        seeds: the seeds to train from.
     """
     tuning = at_once(
         [partial(tune_rates, RECIPE, arm.settings, starts[key], steps) for key, arm in arms.items()]

@@ -1,4 +1,4 @@
-"""Storages and update rules that are compared, the learning rates of each, and how it is told."""
+"""Storages and update rules to compare: their settings, learning rates and table rows."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +18,7 @@ ARMS: dict[str, Settings] = {
     INT4: {"pool.storage": "int4"},
     FLOAT32: {"pool.storage": "float32"},
     ADAMW: {"pool.storage": "float32", "pool.rule": "adamw"},
-    # A third of the length hardly tells AdamW's shared rates apart: both go to full length.
+    # At a third of the length, AdamW's shared rates hardly differ, so both train at full length.
     ADAMW_SHARED: {"pool.storage": "float32", "pool.rule": "adamw"},
     BFLOAT16: {"pool.storage": "bfloat16"},
     INT8: {"pool.storage": "int8"},
@@ -27,10 +27,10 @@ ARMS: dict[str, Settings] = {
 
 
 def tuned(steps: int) -> dict[str, tuple[dict[str, float], Any]]:
-    """The best learning rates of every arm, and all that were tried.
+    """Returns the best learning rates of every arm, and all rates that were tried.
 
-    That of the pools is tuned for every arm; that of everything else, the shared one, for int4,
-    whose value the others take, and for float32 under AdamW.
+    The rate of the pools is tuned for every arm. The shared rate, that of everything else, is tuned
+    for int4 and for float32 with AdamW. The other arms use the shared rate of int4.
     """
 
     def of_arm(name: str, start: dict[str, float], **fixed: float) -> Any:
@@ -49,7 +49,7 @@ def tuned(steps: int) -> dict[str, tuple[dict[str, float], Any]]:
 def at_best_rates(
     tuning: dict[str, tuple[dict[str, float], Any]], steps: int
 ) -> dict[str, Settings]:
-    """Every arm at full length."""
+    """Returns the settings of every arm at its best rates and full length."""
     return {
         name: {**EVALUATION, **settings, **tuning[name][0], "steps": steps}
         for name, settings in ARMS.items()
@@ -59,7 +59,7 @@ def at_best_rates(
 def against(
     name: str, settings: Settings, losses: Sequence[float], of_int4: Sequence[float]
 ) -> list[str]:
-    """A row of the table."""
+    """Returns a row of the table."""
     return [
         name,
         f"{settings[OF_POOLS]:g}",

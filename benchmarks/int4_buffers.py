@@ -1,8 +1,8 @@
-"""What accumulators of every width and ECO cost in loss, where steps are large, small, and many.
+"""Compares losses with accumulators of every width and with ECO, for large, small and many steps.
 
-The quickstart's pools at the best learning rate and at a tenth of it, and those of a smaller model
-at a tenth for twenty times as many steps; each beside 4-bit accumulators at the same rate, seed by
-seed.
+The quickstart's pools train at the best learning rate, and at a tenth of it. The pools of a smaller
+model train at a tenth of it for twenty times as many steps. Each is compared with 4-bit
+accumulators at the same rate, seed by seed.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from benchmarks.sweep import Settings, from_seeds, made_by, paired, rung
 
 LONG_STEPS = 10_000
 BUFFERS = (0, 2, 4, 8)
-SMALL_MODEL = "a small model"  # that can be trained for long
+SMALL_MODEL = "a small model"  # small enough to train for long
 BEST, TENTH = "best rate", "a tenth of it"
 LONG: Settings = {
     "model.width": 64, "mlp.hidden": 256, "peer.num_experts": (64, 64), "peer.key_width": 32,
@@ -24,7 +24,7 @@ WHERE = ((RECIPE, BEST), (RECIPE, TENTH), (SMALL_MODEL, TENTH))
 
 
 def run(quick: bool) -> Result:
-    """Trains what no earlier call trained."""
+    """Trains all arms that no earlier call trained, and compares them."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     arms = at_best_rates(tuned(steps), steps)
     rows, figures, details = [], [], {}
@@ -48,16 +48,16 @@ def run(quick: bool) -> Result:
 def buffers(
     arms: dict[str, Settings], model: str, rate: str, long_steps: int
 ) -> dict[str, Settings]:
-    """Accumulators of every width, and ECO, somewhere of `WHERE`."""
+    """Returns settings with accumulators of every width and with ECO, for a case of `WHERE`."""
     there: dict[str, Settings] = {}
     for name in (INT4, ECO):
         settings = dict(arms[name])
-        if rate == TENTH:  # steps small enough to need a buffer, if any are
+        if rate == TENTH:  # these steps are the most likely to need a buffer
             settings[OF_POOLS] = rung(settings[OF_POOLS], -2)
         if model == SMALL_MODEL:
             settings |= {**LONG, "steps": long_steps, "eval.every": long_steps}
         there[name] = settings
-    # 4 bits are what the recipe has.
+    # The recipe has 4 bits.
     widths = {bits: {} if bits == 4 else {"pool.accumulator_bits": bits} for bits in BUFFERS}
     return {_bits(bits): there[INT4] | more for bits, more in widths.items()} | {ECO: there[ECO]}
 

@@ -1,7 +1,7 @@
-"""What training in int4 costs in loss, beside other storages, rules, sizes and buffers.
+"""Compares losses of training in int4 and in other storages, rules, sizes and buffers.
 
 The recipe is the quickstart. The learning rate of the pools is tuned for every storage and rule at
-a third of the length. Then every arm trains at full length from the same seeds, and is compared
+a third of the length. Then every arm trains at full length from the same seeds. Arms are compared
 seed by seed.
 """
 
@@ -47,7 +47,10 @@ SIZES = (
 
 
 def bytes_of(name: str, num_experts: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of a layer's experts: in inference, and in training with dense gradients, if any."""
+    """Returns bytes of a layer's experts: in inference, and in training.
+
+    Training includes dense gradients, if there are any.
+    """
     storage, count = ARMS[name]["pool.storage"], math.prod(num_experts)
     pool = jax.eval_shape(
         lambda: initialize_pool(jax.random.key(0), 1, count, WIDTH, storage=storage)
@@ -59,7 +62,7 @@ def bytes_of(name: str, num_experts: tuple[int, int]) -> tuple[int, int]:
 
 
 def run(quick: bool) -> Result:
-    """Trains what no earlier call trained."""
+    """Trains all arms that no earlier call trained, and compares them."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     long_steps = QUICK_STEPS if quick else LONG_STEPS
     tuning = tuned(steps)
@@ -68,7 +71,7 @@ def run(quick: bool) -> Result:
         (name, root): {**arms[name], "peer.num_experts": root}
         for name, root in (SIZES[:1] if quick else SIZES)
     }
-    if (ADAMW, SMALL) in sizes:  # the rival at equal bytes that most may depend on its rates
+    if (ADAMW, SMALL) in sizes:  # at equal bytes, this arm may depend most on its rates
         alone = {**EVALUATION, **ARMS[ADAMW], "peer.num_experts": SMALL}
         tuning[_title(ADAMW, SMALL)] = tune_rates(RECIPE, alone, tuning[ADAMW][0], steps)
         sizes[ADAMW, SMALL] |= tuning[_title(ADAMW, SMALL)][0]
@@ -143,7 +146,7 @@ def _figures(found: Mapping[Any, list[float]]) -> list[Figure]:
 
 
 def _at_equal_bytes(losses: Mapping[Size, list[float]]) -> list[Figure]:
-    """Every pair of int4 and another storage that takes its bytes, to a tenth of them."""
+    """Compares int4 with every other storage that takes the same bytes, to within a tenth."""
     figures = []
     for index, what in enumerate(("inference", "training")):
         for ours, theirs in itertools.product(losses, losses):

@@ -1,4 +1,4 @@
-"""Plots of `int4_quality`, from its data file: python -m benchmarks.int4_quality_plots."""
+"""Plots the data file of `int4_quality`: python -m benchmarks.int4_quality_plots."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,18 +15,21 @@ from benchmarks.sweep import paired
 
 matplotlib.use("Agg")
 PLOTS = REPOSITORY / "docs" / "int4_quality"
-BASE = (INT4, 65_536)  # what intervals are relative to: the quickstart
+BASE = (INT4, 65_536)  # the quickstart, to which intervals are relative
 
 
 def plot(details: Mapping[str, Any]) -> None:
-    """Writes loss against bytes, and the long run over its steps."""
+    """Plots loss against bytes, and the figures of the long run over its steps."""
     PLOTS.mkdir(parents=True, exist_ok=True)
     _loss_against_bytes(details["sizes"])
     _long_run(details["long_run"])
 
 
 def _loss_against_bytes(sizes: list[dict[str, Any]]) -> None:
-    """Bars are the 95% intervals of differences, by seed, from int4 with 65,536 experts."""
+    """Plots loss against bytes.
+
+    Bars are the 95% intervals of the differences, by seed, from int4 with 65,536 experts.
+    """
     (of_int4,) = (each["losses"] for each in sizes if (each["pools"], each["experts"]) == BASE)
     by_pools = defaultdict(list)
     for each in sizes:

@@ -1,9 +1,9 @@
-"""Dense layers, mixtures and pools at equal forward FLOPs a token and equal tokens.
+"""Compares dense layers, mixtures and pools at equal forward FLOPs a token and equal tokens.
 
-The recipe is the quickstart, at two widths. At each, hidden layers of the dense model and of the
-mixture are as wide as makes their FLOPs a token those of PEER. Every learning rate of every arm is
-tuned at a third of the length; then all train at full length from the same seeds, and are compared
-with the dense model seed by seed.
+The recipe is the quickstart, at two widths. At each width, the hidden widths of the dense model and
+of the mixture are chosen so that their FLOPs a token equal those of PEER. Every learning rate of
+every arm is tuned at a third of the length. Then all arms train at full length from the same seeds,
+and are compared with the dense model seed by seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,12 +51,15 @@ MODELS: dict[str, Settings] = {
     PEER_INT4: {"pool.storage": "int4"},
 }
 QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
-# The field that makes FLOPs equal.
+# The field that is chosen so that FLOPs are equal.
 ADJUSTED = {DENSE: "mlp.hidden", MOE: "moe.hidden"}
 
 
 def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:
-    """Every model at every size; or one of each kind at the smallest, on short rows."""
+    """Returns every model at every size.
+
+    With `quick`, returns one model of each kind at the smallest size, on short rows.
+    """
     more, found = QUICK if quick else {}, {}
     for size in list(SIZES)[: 1 if quick else None]:
         fields = {**EVALUATION, **SIZES[size], **more}
@@ -70,7 +73,7 @@ def arms(quick: bool = False) -> dict[tuple[str, str], Arm]:
 
 
 def run(quick: bool) -> Result:
-    """Trains what no earlier call trained."""
+    """Trains all arms that no earlier call trained, and compares them."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     every = arms(quick)
     starts = {

@@ -1,9 +1,9 @@
-"""Lookup, backward pass and update on the device at hand: time, and share of a copy's bandwidth.
+"""Times lookup, backward pass and update on this device, and compares them with a copy.
 
-Beside the kernel of the platform stand XLA on the same packed int4 pool, and gather + einsum on a
-bfloat16 pool. Where there is no accelerator, XLA is timed alone, on fewer tokens. The bytes are the
-fewest that can be moved, so that a share is one of what the device could do, not of what a kernel
-happens to move.
+The platform's kernel is compared with XLA on the same packed int4 pool, and with gather + einsum on
+a bfloat16 pool. Without an accelerator there is no kernel, and shapes with many tokens are left
+out. Shares of the copy's bandwidth count the fewest bytes that must be moved, not those that a
+kernel moves.
 """
 
 import statistics
@@ -39,7 +39,7 @@ SHAPES = tuple(
 QUICK = (Shape(256, 1 << 16, 1, 64), Shape(256, 1 << 16, 32, 64))
 CPU_TOKENS = 512
 REPEATS, SCANS = 5, 4
-INPUTS = 4  # taken by turns, so that a cache does not hold the rows of the call before
+INPUTS = 4  # used in turns, so that a cache does not hold the rows of the previous call
 COPIED = {"cpu": 1 << 27, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes
 GATHERED = {"cpu": 1 << 30, "gpu": 24 << 30, "tpu": 2 << 30}  # bytes of [T, K, 2, D] in bfloat16
 KERNEL = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
@@ -47,7 +47,7 @@ OURS, XLA, GATHER = WAYS = ("kernel", "XLA", "gather")
 
 
 def gather_and_einsum(weights: Any, ids: Any, gates: Any, x: Any) -> Any:
-    """The lookup as it is usually written, on bfloat16 [N, 2, D]."""
+    """Computes the lookup as it is usually written, on bfloat16 weights [N, 2, D]."""
     experts = weights[ids]
     hidden = jnp.einsum("tkd,td->tk", experts[:, :, 0], x, preferred_element_type=jnp.float32)
     mixing = (gates * activation_by_name("gelu")(hidden)).astype(x.dtype)
@@ -95,7 +95,7 @@ def run(quick: bool) -> Result:
 
 
 def _seconds(shape: Shape, kernel: str | None) -> dict[str, dict[str, float]]:
-    """Seconds a call, by operation and by what does it."""
+    """Returns the seconds per call, by operation and by implementation."""
     width, num_experts, tokens, chosen, storage = shape
 
     @jax.jit
@@ -136,7 +136,7 @@ def _seconds(shape: Shape, kernel: str | None) -> dict[str, dict[str, float]]:
     del pool, stack
     if tokens * chosen * 4 * width > GATHERED[jax.default_backend()]:
         return found
-    # XLA for CPUs has no bfloat16: it would make floats of the whole pool.
+    # XLA for CPUs has no bfloat16 and would convert the whole pool to float32.
     dtype = jnp.bfloat16 if kernel else jnp.float32
     weights = jnp.zeros((num_experts, 2, width), dtype)
     gathers = [(ids, gates, x.astype(dtype)) for ids, gates, x, _ in every]
@@ -150,7 +150,7 @@ def _update(pool: Any, state: Any, gradient: Any, *, implementation: str) -> Any
 
 
 def _copy_bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of adding a number to every word of an array."""
+    """Returns the bytes per second, read and written, of adding a number to an array."""
 
     def add(words: Any, number: Any) -> tuple[Any]:
         return (words + number,)
@@ -166,13 +166,13 @@ def _median_seconds(
     rest: Sequence[tuple[Any, ...]],
     carry: bool = False,
 ) -> float:
-    """Seconds a call, of many on their way together: a scan, as over the layers of a model.
+    """Returns the median seconds per call. Calls are in a scan, like the layers of a model.
 
     Args:
-        program: what is called.
+        program: the function to call.
         first: arguments of every call.
-        rest: further arguments, another tuple each call.
-        carry: the program returns the next call's `first`, in place.
+        rest: further arguments, one tuple for each call.
+        carry: whether the program returns the next call's `first`, in place.
     """
 
     def calls(first: Any, rest: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Every kernel compiled for every accelerator, none of which is there: what it keeps and moves.
+"""Compiles every kernel for every accelerator, and shows its memory and traffic.
 
-Times are bounds on paper: the bytes that a kernel moves over the bandwidth that the vendor states
-or, on a TPU, the cycles in which its loops start the copies of rows, whichever is longer. Nothing
-here was executed.
+The accelerators need not be present. Nothing is executed, and times are theoretical bounds. One
+bound is the bytes that a kernel moves divided by the bandwidth that the vendor states. On a TPU,
+another is the cycles in which the kernel's loops start the copies of rows. The longer one counts.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from pallas_kernels.expert_lookup.api import KERNELS
 from peerjax.planning.targets import TARGETS, missing, run_for
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7370e9, "h100": 3350e9}
-# Cycles a second: the stated peak in bfloat16 over the multiply-adds of a cycle.
+# Cycles per second: the stated peak in bfloat16, divided by the multiply-adds of a cycle.
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9}
 
 
 def run(quick: bool) -> Result:
-    """Compiles; targets whose compiler is not installed are named and left out."""
+    """Compiles for all targets whose compiler is installed."""
     wanted = [target for target in TARGETS if implementation_for(target) in KERNELS]
     targets = [target for target in wanted if not missing(target)]
 
     def options(target: str) -> list[str]:
-        # Libtpu takes minutes to write instructions down.
+        # Libtpu takes minutes to write its instructions.
         return ["--quick"] if quick else ["--loops"] if target in CLOCK else []
 
     found = {
@@ -60,18 +60,18 @@ def run(quick: bool) -> Result:
 
 
 def moved(each: Compiled) -> int:
-    """Bytes that a kernel moves."""
+    """Returns the bytes that a kernel moves."""
     return each.row_bytes + each.vector_bytes + each.block_bytes
 
 
 def cycles_per_copy(each: Compiled) -> float | None:
-    """Cycles in which the scalar core of a TPU starts the copy of a row."""
+    """Returns the cycles that the scalar core of a TPU takes to start the copy of a row."""
     rates = [loop.bundles / loop.copies for loop in each.loops if loop.copies]
     return min(rates, default=None)
 
 
 def least_seconds(target: str, each: Compiled) -> float:
-    """The larger of what bandwidth and the issue of copies allow."""
+    """Returns the longer bound on the time: by bandwidth, or by the start of copies."""
     by_bandwidth = moved(each) / BANDWIDTH[target]
     cycles = cycles_per_copy(each)
     if cycles is None or target not in CLOCK:

@@ -1,8 +1,8 @@
-"""One training step of one layer of a million experts, by peerjax and by PEER-pytorch.
+"""Measures training steps of one layer of a million experts, in peerjax and in PEER-pytorch.
 
     python -m benchmarks.layer_step ARM STEPS
 
-prints JSON; each arm has a process of its own, whose peak of memory is its own too. The shape is
+The output is JSON. Each arm has its own process, so that peak memory is its own too. The shape is
 that of the PEER paper: 1024^2 experts, 8 heads of 16, here with D = 256 and 512 tokens.
 """
 
@@ -23,7 +23,7 @@ ARMS = (INT4, TORCH_SPARSE, TORCH_ADAMW, ADAMW, ROUTER)
 
 
 def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fresh inputs and targets [1, T, D] for every step, the same for all arms."""
+    """Yields new inputs and targets [1, T, D] for every step, the same for all arms."""
     rng = np.random.default_rng(0)
     while True:
         x, target = rng.standard_normal((2, 1, TOKENS, D), np.float32)
@@ -31,7 +31,7 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _layer(storage: str) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """A PEER layer, its pool, and what draws the params of its router."""
+    """Returns a PEER layer, its pool, and a function that draws the params of its router."""
     import jax
     import jax.numpy as jnp
 
@@ -51,7 +51,7 @@ def _layer(storage: str) -> tuple[Any, Any, Callable[[Any], Any]]:
 
 
 def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A step that returns its loss, with int4 pools or with dense AdamW."""
+    """Makes a step that returns its loss, with int4 pools or with dense AdamW."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -100,7 +100,7 @@ def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def router_step() -> Callable[[np.ndarray, np.ndarray], float]:
-    """What a step takes without any expert: retrieval, gates, their gradient, AdamW."""
+    """Makes a step without any expert: retrieval, gates, their gradient, AdamW."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -114,7 +114,7 @@ def router_step() -> Callable[[np.ndarray, np.ndarray], float]:
 
     def step(params, opt_state, x, target):
         def loss_of(params):
-            # The lookup's result is not used: XLA removes it.
+            # The lookup's result is not used, so XLA removes the lookup.
             at_layer = pool.at_layer(jnp.int32(0))
             _, kept = layer.apply({"params": params}, x, at_layer, mutable=["routing"])
             gates = kept["routing"]["gates"]
@@ -136,7 +136,7 @@ def router_step() -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def torch_step(sparse: bool) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The same by PEER-pytorch, its embeddings sparse with SparseAdam, or dense with AdamW."""
+    """Makes the step of PEER-pytorch: sparse with SparseAdam, or dense with AdamW."""
     import PEER_pytorch
     import torch
 
@@ -170,7 +170,10 @@ def torch_step(sparse: bool) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def measure(arm: str, steps: int) -> dict[str, float | list[float]]:
-    """Seconds of each step after the first two, which compile and make states; peak memory."""
+    """Returns the seconds of each step, and the peak memory.
+
+    The first two steps compile and make states. They are not counted.
+    """
     make = {
         INT4: lambda: peerjax_step(packed=True),
         ADAMW: lambda: peerjax_step(packed=False),

@@ -1,7 +1,7 @@
-"""How fast the lookup is, beside gathering the experts and multiplying with einsum, on this device.
+"""Compares the time of the lookup on this device with that of gather + einsum.
 
-Both read the same packed codes; the other one writes them as a [T, K, D] array first. A third
-program only reads the words of the experts and adds them up: no lookup can be faster.
+Both read the same packed codes. Gather + einsum writes them as a [T, K, D] array first. A third
+program only reads the words of the experts and adds them up. No lookup can be faster.
 """
 
 import statistics
@@ -22,7 +22,7 @@ N, D, T, K = 1 << 20, 256, 512, 128
 
 
 def gather_and_einsum(pool, ids, gates, x):
-    """The lookup as it is usually written."""
+    """Computes the lookup as it is usually written."""
     codes = read_codes(pool.weights, pool.layer, ids, pool.width, pool.storage)
     down_scale, up_scale = (pool.scales[pool.layer, vector, ids] for vector in (DOWN, UP))
     down, up = (codes[:, :, vector].astype(jnp.float32) for vector in (DOWN, UP))
@@ -32,7 +32,7 @@ def gather_and_einsum(pool, ids, gates, x):
 
 
 def only_read(pool, ids, gates, x):
-    """Fetches the words of the experts, and does the least with them that keeps the reads."""
+    """Reads the words of the experts and adds them up, so that XLA does not remove the reads."""
     experts = pool.weights.reshape(-1, words_per_expert(pool.width, pool.storage))
     return map_tokens(lambda token: jnp.sum(experts[token[0]]), (ids,), ids.shape[1])
 

@@ -1,4 +1,4 @@
-"""What training keeps in memory for experts, and what the compiled step needs beside it."""
+"""Measures the memory of experts in training, and the other memory of the compiled step."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SMALL, LARGE = 1 << 14, 1 << 20
 
 
 def run(quick: bool) -> Result:
-    """Adds up the live arrays of pools and their state; compiles a whole step twice."""
+    """Adds up the live arrays of pools and their state, and compiles a whole step twice."""
     reports = {width: live_bytes(width, 1 << (10 if quick else 14)) for width in WIDTHS}
     rows = [
         [
@@ -69,7 +69,7 @@ def run(quick: bool) -> Result:
 
 
 def live_bytes(width: int, num_experts: int) -> dict[str, Any]:
-    """Bytes per parameter of a live int4 pool and all that an update keeps, by part."""
+    """Returns the bytes per parameter of a live int4 pool and its update state, by part."""
 
     def make():
         pool = initialize_pool(jax.random.key(0), 1, num_experts, width, storage="int4")
@@ -79,7 +79,9 @@ def live_bytes(width: int, num_experts: int) -> dict[str, Any]:
     report = memory_report(pool, state)
     live = sum(leaf.nbytes for leaf in jax.tree.leaves((pool, state)))
     if live != report.kept:
-        raise RuntimeError(f"the report says {report.kept} bytes, the live arrays take {live}")
+        raise RuntimeError(
+            f"the report counts {report.kept} bytes, but the live arrays take {live}"
+        )
     return {
         **{part: size / report.parameters for part, size in report.parts.items()},
         "all": report.bytes_per_parameter,

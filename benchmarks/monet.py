@@ -1,9 +1,9 @@
-"""Monet, horizontal and vertical, beside PEER, at equal forward FLOPs a token and equal tokens.
+"""Compares horizontal and vertical Monet with PEER at equal forward FLOPs a token.
 
-Every learning rate of every model is tuned at a third of the length. Then each trains from the same
-seeds for the same steps, and is compared with the PEER that keeps its experts alike. Monet as
-published, in float32, trains once more for as many steps as take the time that PEER's take, by the
-step times that `monet_time` found.
+The number of tokens is equal too. Every learning rate of every model is tuned at a third of the
+length. Then each model trains from the same seeds for the same steps, and is compared with the PEER
+of the same storage. Monet as published, in float32, also trains for as many steps as fit into
+PEER's time. The times of steps are those that `monet_time` measured.
 """
 
 from collections.abc import Mapping
@@ -30,17 +30,17 @@ from benchmarks.sweep import from_seeds, paired
 SAME_TIME = "losses_in_the_same_time"
 Models = Mapping[str, Mapping[str, Any]]
 
-# What the losses of a model are compared with: the PEER that keeps its experts alike, and the same
-# Monet in float32.
+# Losses of a model are compared with those of the PEER of the same storage, and with those of the
+# same Monet in float32.
 RIVALS = {HD: PEER, VD: PEER, HD_INT4: PEER_INT4, VD_INT4: PEER_INT4}
 UNPACKED = {HD_INT4: HD, VD_INT4: VD}
 
 
 def run(quick: bool) -> Result:
-    """Trains what no earlier call trained.
+    """Trains all models that no earlier call trained, and compares them.
 
     Raises:
-        FileNotFoundError: if steps were never timed.
+        FileNotFoundError: if `monet_time` has no results.
     """
     timed = published("monet_time")["models"]
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
@@ -89,7 +89,7 @@ def run(quick: bool) -> Result:
 
 
 def steps_in_the_time(steps: int, of: Mapping[str, Any], by: Mapping[str, Any]) -> int:
-    """How many steps one model takes while another takes `steps`, to the nearest tenth of these."""
+    """Returns how many steps `by` makes while `of` makes `steps`, to the nearest tenth of these."""
     tenths = round(10 * of["seconds_per_step"] / by["seconds_per_step"])
     return max(1, tenths * steps // 10)
 

@@ -1,6 +1,6 @@
 """The models that Monet's benchmarks compare, at equal forward FLOPs a token.
 
-The recipe is the quickstart, whose two PEER layers are replaced.
+The recipe is the quickstart. Monet layers replace its two PEER layers.
 """
 
 from benchmarks.equal_flops import Arm, arm_of
@@ -12,7 +12,10 @@ PEER_INT4, HD_INT4, VD_INT4 = "PEER, int4", "Monet HD, int4", "Monet VD, int4"
 
 
 def _monet(kind: str, storage: str) -> Settings:
-    """As many keys a side as make the FLOPs of PEER; k is about a sixteenth, as in the paper."""
+    """Returns settings of Monet layers with the FLOPs of PEER.
+
+    The number of keys a side gives these FLOPs. k is about a sixteenth of it, as in the paper.
+    """
     return {
         "model.layers": (("dense", 1), (kind, 2), ("dense", 1)),
         "monet.num_experts": 120**2,
@@ -35,13 +38,13 @@ MODELS = {
 
 
 def arm_named(name: str) -> Arm:
-    """One of the models."""
+    """Returns one of the models, with its sizes."""
     return arm_of({**EVALUATION, **MODELS[name]})
 
 
 def start_of(name: str) -> dict[str, float]:
-    """The learning rates that a model has, and where to begin."""
+    """Returns the learning rates of a model, with their start values."""
     if name in (HD, VD):
         return START_WITHOUT_POOLS
-    # Halves are dense matrices: packed, they begin at the rate that such have.
+    # Half experts are dense matrices. Packed ones start at the rate of dense matrices.
     return {**START, OF_POOLS: START[SHARED]} if name in (HD_INT4, VD_INT4) else START

@@ -1,6 +1,6 @@
-"""Memory of a chip in a training step of the Monet paper's models, compiled for a TPU pod.
+"""Shows memory per chip in a training step of the Monet paper's models on a TPU pod.
 
-The pod need not be there; nothing is executed.
+The step is compiled for the pod, which need not be present. Nothing is executed.
 """
 
 from benchmarks.recipes import config_of
@@ -10,12 +10,13 @@ from peerjax.planning.targets import GIB, MEMORY
 
 KIND = "v5p"
 VOCABULARY = 32_000
-# The smallest pod of 64 chips and more that holds each; with 64, the largest would need 100 GiB.
+# The smallest pod of at least 64 chips that holds each model. On 64 chips, the largest model would
+# need 100 GiB.
 CHIPS = {"monet_850m": "4x4x4", "monet_1_4b": "4x4x4", "monet_4_1b": "4x4x8"}
 
 
 def run(quick: bool) -> Result:
-    """Compiles all three; `quick` compiles the smallest."""
+    """Compiles all three models; `quick` compiles the smallest."""
     rows, figures, details = [], [], {}
     for recipe in list(CHIPS)[: 1 if quick else None]:
         found = program_for(f"{KIND}:{CHIPS[recipe]}", config_of(recipe), VOCABULARY)._asdict()

@@ -1,7 +1,7 @@
-"""What a training step of Monet and of PEER takes: time, memory, and how sparse gradients are.
+"""Measures time, memory and gradient sparsity of a training step of Monet and of PEER.
 
-Nothing else may run beside it. As the speed of a machine drifts, the models take turns, and the
-time of each is the median of its turns.
+Nothing else may run on the machine. Its speed drifts, so the models are measured in turns. The time
+of each model is the median of its turns.
 """
 
 from functools import partial
@@ -66,13 +66,13 @@ def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(arm: Arm, steps: int) -> dict[str, Any]:
-    """Step time and memory of a short run, and how sparse the gradient is after it."""
+    """Returns step time and memory of a short run, and the gradient's sparsity after it."""
     found = short_run.train(RECIPE, steps, {**arm.settings, "eval.rows": 8}, gradient_share)
     return {"gradient_share": found.pop("found"), **found}
 
 
 def gradient_share(workdir: str) -> float:
-    """The share of expert parameters whose gradient on one batch is not 0."""
+    """Returns the share of expert parameters whose gradient on one batch is not 0."""
     run, mesh = open_run(workdir), make_mesh()
     batch = next(train_batches(run.config, load_corpus(run.config).train, run.step))
     with jax.set_mesh(mesh):

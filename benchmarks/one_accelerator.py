@@ -1,6 +1,6 @@
-"""How many expert parameters train on one accelerator: the compiled step, with everything in it.
+"""Shows how many expert parameters train on one accelerator, by the whole compiled step.
 
-The accelerator need not be there; nothing is executed.
+The accelerator need not be present. Nothing is executed.
 """
 
 from benchmarks.recipes import config_of
@@ -8,7 +8,7 @@ from benchmarks.result import Figure, Result
 from peerjax.planning.programs import program_for
 from peerjax.planning.targets import GIB
 
-# Target, recipe, expert parameters wanted, memory allowed.
+# Target, recipe, wanted expert parameters, allowed memory.
 CHOICES = (
     ("h100", "peer_60b_one_gpu", 60e9, 75 * GIB),
     ("v5e", "peer_12b_one_v5e", 12e9, 15 * GIB),
@@ -17,7 +17,7 @@ ADAMW_BYTES = 16  # float32 weight, gradient and two moments
 
 
 def run(quick: bool) -> Result:
-    """Compiles both; `quick` compiles the smaller one."""
+    """Compiles both recipes; `quick` compiles the smaller one."""
     rows, figures, details = [], [], {}
     for target, recipe, wanted, allowed in CHOICES[-1:] if quick else CHOICES:
         program = program_for(target, config_of(recipe))

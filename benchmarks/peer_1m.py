@@ -1,7 +1,7 @@
-"""A decoder with a layer of a million experts, in int4 and in float32 with AdamW, from train.py.
+"""Trains a decoder with a layer of a million experts, in int4 and in float32 with AdamW.
 
-Peak memory of the whole process and seconds a step, checkpoints and evaluation not counted in the
-latter.
+Measures the peak memory of the whole process of train.py, and the seconds a step. Checkpoints and
+evaluation are not counted in the seconds.
 """
 
 from benchmarks.result import Figure, Result

@@ -1,7 +1,7 @@
-"""A gigabyte of text through prepare.py: peak memory of the process tree, and speed.
+"""Measures prepare.py on a gigabyte of text: peak memory of the process tree, and speed.
 
-The default text again and again, with a number in every document that makes it another one; half of
-it as JSON lines, half as a single text file.
+The text is the default text, repeated. A number in every document makes it different from its
+copies. Half of the text is JSON lines, the other half is a single text file.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from benchmarks.result import REPOSITORY, Figure, Result
 from peerjax.data.documents import TEXT_PACKAGES, read_packages
 from peerjax.data.shards import ShardIndex
 
-BOUND_MB = 600  # of memory, whatever the size of the text
+BOUND_MB = 600  # bound on memory, for any size of text
 POLL_SECONDS = 0.05
 
 
 def run(quick: bool) -> Result:
-    """Prepares a little text with and without worker processes, and ten times as much."""
+    """Prepares a little text with and without worker processes, and then ten times as much."""
     little, much = (20_000_000,) * 2 if quick else (100_000_000, 1_000_000_000)
     arms = []
     for size, workers in ((little, 0), (little, 2), (much, 2)):
@@ -75,7 +75,7 @@ def write_text(folder: Path, size: int) -> str:
 
 
 def prepare(folder: Path, pattern: str, workers: int) -> dict[str, Any]:
-    """Prepares in processes of its own, and watches them."""
+    """Prepares shards in other processes, and measures these."""
     output = folder / f"shards{workers}"
     command = [
         sys.executable,
@@ -98,7 +98,7 @@ def prepare(folder: Path, pattern: str, workers: int) -> dict[str, Any]:
     index = ShardIndex.load(output)
     return {
         "seconds": seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,  # of its processes, all over
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,  # sum over all its processes
         "peak_bytes": peak,
         "text_bytes": sum(shard.text_bytes for shard in index.shards),
         "tokens": sum(shard.tokens for shard in index.shards),
@@ -107,7 +107,7 @@ def prepare(folder: Path, pattern: str, workers: int) -> dict[str, Any]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process and its descendants; what they share is counted for each."""
+    """Returns the memory of a process and its descendants. Shared memory counts for each."""
     process = Path(f"/proc/{pid}")
     try:
         pages = int((process / "statm").read_text().split()[1])

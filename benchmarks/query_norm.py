@@ -1,8 +1,8 @@
-"""How many experts PEER uses, and how evenly, with and without normalised queries.
+"""Measures how many experts PEER uses, and how evenly, with and without normalised queries.
 
-The PEER paper's table of usage and unevenness (arXiv:2407.04153, section 3.3), on the quickstart:
-batch normalisation by running statistics, layer normalisation, none. Learning rates of each are
-tuned at a third of the length.
+This is the PEER paper's table of usage and unevenness (arXiv:2407.04153, section 3.3), on the
+quickstart. It compares batch normalisation by running statistics, layer normalisation, and no
+normalisation. Learning rates of each are tuned at a third of the length.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ BATCH, LAYER, NONE = "batchnorm", "layernorm", "none"
 
 
 def run(quick: bool) -> Result:
-    """Trains what no earlier call trained."""
+    """Trains all arms that no earlier call trained, and compares them."""
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     norms = (BATCH, NONE) if quick else (BATCH, LAYER, NONE)
     arms = {

@@ -1,4 +1,4 @@
-"""What a benchmark reports: a table for people, figures with their targets, one JSON object."""
+"""The report of a benchmark: a table, figures with their targets, and one JSON object."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "results"
 
 
 class Figure(NamedTuple):
-    """One number; `ok` says whether it reaches its target, and is `None` where it has none."""
+    """One number. `ok` is whether it reaches its target, or `None` if it has no target."""
 
     name: str
     value: float
@@ -37,12 +37,12 @@ class Figure(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one benchmark found.
+    """The results of one benchmark.
 
     Attributes:
-        columns: of the table.
-        rows: of the table, as text.
-        figures: what is held against targets.
+        columns: names of the columns of the table.
+        rows: rows of the table, as text.
+        figures: numbers to compare with targets.
         details: everything that was measured, for the file.
     """
 
@@ -53,9 +53,9 @@ class Result(NamedTuple):
 
 
 def publish(name: str, result: Result, quick: bool) -> None:
-    """Prints a result, its last line as JSON, and writes it to `benchmarks/results/`.
+    """Prints a result, with JSON as the last line, and writes it to `benchmarks/results/`.
 
-    A quick run has a file of its own, which git ignores.
+    The result of `--quick` has its own file, which git ignores.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, width=120)
     table = rich.table.Table(title=name, box=rich.box.SIMPLE, title_justify="left")
@@ -81,7 +81,7 @@ def publish(name: str, result: Result, quick: bool) -> None:
 
 
 def published(name: str) -> Mapping[str, Any]:
-    """The details of the last result of a benchmark.
+    """Returns the details of the last result of a benchmark.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -93,7 +93,7 @@ def published(name: str) -> Mapping[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked if files differ from it."""
+    """Returns the commit that is checked out, with a mark if files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -109,7 +109,7 @@ def commit() -> str:
 
 
 def device() -> str:
-    """What this process computes on."""
+    """Returns the name of the device that this process computes on."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{jax.device_count()} x {first.device_kind}"

@@ -1,4 +1,4 @@
-"""A few steps of train.py in a process of its own: how long they take, and how much memory."""
+"""Measures time and memory of a few steps of train.py, in another process."""
 
 import json
 import os
@@ -18,16 +18,16 @@ def train(
     settings: Mapping[str, Any] | None = None,
     inspect: Callable[[str], Any] = lambda workdir: None,
 ) -> dict[str, Any]:
-    """Trains, and tells what it took.
+    """Trains, and measures time and memory.
 
     Args:
         recipe: the name of a file in `configs/`.
-        steps: how many; checkpoints and evaluation are not counted in their time.
+        steps: number of steps. Their time does not include checkpoints and evaluation.
         settings: fields that differ from the recipe.
-        inspect: is called with the workdir, which is deleted after.
+        inspect: called with the workdir, which is deleted afterwards.
 
     Returns:
-        "peak_bytes" of the process, "seconds_per_step", and what `inspect` "found".
+        "peak_bytes" of the process, "seconds_per_step", and the result of `inspect` as "found".
     """
     fields = {**(settings or {}), "steps": steps, "checkpoint.every": steps, "eval.every": steps}
     with tempfile.TemporaryDirectory() as workdir:

@@ -1,7 +1,8 @@
-"""How long a step takes.
+"""Measures the time of a step.
 
-A step of one layer of a million experts beside PEER-pytorch, and what a pool 64 times as large
-costs: the same hits, mapped injectively into it, and into two between.
+A step of one layer of a million experts is compared with PEER-pytorch. Lookup and update are also
+timed in pools of four sizes. The largest pool is 64 times as large as the smallest. The hits in all
+pools are those of the smallest one, mapped injectively.
 """
 
 import json
@@ -27,7 +28,7 @@ T, K, D = 512, 128, 256
 
 
 def run(quick: bool) -> Result:
-    """Measures every arm in processes of its own, in turns."""
+    """Measures every arm in its own processes, in turns."""
     rounds, steps = (1, 1) if quick else (3, 3)
     measured: dict[str, dict[str, Any]] = {
         arm: {"seconds": [], "peak_bytes": 0} for arm in layer_step.ARMS
@@ -84,7 +85,7 @@ def _in_a_process(arm: str, steps: int) -> dict[str, Any]:
 
 
 def measure_sizes(repeats: int) -> dict[str, dict[str, float]]:
-    """Lookup, its backward pass and the update, in pools of `SIZES` experts, in turns.
+    """Measures lookup, backward pass and update in pools of `SIZES` experts, in turns.
 
     From the second size on, no two experts that are hit share a unit.
     """

@@ -1,9 +1,9 @@
-"""Training runs as a queue that can be stopped and taken up again.
+"""Trains a queue of runs, which can be stopped and resumed.
 
-A run is a recipe and settings of its fields. What it found is a line of
-`benchmarks/results/runs.jsonl`, kept with the code, so that a queue goes on where another machine
-left it. A run that was killed goes on from its last checkpoint. Every run has a core of its own,
-and as many run at once as there are cores. What is compiled is kept for the next run.
+A run is a recipe and settings of its fields. Its result is a line of
+`benchmarks/results/runs.jsonl`, which is kept with the code. Another machine can thus continue the
+queue. A killed run continues from its last checkpoint. Every run has its own core, and there are as
+many runs at once as cores. Compiled programs are kept for the next run.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ LEDGER = FOLDER / "runs.jsonl"
 BACKENDS = ("cpu", "gpu", "tpu")
 Settings = dict[str, Any]
 
-# Several runs share a GPU, whose memory JAX would otherwise reserve for the first.
+# Several runs share a GPU. JAX would otherwise reserve its memory for the first run.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
 _free_cores: queue.Queue[int | None] = queue.Queue()
@@ -53,21 +53,21 @@ class Interval(NamedTuple):
         return f"{self.mean:+.4f} +- {self.half_width:.4f}"
 
     def figures(self, name: str, bound: float | None = None) -> list[Figure]:
-        """The mean, which may have a bound not to exceed, and half the width."""
+        """Returns the mean, with an upper bound if one is given, and half the width."""
         mean = Figure(name, self.mean) if bound is None else Figure.at_most(name, self.mean, bound)
         return [mean, Figure("half width of its 95% interval", self.half_width)]
 
 
 class Run(NamedTuple):
-    """What a training run found.
+    """The results of a training run.
 
     Attributes:
-        nats_per_token: over all validation text, after the last step; infinite if it diverged.
+        nats_per_token: loss over all validation text after the last step; infinite if it diverged.
         experts: usage and unevenness of each layer's experts.
-        seconds: of the last start to its end, checkpoints and evaluation included.
-        commit: of the code that trained it.
-        device: on which.
-        series: every figure of each evaluation, where `train` was asked for them.
+        seconds: time from the last start to the end, including checkpoints and evaluation.
+        commit: commit of the code that trained it.
+        device: device that trained it.
+        series: all figures of each evaluation, if `train` was called with `keep_series`.
     """
 
     nats_per_token: float
@@ -81,16 +81,16 @@ class Run(NamedTuple):
 def train(
     recipe: str, settings: Settings, keep_series: bool = False, backend: str | None = None
 ) -> Run:
-    """Trains, or looks up what an earlier call found.
+    """Trains, or looks up the results of an earlier call.
 
     Args:
         recipe: the name of a file in `configs/`.
         settings: fields that differ from it, such as `{"pool.learning_rate": 1e-2}`.
-        keep_series: whether to write down the figures of every evaluation.
-        backend: of JAX ("cpu", "gpu", "tpu"); what was found on others does not count then.
+        keep_series: whether to keep the figures of every evaluation.
+        backend: backend of JAX ("cpu", "gpu", "tpu"). If given, results from others are ignored.
 
     Raises:
-        RuntimeError: if training fails in another way than by diverging, or is stopped.
+        RuntimeError: if training fails other than by divergence, or is stopped.
     """
     if (found := _look_up(recipe, settings, backend)) is not None:
         return found
@@ -110,7 +110,7 @@ def train(
 
 
 def _name_of(settings: Settings) -> str:
-    """A folder's name; file systems take no more than 255 characters."""
+    """Returns the name of a folder. File systems allow at most 255 characters."""
     name = ",".join(f"{field}={value}" for field, value in sorted(settings.items()))
     if len(name) <= 255:
         return name
@@ -130,7 +130,7 @@ def _look_up(recipe: str, settings: Settings, backend: str | None) -> Run | None
 
 
 def _series(folder: Path) -> list[dict[str, float]]:
-    """The figures of every evaluation, with those of the step before it."""
+    """Returns the figures of every evaluation, with those of the training step before it."""
     by_step: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -139,7 +139,7 @@ def _series(folder: Path) -> list[dict[str, float]]:
 
 
 def _write_down(recipe: str, settings: Settings, found: Run) -> None:
-    """Adds a line; a loss that is not finite is `null`."""
+    """Adds a line to the ledger. A loss that is not finite is `null`."""
     loss = found.nats_per_token if math.isfinite(found.nats_per_token) else None
     record = {
         "recipe": recipe,
@@ -154,7 +154,7 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
 
 
 def _train(recipe: str, settings: Settings, folder: Path) -> bool:
-    """Whether the run came to its end; the other possibility is that it diverged."""
+    """Trains, and returns whether the run finished. Otherwise it diverged."""
     overrides = [f"--config.{field}={value}" for field, value in settings.items()]
     script = ["train.py", f"--config=configs/{recipe}.py", f"--workdir={folder}"]
     command = [sys.executable, *script, *overrides]
@@ -172,14 +172,14 @@ def _train(recipe: str, settings: Settings, folder: Path) -> bool:
     if process.returncode not in (0, DivergenceError.exit_status):
         raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr}")
     if not process.returncode and not (folder / "report.json").exists():
-        raise RuntimeError(f"training in {folder} was stopped; start again to go on")
+        raise RuntimeError(f"training in {folder} was stopped; start the benchmark again to resume")
     return not process.returncode
 
 
 def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Runs jobs, as many at once as there are cores; their results in order.
+    """Executes jobs, as many at once as there are cores, and returns their results in order.
 
-    After one that fails, and Ctrl-C, none is begun.
+    After a failed job, or Ctrl-C, no other job is started.
     """
     with ThreadPoolExecutor(len(CORES)) as pool:
         try:
@@ -193,16 +193,16 @@ def from_seeds(
 ) -> dict[Any, list[Run]]:
     """Trains every arm from every seed, as many at once as there are cores.
 
-    Runs that are compared are of one backend: of one on which an earlier call found all of them,
-    or else of that at hand.
+    Runs that are compared are of one backend. It is one for which earlier calls have trained all of
+    them, or otherwise the present one.
 
     Args:
         recipe: the name of a file in `configs/`.
-        arms: the settings of each, by any key; those of equal settings are trained once.
-        seeds: what to train from.
+        arms: settings of each arm, by any key. Arms of equal settings are trained once.
+        seeds: the seeds to train from.
 
     Returns:
-        By the same keys, runs by seed.
+        The runs of each arm, in order of seeds, by the same keys.
     """
     every = {key: [{**settings, "seed": seed} for seed in seeds] for key, settings in arms.items()}
     distinct = {_name_of(settings): settings for of_arm in every.values() for settings in of_arm}
@@ -222,7 +222,7 @@ def from_seeds(
 
 
 def rung(value: float, steps: int) -> float:
-    """Climbs the ladder ..., 1e-3, 3e-3, 1e-2, 3e-2, ... from one of its values."""
+    """Returns the value `steps` places after `value` in ..., 1e-3, 3e-3, 1e-2, 3e-2, ..."""
     exponent = round(2 * math.log10(value)) + steps
     return float(f"{3 if exponent % 2 else 1}e{exponent // 2}")
 
@@ -230,10 +230,12 @@ def rung(value: float, steps: int) -> float:
 def tune(
     loss_of: Callable[[float], float], start: float
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Finds the best value on the ladder: three values, extended while the best is at an edge.
+    """Finds the best of the values that `rung` returns.
+
+    Tries three values, and then further ones while the best is at an edge.
 
     Returns:
-        The best value, and every (value, loss) that was tried, ascending.
+        The best value, and all pairs (value, loss) that were tried, in ascending order.
     """
     tried = {rung(start, steps): loss_of(rung(start, steps)) for steps in (-1, 0, 1)}
     while True:
@@ -255,11 +257,13 @@ def tune_rates(
     Args:
         recipe: the name of a file in `configs/`.
         settings: fields that differ from it.
-        rates: the fields to tune, and where to begin.
-        steps: the full length; tuning runs have a third of it, warm-up included.
+        rates: the fields to tune, with their start values.
+        steps: number of steps at full length. Tuning runs have a third of them, a third of which is
+            warm-up.
 
     Returns:
-        The best of each rate; and for each, every (value, loss) tried, ascending.
+        The best value of each rate, and for each rate all pairs (value, loss) that were tried, in
+        ascending order.
     """
     short = {"steps": steps // 3, "optimizer.warmup_steps": steps // 9, "seed": 0}
     best, tables = dict(rates), {}
@@ -274,13 +278,13 @@ def tune_rates(
 
 
 def made_by(runs: Iterable[Run]) -> list[dict[str, str]]:
-    """Commits and devices that runs are of: not those of who shows them."""
+    """Returns the commits and devices that trained the runs, which may not be the present ones."""
     every = sorted({(run.commit, run.device) for run in runs})
     return [{"commit": commit, "device": device} for commit, device in every]
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """`first - second`, seed by seed."""
+    """Returns the interval of `first - second`, seed by seed."""
     differences = np.subtract(first, second)
     quantile = scipy.stats.t.ppf(0.975, len(differences) - 1)
     error = differences.std(ddof=1) / math.sqrt(len(differences))

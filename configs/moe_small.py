@@ -1,6 +1,7 @@
-"""`peer_small.py` with mixtures for pools: two of 64 experts, 2 a token, in eight layers.
+"""`peer_small.py` with mixtures instead of pools.
 
-57.16 MFLOPs a token forward, as its 57.16, by `peerjax.planning.flops`.
+Two of the eight layers are mixtures of 64 experts, 2 a token. A token takes 57.16 MFLOPs forward,
+as in `peer_small.py`, by `peerjax.planning.flops`.
 """
 
 from configs import peer_small

@@ -1,6 +1,6 @@
 """Monet's 1.4B model: 1,465,157,632 parameters with a vocabulary of 32,000.
 
-Otherwise as `monet_850m.py`.
+All other fields are those of `monet_850m.py`.
 """
 
 from configs import monet_850m

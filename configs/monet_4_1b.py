@@ -1,6 +1,6 @@
 """Monet's 4.1B model: 4,173,401,088 parameters with a vocabulary of 32,000.
 
-Otherwise as `monet_850m.py`.
+All other fields are those of `monet_850m.py`.
 """
 
 from configs import monet_850m

@@ -1,7 +1,7 @@
 """Monet's 850M model: 853,501,440 parameters with a vocabulary of 32,000, 512^2 experts a layer.
 
-Park et al., arXiv:2412.04139, table 6. Horizontal; `--config.model.layers="(('monet_vd', 24),)"`
-makes it vertical, of the same size.
+Park et al., arXiv:2412.04139, table 6. The decomposition is horizontal. The flag
+`--config.model.layers="(('monet_vd', 24),)"` makes it vertical, with the same size.
 """
 
 from peerjax.config import default_config

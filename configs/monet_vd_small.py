@@ -1,4 +1,4 @@
-"""`monet_hd_small.py` in vertical decomposition: 57.33 MFLOPs a token forward too."""
+"""`monet_hd_small.py` with vertical decomposition: also 57.33 MFLOPs a token forward."""
 
 from configs import monet_hd_small
 

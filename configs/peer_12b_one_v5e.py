@@ -1,4 +1,7 @@
-"""Twelve billion expert parameters on one TPU v5e of 16 GB: `peer_60b_one_gpu.py` with 704^2."""
+"""Twelve billion expert parameters on one TPU v5e of 16 GB.
+
+Each layer has 704^2 experts. All other fields are those of `peer_60b_one_gpu.py`.
+"""
 
 from configs import peer_60b_one_gpu
 

@@ -1,6 +1,6 @@
 """The layer of the PEER paper: 1024^2 experts, 8 heads of 16, in the middle of the decoder.
 
-Its pool has 537 million parameters: with float32 and AdamW, 8.6 GB with the gradient.
+Its pool has 537 million parameters. With float32 and AdamW they take 8.6 GB, with the gradient.
 """
 
 from peerjax.config import default_config

@@ -1,6 +1,6 @@
 """Sixty billion expert parameters on a GPU of 80 GB: twelve layers of 1600^2 experts, D = 1024.
 
-Needs `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`: JAX keeps a quarter of the memory back otherwise.
+Set `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`. Otherwise JAX leaves a quarter of the memory unused.
 """
 
 from peerjax.config import default_config
@@ -21,7 +21,7 @@ def get_config():
     config.peer.experts_per_head = 16
     config.peer.key_width = 128
     config.optimizer.learning_rate = 1e-3
-    # 64 GB each, and three of them on disk while one is written.
+    # Each takes 64 GB. While one is written, there are three on disk.
     config.checkpoint.every = config.steps
     config.checkpoint.keep = 2
     return config

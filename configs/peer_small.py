@@ -1,4 +1,7 @@
-"""A real experiment for one accelerator, or a long run on a CPU: two PEER layers of eight."""
+"""A real experiment for one accelerator, or a long run on a CPU.
+
+Two of the eight layers are PEER layers.
+"""
 
 from peerjax.config import default_config
 

@@ -1,9 +1,9 @@
-"""Trains a classifier whose weight matrices are packed int4, beside its float32 AdamW twin.
+"""Trains a classifier with packed int4 weight matrices, and the same one with float32 AdamW.
 
     pip install -e '.[examples]' && python -m examples.digits
 
-Plain JAX on scikit-learn's digits: nothing of peerjax but the transform. Matrices are
-`PackedMatrix` leaves of the params; biases stay floats, under AdamW.
+This is plain JAX on scikit-learn's digits. It uses only the transform of peerjax. Matrices are
+`PackedMatrix` leaves of the params. Biases stay floats, trained with AdamW.
 """
 
 import functools
@@ -24,7 +24,7 @@ STEPS, BATCH = 1500, 128
 
 
 def load(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Images in [0, 1] and labels, to train on and to test with."""
+    """Returns images in [0, 1] and labels, for training and for testing."""
     images, labels = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(
         images / 16, labels, test_size=0.25, random_state=seed, stratify=labels
@@ -33,7 +33,7 @@ def load(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def init(seed: int) -> list[dict[str, jax.Array]]:
-    """Matrices [in, out] and biases."""
+    """Returns random matrices [in, out] and zero biases."""
     keys = jax.random.split(jax.random.key(seed), len(WIDTHS) - 1)
     return [
         {"w": jax.random.normal(key, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
@@ -42,7 +42,7 @@ def init(seed: int) -> list[dict[str, jax.Array]]:
 
 
 def logits(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """The network, on floats."""
+    """Applies the network, with float params."""
     *hidden, last = params
     for layer in hidden:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
@@ -50,14 +50,14 @@ def logits(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 
 
 def pack_matrices(params: Any) -> Any:
-    """The same tree, its matrices packed."""
+    """Returns the same tree with its matrices packed."""
     return jax.tree.map(lambda leaf: optim.pack(leaf) if leaf.ndim == 2 else leaf, params)
 
 
 def int4_transform(params: Any, seed: int) -> optax.GradientTransformation:
-    """Packed matrices under `int4_accumulation`, everything else under AdamW.
+    """Returns a transform: `int4_accumulation` for packed matrices, AdamW for everything else.
 
-    The labels are a tree: a function would be asked about the gradients, which are all floats.
+    The labels are a tree. A function would be called with the gradients, which are all floats.
     """
     of_matrices = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -73,7 +73,7 @@ def int4_transform(params: Any, seed: int) -> optax.GradientTransformation:
 
 
 def float_transform() -> optax.GradientTransformation:
-    """What the twin is trained with."""
+    """Returns the transform of float params."""
     return optax.adamw(optax.cosine_decay_schedule(1e-3, STEPS), weight_decay=1e-4)
 
 
@@ -83,10 +83,10 @@ def train(
     forward: Callable[[Any, jax.Array], jax.Array],
     seed: int,
 ) -> tuple[float, int]:
-    """Trains; returns the test accuracy, and the bytes of weights and optimizer state.
+    """Trains, and returns the test accuracy and the bytes of weights and optimizer state.
 
-    The only line that packed params add to a training step is `optim.dequantize`, which leaves
-    other params as they are.
+    Packed params add only the call of `optim.dequantize` to a training step. It returns other
+    params unchanged.
     """
     x, y, x_test, y_test = load(seed)
 
@@ -112,7 +112,7 @@ def train(
 
 
 def compare(seeds: int = 3) -> dict[str, tuple[float, int]]:
-    """Mean accuracy and bytes of both."""
+    """Returns the mean accuracy and the bytes of both classifiers."""
     found: dict[str, list[tuple[float, int]]] = {"float32, AdamW": [], "int4": []}
     for seed in range(seeds):
         packed = pack_matrices(init(seed))

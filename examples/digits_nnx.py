@@ -1,4 +1,6 @@
-"""The classifier of `digits.py` as a Flax NNX model: its params leave it, are packed, and go back.
+"""Trains the classifier of `digits.py` as a Flax NNX model with packed params.
+
+The params are split from the model and packed. Each forward pass merges them back as floats.
 
 pip install -e '.[examples]' && python -m examples.digits_nnx
 """
@@ -12,7 +14,7 @@ from examples import digits
 
 
 class Classifier(nnx.Module):
-    """Knows nothing of packing."""
+    """A plain NNX model, without any code for packing."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List(
@@ -21,7 +23,7 @@ class Classifier(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits."""
+        """Returns the logits."""
         *hidden, last = self.layers
         for layer in hidden:
             x = jax.nn.relu(layer(x))
@@ -29,7 +31,7 @@ class Classifier(nnx.Module):
 
 
 def train(seed: int) -> tuple[float, int]:
-    """Test accuracy, and the bytes of weights and optimizer state."""
+    """Trains, and returns the test accuracy and the bytes of weights and optimizer state."""
     model, state = nnx.split(Classifier(nnx.Rngs(seed)), nnx.Param)
     params = digits.pack_matrices(nnx.to_pure_dict(state))
 

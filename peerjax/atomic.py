@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and folders for them: tried beforehand, and locked."""
+"""Writes files atomically, and makes, checks and locks folders for them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from peerjax.errors import UserError
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder, if it is not there, and tries to write to it: before there is work to lose.
+    """Makes a folder if it does not exist, and checks that it can be written to.
+
+    Call this before any work that could be lost.
 
     Raises:
-        UserError: if that cannot be done.
+        UserError: if the folder cannot be made or written to.
     """
     path = Path(folder)
     try:
@@ -28,18 +30,18 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{path} cannot be a folder to write to ({error.strerror}); name another"
+            f"{path} cannot be used as an output folder ({error.strerror}); choose another"
         ) from None
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other processes that ask for it out of a folder until the context ends.
+    """Locks a folder until the context ends, against other processes that call this function.
 
-    The lock also ends with the process, however it ends.
+    The lock is also released when the process ends, for any reason.
 
     Raises:
-        UserError: if another one is in it.
+        UserError: if another process has locked the folder.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -47,7 +49,7 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process is at work in {folder}; let it finish, or name another folder"
+                f"another process is using {folder}; wait until it ends, or choose another folder"
             ) from None
         yield
     finally:
@@ -55,16 +57,16 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_atomically(path: epath.Path | Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one, even if killed."""
+    """Writes a file so that it is either the old one or the complete new one, even if killed."""
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def replace_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file under another name, and renames it when it is whole.
+    """Calls `write` with a temporary path, and renames the file when it is complete.
 
-    It can be read by whom any new file can: some libraries make theirs for their user alone.
+    The file gets the default file mode. Some libraries create files that only the owner can read.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.unfinished")

@@ -2,21 +2,23 @@
 
 
 class UserError(Exception):
-    """One sentence that names what is wrong and how to mend it; scripts print it bare.
+    """An error whose message names the problem and the remedy in one sentence.
+
+    Scripts print only this sentence.
 
     Attributes:
-        exit_status: of a script that ends with it.
+        exit_status: exit status of a script that stops with this error.
     """
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """A configuration field is unknown, ill-typed or does not fit the others."""
+    """A configuration field is unknown, has the wrong type or does not fit the others."""
 
 
 class DataError(UserError):
-    """Text or tokenizer is missing, empty, unreadable or not what the run was started with."""
+    """Text or tokenizer is missing, empty, unreadable, or not the one the run was started with."""
 
 
 class CheckpointError(UserError):

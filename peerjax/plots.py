@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Plots the results of a run as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from etils import epath
 
 from peerjax.evaluation.usage import curve_ranks
 
-# The first colour of matplotlib's default cycle is kept for training.
+# The first colour of matplotlib's default cycle is reserved for training.
 TRAIN_COLOR = "C0"
 
 
@@ -59,11 +59,11 @@ def plot_losses_by_domain(path: epath.Path, bits_per_byte: Mapping[str, float]) 
 
 
 def plot_removals(path: epath.Path, changes: Mapping[str, Mapping[str, float]]) -> None:
-    """Draws how the loss on each domain changes without the experts of another.
+    """Draws the change of the loss on each domain without the experts of one domain.
 
     Args:
         path: the PNG to write.
-        changes: by domain whose experts are removed, the change by domain of text.
+        changes: changes by domain whose experts are removed, then by domain of text.
     """
     texts = list(next(iter(changes.values())))
     values = np.array([[each[text] for text in texts] for each in changes.values()])
@@ -85,7 +85,7 @@ def plot_expert_usage(path: epath.Path, usage: Mapping[str, Mapping[str, Any]]) 
 
     Args:
         path: the PNG to write.
-        usage: by layer, what the probe `peerjax.evaluation.usage.Usage` found.
+        usage: results of the probe `peerjax.evaluation.usage.Usage`, by layer.
     """
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -105,7 +105,7 @@ def plot_expert_usage(path: epath.Path, usage: Mapping[str, Mapping[str, Any]]) 
 
 
 def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -> None:
-    """Draws how packed pools fare over steps: hit experts, step size, full rows, code shares.
+    """Draws packed pools over steps: hit experts, step size, saturated rows, shares of codes.
 
     Args:
         path: the PNG to write.
@@ -124,7 +124,7 @@ def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -
             label = name.replace(part, "").removeprefix("codes/")
             axes.plot(*_series(records, name), label=label, linewidth=1)
         axes.set(title=title, xlabel="step")
-        if axes.lines:  # dense rules know no steps of rows
+        if axes.lines:  # dense rules have no figures of steps
             axes.legend()
     layers = sorted({name.split("/")[1] for name in names if name.startswith("codes/")})
     for layer in layers[:1]:

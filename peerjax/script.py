@@ -1,4 +1,4 @@
-"""What the scripts at the top of the repository share."""
+"""Shared code of the scripts at the top of the repository."""
 
 import logging
 import re
@@ -19,14 +19,14 @@ def run(
 ) -> None:
     """Parses flags, loads the configuration that the flag `config` names, and calls `main`.
 
-    A user's mistake becomes one line and exit status 2; a run that diverged, exit status 3.
+    A user's mistake prints one line and gives exit status 2. A diverged run gives exit status 3.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
             if config is not None:
-                config.value.keys()  # what could not be loaded fails when it is used
+                config.value.keys()  # raises an error if the configuration did not load
             return rest
         except (AttributeError, KeyError) as error:
             _fail(_unknown_field(error, argv))
@@ -41,7 +41,9 @@ def run(
         try:
             main()
         except CheckpointError as error:
-            sys.unraisablehook = lambda _: None  # the rest of the failed save, being collected
+            sys.unraisablehook = lambda _: (
+                None
+            )  # hides errors of the failed save when it is collected
             _fail(str(error))
         except UserError as error:
             _fail(str(error), error.exit_status)
@@ -50,9 +52,9 @@ def run(
 
 
 def _silence_background_saves() -> None:
-    """Keeps the terminal for what matters: orbax raises one of the errors that it logs.
+    """Hides log messages of failed saves. Orbax also raises one of the errors that it logs.
 
-    When a save fails, the writes that it then drops complain, each with a traceback.
+    When a save fails, each write that it abandons would otherwise print a traceback.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
     for ours in ("peerjax", "pallas_kernels"):
@@ -68,7 +70,7 @@ def _silence_background_saves() -> None:
 
 
 def _unknown_field(error: AttributeError | KeyError, argv: Sequence[str]) -> str:
-    """Names the override that ml_collections could not apply, and the field it may have meant."""
+    """Names the override that ml_collections could not apply, and suggests a similar field."""
     text = str(error.args[0])
     words = re.findall(r"\w+", text)
     overrides = [argument for argument in argv if argument.startswith("--config.")]

@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Prints tables on the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from peerjax.evaluation import ALL, PROBES
 def print_table(
     console: rich.console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    """Prints a table whose columns, but for the first, are numbers."""
+    """Prints a table. All columns except the first have numbers."""
     table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -23,13 +23,13 @@ def print_table(
 
 
 def print_probes(console: rich.console.Console, texts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints a table for each probe that found something.
+    """Prints a table for each probe that has results.
 
-    Figures of a text are shown text by text, figures by layer for all texts together.
+    Figures of texts have one row per text. Figures of layers are for all texts together.
 
     Args:
-        console: where to.
-        texts: by text, then by probe, the numbers that were found.
+        console: the console to print to.
+        texts: results by text, then by probe.
     """
     for name, of_all in texts[ALL].items():
         if not of_all:

@@ -15,7 +15,9 @@ def test_a_folder_is_made_and_left_empty(tmp_path):
 @pytest.mark.parametrize("name", ["a file", "a file/below", "/proc", "/proc/none"])
 def test_what_cannot_be_written_to_is_named(name, tmp_path):
     (tmp_path / "a file").write_text("precious")
-    with pytest.raises(UserError, match=f"{name} cannot be a folder to write to .*; name another"):
+    with pytest.raises(
+        UserError, match=f"{name} cannot be used as an output folder .*; choose another"
+    ):
         make_folder(tmp_path / name)
     assert (tmp_path / "a file").read_text() == "precious"
 

@@ -1,1 +1,1 @@
-"""Text in, packed batches of tokens out."""
+"""Turns text into packed batches of tokens."""

@@ -1,4 +1,4 @@
-"""Documents of text, by domain: where they are read from, their split and their digest."""
+"""Reads documents of text by domain, splits them and computes their digests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class TextPackage:
-    """A pinned PyPI package whose installed files are read as text; it is never imported."""
+    """A pinned PyPI package. Its installed files are read as text; it is never imported."""
 
     distribution: str
     version: str
@@ -40,13 +40,13 @@ class TextPackage:
 
 
 def _speeches(root: Path) -> Iterator[tuple[str, str]]:
-    """One document a speech."""
+    """Yields one document per speech."""
     for path in sorted((root / "data" / "speeches").glob("*.txt")):
         yield path.stem, read_text(path)
 
 
 def _scenes(root: Path) -> Iterator[tuple[str, str]]:
-    """One document a scene; a play is too long to be the unit of a split by document."""
+    """Yields one document per scene. Whole plays are too long to be split by document."""
     for path in sorted((root / "plays").rglob("*.md")):
         scenes = re.split(r"^(?=### )", read_text(path), flags=re.MULTILINE)
         for number, scene in enumerate(scenes):
@@ -54,7 +54,7 @@ def _scenes(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _modules(root: Path) -> Iterator[tuple[str, str]]:
-    """One document a Python module, tests and benchmark tables left out."""
+    """Yields one document per Python module, without the folders of tests and benchmarks."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if not {"tests", "benchmarks"} & set(parts):
@@ -108,10 +108,10 @@ def _package_folder(domain: str, package: TextPackage) -> Path:
 
 
 def read_files(pattern: str, text_field: str) -> list[Document]:
-    """Reads the documents of a pattern's files: UTF-8 text, one a file, or JSON lines.
+    """Reads the documents of files: one per UTF-8 text file, or one per JSON line.
 
     Args:
-        pattern: see `find_files`.
+        pattern: globs of the files, as in `find_files`.
         text_field: the field of a JSON line that holds the text.
 
     Raises:
@@ -128,7 +128,7 @@ def read_files(pattern: str, text_field: str) -> list[Document]:
 
 
 def without_duplicates(documents: Sequence[Document]) -> list[Document]:
-    """Drops empty documents, and later copies of equal ones, which could join two splits."""
+    """Drops empty documents and later copies of equal ones."""
     first_of: dict[bytes, Document] = {}
     for document in documents:
         if document.text.strip():
@@ -137,19 +137,22 @@ def without_duplicates(documents: Sequence[Document]) -> list[Document]:
 
 
 def by_digest(documents: Sequence[Document]) -> list[Document]:
-    """Orders documents by domain, as they come, and then by digest: names do not matter."""
+    """Sorts documents by domain, in order of first appearance, and then by digest.
+
+    The names of documents do not affect the order.
+    """
     domains = [*dict.fromkeys(document.domain for document in documents)]
     return sorted(documents, key=lambda each: (domains.index(each.domain), each.digest))
 
 
 def split_of(document: Document, validation_fraction: float) -> str:
-    """Puts a document in a split by its own hash, so that no other document matters."""
+    """Returns the split of a document. It depends on the hash of this document's text only."""
     draw = int.from_bytes(document.digest[:8], "big") / 2**64
     return VALIDATION if draw < validation_fraction else TRAIN
 
 
 def corpus_digest(documents: Sequence[Document]) -> str:
-    """SHA-256 of all documents and their domains, whatever their order and names."""
+    """Returns the SHA-256 of all documents and domains, regardless of order and names."""
     total = hashlib.sha256()
     for entry in sorted((document.domain.encode(), document.digest) for document in documents):
         total.update(b"\0".join(entry))
@@ -157,15 +160,15 @@ def corpus_digest(documents: Sequence[Document]) -> str:
 
 
 def digest_in_order(corpus: str, order: str) -> str:
-    """SHA-256 of a corpus with its order, on which rows depend.
+    """Returns the SHA-256 of a corpus and of its order, on which rows depend.
 
     Args:
-        corpus: as `corpus_digest` computes it.
+        corpus: digest of the documents, from `corpus_digest`.
         order: SHA-256 of the documents' digests in order.
     """
     return hashlib.sha256((corpus + order).encode()).hexdigest()
 
 
 def order_digest(documents: Iterable[Document]) -> str:
-    """SHA-256 of the documents' digests in order."""
+    """Returns the SHA-256 of the documents' digests in order."""
     return hashlib.sha256(b"".join(document.digest for document in documents)).hexdigest()

@@ -1,4 +1,4 @@
-"""How far work on bytes has come: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of work in bytes: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 import rich.progress
 
-LINE_SECONDS = 10.0  # between plain lines
+LINE_SECONDS = 10.0  # time between plain lines
 
 
 class Meter:
-    """Shows one stage of work after the other, in megabytes and their speed."""
+    """Shows the progress of consecutive stages, in megabytes and megabytes per second."""
 
     def __init__(self) -> None:
         self._bar: rich.progress.Progress | None = None
@@ -33,7 +33,7 @@ class Meter:
             self._task = self._bar.add_task(stage, total=total)
 
     def update(self, done: int) -> None:
-        """Says how many bytes of the stage are done."""
+        """Sets the number of bytes of the stage that are done."""
         self._done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
@@ -44,7 +44,7 @@ class Meter:
         """Ends the stage."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self._total)
-        elif self._shown > self._start:  # a stage that was shown begins and ends with a line
+        elif self._shown > self._start:  # lines were printed, so print a last one
             self._done = self._total
             self._line()
 

@@ -1,4 +1,4 @@
-"""Documents packed into rows of equal length, with their boundaries kept."""
+"""Packs documents into rows of equal length, and keeps their boundaries."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jaxtyping import Int
 class Row(TypedDict):
     """One row, or a batch of rows with a leading axis.
 
-    Every document begins with the end-of-text token, so the target of a document's last token
-    is that token, whatever document follows: no target asks about another document.
+    Every document begins with the end-of-text token. The target of a document's last token is
+    therefore always that token, so no target depends on another document.
     """
 
     inputs: Int[np.ndarray, "*B L"]
@@ -24,7 +24,7 @@ class Row(TypedDict):
 
 @runtime_checkable
 class TokenStream(Protocol):
-    """Documents end to end as int32 tokens: an array, or what reads like one."""
+    """Concatenated documents as int32 tokens: an array, or an object that is sliced like one."""
 
     def __len__(self) -> int: ...
 
@@ -32,16 +32,16 @@ class TokenStream(Protocol):
 
 
 class PackedRows:
-    """A random-access source of rows: documents end to end, cut every L tokens.
+    """A random-access source of rows: concatenated documents, cut every L tokens.
 
-    Random access is what makes a run resumable from one number, and its data the same whatever
-    the number of processes and workers. A document that is cut goes on in the next row, without
-    sight of what came before; nothing is padded.
+    With random access, one number is enough to resume a run. The data also does not depend on the
+    number of processes and workers. A document that is cut continues in the next row, without the
+    part before the cut. Rows are not padded.
 
     Attributes:
-        tokens: all documents, one after the other.
-        length: L.
-        end_of_text: the token that begins every document, and is nowhere else.
+        tokens: all documents, concatenated.
+        length: L, the number of tokens of a row.
+        end_of_text: the token that begins every document and occurs nowhere else.
     """
 
     def __init__(self, tokens: TokenStream, length: int, end_of_text: int):
@@ -56,7 +56,7 @@ class PackedRows:
         first = int(index) * self.length
         tokens = self.tokens[first : first + self.length + 1]
         places = np.arange(self.length, dtype=np.int32)
-        # A document that goes on from the row before is as one that begins here.
+        # A document that continues from the previous row is treated as if it began here.
         begins = (tokens[:-1] == self.end_of_text) | (places == 0)
         return Row(
             inputs=tokens[:-1],

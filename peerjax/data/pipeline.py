@@ -1,4 +1,4 @@
-"""From a configuration to batches: documents, tokens, packed rows, grain."""
+"""Turns a configuration into batches: documents, tokens, packed rows, grain."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Corpus:
     """Packed text, ready to be batched.
 
     Attributes:
-        tokenizer: what the tokens mean.
-        train: rows of all domains mixed.
-        validation: rows by domain.
-        digest: SHA-256 of the documents; unless they are of packages, of their order too.
+        tokenizer: the tokenizer that made the tokens.
+        train: training rows of all domains, mixed.
+        validation: validation rows by domain.
+        digest: SHA-256 of the documents. It covers their order too, except for packages.
     """
 
     tokenizer: Tokenizer
@@ -49,7 +49,7 @@ class Corpus:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What a continued run must find unchanged."""
+        """Properties of the text that must not change when a run is continued."""
         return {
             "corpus": self.digest,
             "tokenizer": self.tokenizer.digest,
@@ -58,14 +58,14 @@ class Corpus:
 
 
 def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
-    """Opens the text that `config.data` names as packed rows.
+    """Opens the text that `config.data` names, as packed rows.
 
-    Text in packages and files is read, split and tokenized into memory; shards, which
-    `prepare.py` has made, are read as training goes on. Files may be renamed, moved and copied
-    within their domain: rows stay the same.
+    Text from packages and files is read, split and tokenized into memory. Shards, which
+    `prepare.py` makes, are read during training. Renaming, moving or copying files within their
+    domain does not change the rows.
 
     Raises:
-        DataError: if text or tokenizer is missing or unreadable, or a split too small for a row.
+        DataError: if text or tokenizer is missing or unreadable, or a split is too small for a row.
     """
     if config.data.source == "shards":
         return _open_shards(config)
@@ -73,10 +73,10 @@ def load_corpus(config: ml_collections.ConfigDict) -> Corpus:
 
 
 def load_tokenizer(config: ml_collections.ConfigDict) -> Tokenizer:
-    """The tokenizer that `config.data` names; that of the shards, if it names some.
+    """Loads the tokenizer that `config.data` names, or the one of its shards.
 
     Raises:
-        DataError: if there is none that can be used.
+        DataError: if the tokenizer is missing or cannot be used.
     """
     if config.data.source == "shards":
         return Tokenizer.load(str(Path(config.data.pattern) / TOKENIZER))
@@ -115,16 +115,16 @@ def _read_text(config: ml_collections.ConfigDict) -> Corpus:
 def load_text(
     pattern: str, text_field: str, tokenizer: Tokenizer, length: int
 ) -> dict[str, PackedRows]:
-    """Packs all text of some files, by domain.
+    """Packs all text of the files that a pattern matches, by domain.
 
     Args:
-        pattern: as `data.pattern`.
-        text_field: as `data.text_field`.
-        tokenizer: to encode with.
-        length: of a row, in tokens.
+        pattern: globs of the files, as in `data.pattern`.
+        text_field: field of JSON lines that holds the text, as in `data.text_field`.
+        tokenizer: the tokenizer to encode with.
+        length: tokens of a row.
 
     Raises:
-        DataError: if text is missing or unreadable, or too little for a row.
+        DataError: if text is missing, unreadable, or too short for a row.
     """
     documents = without_duplicates(read_files(pattern, text_field))
     domains = dict.fromkeys(document.domain for document in documents)
@@ -149,11 +149,14 @@ def _open_shards(config: ml_collections.ConfigDict) -> Corpus:
     index = ShardIndex.load(folder)
     tokenizer = load_tokenizer(config)
     if tokenizer.digest != index.tokenizer:
-        raise DataError(f"{folder / TOKENIZER} is not the tokenizer that the shards were made with")
+        raise DataError(
+            f"{folder / TOKENIZER} is not the tokenizer that the shards were made with; run the "
+            "prepare.py command of the shards again to restore it"
+        )
     if config.data.validation_fraction != index.validation_fraction:
         raise DataError(
             f"data.validation_fraction={config.data.validation_fraction}, but the shards in "
-            f"{folder} were split by {index.validation_fraction}; give that, or prepare them anew"
+            f"{folder} were split by {index.validation_fraction}; use that value or make new shards"
         )
 
     def pack(split: str, domains: list[str], name: str) -> PackedRows:
@@ -187,11 +190,11 @@ def _validation_of(domain: str) -> str:
 def train_batches(
     config: ml_collections.ConfigDict, rows: PackedRows, next_batch: int = 0
 ) -> grain.DatasetIterator:
-    """An endless iterator over this process's part of each batch.
+    """Returns an endless iterator over this process's part of each batch.
 
-    Rows are shuffled anew every epoch. Process p of P takes every P-th row, so that a step sees
-    the same rows whatever P is. The whole state of the iterator is the number of batches taken,
-    the same for any number of processes and workers: a run is continued with `next_batch`.
+    Rows are shuffled again in every epoch. Process p of P takes every P-th row, so a step uses the
+    same rows for any P. The state of the iterator is the number of batches taken, which does not
+    depend on the number of processes and workers. `next_batch` continues a run from that number.
 
     Raises:
         ConfigError: if the batch cannot be divided over the devices.
@@ -214,6 +217,9 @@ def train_batches(
 
 
 def validation_rows(rows: PackedRows, count: int | None) -> list[int]:
-    """Chooses at most `count` rows, spread evenly over all; always the same ones; or all."""
+    """Returns the numbers of at most `count` evenly spread rows; all rows if `count` is `None`.
+
+    The choice is always the same.
+    """
     count = len(rows) if count is None else min(count, len(rows))
     return [index * len(rows) // count for index in range(count)]

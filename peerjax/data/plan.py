@@ -1,7 +1,7 @@
-"""What a corpus consists of, and which document goes into which shard: known before any is made.
+"""Plans which document goes into which shard, before any shard is made.
 
-A scan reads all text once and keeps where every document stands, its digest and its size: with
-what sorting needs, some 250 bytes a document.
+A scan reads all text once. It keeps the place, digest and size of every document. Together with
+the memory for sorting, this takes about 250 bytes per document.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from peerjax.errors import DataError
 
 
 class Documents(NamedTuple):
-    """Some documents, without their text.
+    """Several documents, without their text.
 
     Attributes:
-        files: index of each one's file in a list.
-        offsets: first byte in the file.
-        lengths: bytes in the file.
-        sizes: bytes of the text in UTF-8.
-        digests: SHA-256 of the text.
+        files: index of each document's file in a list of files.
+        offsets: first byte of each document in its file.
+        lengths: bytes of each document in its file.
+        sizes: bytes of each text in UTF-8.
+        digests: SHA-256 of each text.
     """
 
     files: Int[np.ndarray, " n"]
@@ -39,13 +39,13 @@ class Documents(NamedTuple):
     digests: UInt8[np.ndarray, "n 32"]
 
     def at(self, chosen: Any) -> Documents:
-        """Those of an index, slice or mask."""
+        """Returns the documents that an index, slice or mask selects."""
         return Documents(*(field[chosen] for field in self))
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedShard:
-    """A shard to be made; `first` and `stop` say which of the plan's documents it holds."""
+    """A shard to be made. It holds the documents `first` to `stop - 1` of the plan."""
 
     name: str
     split: str
@@ -57,14 +57,14 @@ class PlannedShard:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All documents in the order of the shards, duplicates dropped.
+    """All documents in the order of the shards, without duplicates.
 
     Attributes:
-        files: that were read.
-        skipped: what is wrong with those that were not.
-        documents: in order.
-        shards: in order.
-        corpus: as `corpus_digest` computes it.
+        files: all files; `documents.files` are indices of this list.
+        skipped: error messages of the files that cannot be used.
+        documents: the documents in order.
+        shards: the shards in order.
+        corpus: digest of the documents, equal to that of `corpus_digest`.
         order: SHA-256 of the documents' digests in order.
     """
 
@@ -76,7 +76,7 @@ class Plan:
     order: str
 
     def to_json(self) -> dict[str, Any]:
-        """What must be the same when the making of shards is taken up again."""
+        """Returns the part of the plan that must not change when preparation resumes."""
         shards = [dataclasses.asdict(shard) for shard in self.shards]
         return {
             "corpus": self.corpus,
@@ -89,15 +89,16 @@ class Plan:
 def scan(
     numbered: Sequence[tuple[int, TextFile]], text_field: str, count: Callable[[int], None]
 ) -> tuple[Documents, list[tuple[int, str]]]:
-    """Reads files for what a plan needs of them.
+    """Reads files, and collects the information that a plan needs.
 
     Args:
         numbered: files and their numbers.
         text_field: the field of a JSON line that holds the text.
-        count: told of bytes that were read.
+        count: called with the number of bytes of every block of text that was read.
 
     Returns:
-        The documents that have text, and for every file that cannot be used, its number and why.
+        The documents that have text, and the number and error message of every file that cannot
+        be used.
     """
     found: tuple[array[int], ...] = tuple(array("q") for _ in range(4))
     digests = bytearray()
@@ -136,14 +137,14 @@ def make_plan(
     validation_fraction: float,
     shard_bytes: int,
 ) -> Plan:
-    """Splits documents, drops later copies of equal ones, and shares the rest out among shards.
+    """Drops later copies of equal documents, splits the rest and distributes them over shards.
 
     Args:
         files: all files, in order.
         found: documents in the order of their files.
-        skipped: what is wrong with files that were left out.
-        validation_fraction: share of the documents.
-        shard_bytes: text of a shard; it may be exceeded by its last document.
+        skipped: error messages of the files that cannot be used.
+        validation_fraction: share of the documents held out for validation.
+        shard_bytes: bytes of text in a shard. The last document of a shard may exceed them.
     """
     documents = Documents(*(np.concatenate(field) for field in zip(*found, strict=True)))
     documents = documents.at(_first_of_equals(documents.digests))
@@ -171,10 +172,10 @@ def make_plan(
 
 
 def check_splits(plan: Plan) -> None:
-    """Looks whether training will find text of every domain in both splits.
+    """Checks that both splits have text of every domain.
 
     Raises:
-        DataError: naming a domain and a split in which there is none of it.
+        DataError: if there is no text, or a split has no text of a domain. The message names them.
     """
     if not plan.shards:
         raise DataError("none of the files has text that can be used")
@@ -186,19 +187,19 @@ def check_splits(plan: Plan) -> None:
         for split in (TRAIN, VALIDATION):
             if (split, domain) not in there:
                 raise DataError(
-                    f"none of the {count} documents of domain {domain!r} fell to {split}; "
-                    "documents are split whole, by their hash: cut the text into more of them or "
-                    "change validation_fraction"
+                    f"none of the {count} documents of domain {domain!r} is in the {split} split, "
+                    "because whole documents are split by their hash; cut the text into more "
+                    "documents or change validation_fraction"
                 )
 
 
 def read_planned(
     files: Sequence[TextFile], documents: Documents, text_field: str, count: Callable[[int], None]
 ) -> Iterator[Iterator[str]]:
-    """Reads documents of a plan again, each as parts of its text.
+    """Reads documents of a plan again, and yields an iterator over the parts of each text.
 
     Raises:
-        DataError: if one is not what it was when it was scanned.
+        DataError: if a document has changed since it was scanned.
     """
 
     def checked(file: Path, which: int) -> Iterator[str]:
@@ -212,27 +213,27 @@ def read_planned(
         except DataError as error:
             raise DataError(f"{file} has changed since it was scanned: {error}") from None
         if digest.digest() != documents.digests[which].tobytes():
-            raise DataError(f"{file} has changed since it was scanned; leave the text as it is")
+            raise DataError(f"{file} has changed since it was scanned; restore the text")
 
     for which, number in enumerate(documents.files):
         yield checked(files[number].path, which)
 
 
 def in_validation(digests: UInt8[np.ndarray, "n 32"], fraction: float) -> Bool[np.ndarray, " n"]:
-    """Which documents `split_of` puts into validation."""
+    """Returns a mask of the documents that `split_of` puts into validation."""
     draws = np.ascontiguousarray(digests[:, :8]).view(">u8")[:, 0]
     return draws.astype(np.float64) / 2.0**64 < fraction
 
 
 def _first_of_equals(digests: UInt8[np.ndarray, "n 32"]) -> Int[np.ndarray, " m"]:
-    """The first place of every digest, in order."""
+    """Returns the index of the first document with each digest, in order."""
     if not len(digests):
         return np.zeros(0, np.int64)
     return np.sort(np.unique(_sortable(digests), return_index=True)[1])
 
 
 def _corpus_digest(documents: Documents, domains: np.ndarray, names: Sequence[str]) -> str:
-    """As `documents.corpus_digest`, without its list of all entries."""
+    """Computes `documents.corpus_digest` without a list of all entries."""
     total = hashlib.sha256()
     for name in sorted(names, key=str.encode):
         own = documents.digests[domains == names.index(name)]
@@ -246,7 +247,7 @@ def _corpus_digest(documents: Documents, domains: np.ndarray, names: Sequence[st
 
 
 def _sortable(digests: UInt8[np.ndarray, "n 32"]) -> np.ndarray:
-    """Digests as strings of 32 bytes, which NumPy compares as a whole."""
+    """Returns digests as strings of 32 bytes, which NumPy compares as a whole."""
     return np.ascontiguousarray(digests).view("S32")[:, 0]
 
 

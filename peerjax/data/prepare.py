@@ -1,8 +1,8 @@
-"""Makes shards of tokens from a researcher's own text, in bounded memory, and goes on if killed.
+"""Makes shards of tokens from a user's own text, in bounded memory, and resumes if interrupted.
 
-All text is read twice: once for a plan of which document goes into which shard, then shard by
-shard, each written under a temporary name and moved into place. Whatever is in place is whole, so
-a killed run needs no other record of how far it came.
+All text is read twice. The first pass plans which document goes into which shard. The second pass
+makes the shards one by one. Each shard is written under a temporary name and renamed when it is
+complete. A shard under its final name is therefore complete, and resuming needs no other record.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
 PLAN = "plan.json"
-LARGEST_SHARD = 1e18  # bytes; one that is never full
-# Files that are scanned in one go: so many, or so many bytes.
+LARGEST_SHARD = 1e18  # bytes; a shard of this size is never full
+# Limits of a task that scans files: number of files, and bytes.
 SCAN_FILES, SCAN_BYTES = 512, 1 << 24
 POLL_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What shards depend on, beside the text; the fields are the flags of `prepare.py`.
+    """Settings that affect shards. Each field is a flag of `prepare.py`.
 
     Attributes:
-        pattern: see `find_files`.
+        pattern: globs of the text files, as in `find_files`.
         tokenizer: path of a tokenizer JSON; empty for the one that comes with peerjax.
-        text_field: of JSON lines.
-        validation_fraction: share of the documents.
+        text_field: field of JSON lines that holds the text.
+        validation_fraction: share of the documents held out for validation.
         shard_mb: megabytes (10^6 bytes) of text in a shard.
-        skip_bad_files: leave out files that cannot be used, rather than stop.
+        skip_bad_files: whether to skip files that cannot be used, instead of stopping.
     """
 
     pattern: str
@@ -75,22 +75,23 @@ class Settings:
 
 
 def prepare(settings: Settings, output: str, workers: int = 0) -> None:
-    """Makes the shards of a corpus in a folder, or goes on with those that are missing.
+    """Makes the shards of a corpus in a folder, or those that are still missing.
 
     Args:
-        settings: what to make.
-        output: the folder; it gets the shards, `tokenizer.json`, `plan.json`, and when all is
-            done `index.json`.
-        workers: processes; 0 means none beside this one, which uses the tokenizer's threads.
+        settings: the settings of the shards.
+        output: the output folder. `prepare` writes the shards, `tokenizer.json` and `plan.json`
+            to it, and `index.json` at the end.
+        workers: number of worker processes. With 0, this process does the work, with the
+            tokenizer's threads.
 
     Raises:
         ConfigError: if a setting is out of range.
-        DataError: if text or tokenizer cannot be used, or the folder holds something else.
-        UserError: if the folder cannot be made or written to, or another process works in it.
+        DataError: if text or tokenizer cannot be used, or the folder has other contents.
+        UserError: if the folder cannot be made or written to, or another process uses it.
     """
     if not 0 < settings.validation_fraction < 1:
         raise ConfigError(f"validation_fraction={settings.validation_fraction} is not in (0, 1)")
-    if not 0.5 < settings.shard_mb * 1e6 < LARGEST_SHARD:  # half a byte is rounded to none
+    if not 0.5 < settings.shard_mb * 1e6 < LARGEST_SHARD:  # half a byte rounds to 0
         raise ConfigError(
             f"shard_mb={settings.shard_mb} is not between one byte (0.000001) and "
             f"{LARGEST_SHARD / 1e6:g}; give megabytes, such as 64"
@@ -109,13 +110,13 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
         counter = multiprocessing.get_context("spawn").Value("q")
         executor = stack.enter_context(_executor(workers, tokenizer.json, counter))
 
-        # ---- What there is ----
+        # ---- The plan ----
         plan = _plan(executor, files, settings, meter, counter, window=workers + 1)
         described = {"settings": recorded, **plan.to_json()}
         if known is not None and known != described:
             raise DataError(
-                f"the text that {settings.pattern!r} matches is not what {folder} was begun with; "
-                "choose another --output, or the old text"
+                f"the text that {settings.pattern!r} matches has changed since the shards in "
+                f"{folder} were begun; choose another --output or restore the old text"
             )
         for line in plan.skipped:
             meter.say(f"skipped: {line}")
@@ -125,7 +126,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
         for leftover in folder.glob(".*.array_record.*.tmp"):
             leftover.unlink(missing_ok=True)
 
-        # ---- What is missing of it ----
+        # ---- The missing shards ----
         token_bytes = token_bytes_for(tokenizer.vocab_size)
         tokens = {
             shard.name: count_tokens(folder / shard.name, token_bytes) for shard in plan.shards
@@ -138,7 +139,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
         made_bytes = sum(shard.text_bytes for shard in missing)
         kept = len(plan.shards) - len(missing)
         if missing and kept:
-            meter.say(f"going on: {kept} of {len(plan.shards)} shards are there")
+            meter.say(f"resuming: {kept} of {len(plan.shards)} shards are complete")
         meter.begin("tokenizing", made_bytes)
         shown = _Shown(meter, counter)
         for number, count in _run(executor, _make_shard, tasks, workers + 1, shown.show):
@@ -152,7 +153,7 @@ def prepare(settings: Settings, output: str, workers: int = 0) -> None:
 def _close(index: ShardIndex, folder: Path, made_bytes: int, seconds: float) -> None:
     tokens = sum(shard.tokens for shard in index.shards)
     text = sum(shard.text_bytes for shard in index.shards)
-    speed = f"{made_bytes / 1e6 / seconds:.1f} MB/s" if made_bytes else "it was finished already"
+    speed = f"{made_bytes / 1e6 / seconds:.1f} MB/s" if made_bytes else "already complete"
     print(
         f"{folder}: {tokens:,} tokens from {text:,} bytes of text in {len(index.shards)} shards; "
         f"{speed}"
@@ -163,10 +164,10 @@ def _close(index: ShardIndex, folder: Path, made_bytes: int, seconds: float) -> 
 
 
 def _known_plan(folder: Path, recorded: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder was begun with.
+    """Returns the content of `plan.json`, or `None` if the folder is empty.
 
     Raises:
-        DataError: if that was something else.
+        DataError: if the folder was begun with other settings or has other contents.
     """
     path = folder / PLAN
     if not path.exists():
@@ -182,7 +183,7 @@ def _known_plan(folder: Path, recorded: dict[str, Any]) -> dict[str, Any] | None
     if changed:
         raise DataError(
             f"{folder} was begun with other settings: {'; '.join(changed)}; "
-            "choose another --output, or the old values"
+            "choose another --output or restore the old values"
         )
     return known
 
@@ -217,11 +218,11 @@ def _index(
     )
 
 
-# ---- The work, and who does it ----
+# ---- Tasks and workers ----
 
 
 class _Worker:
-    """What a worker has, set once: a tokenizer, and a count of bytes that all workers share."""
+    """State of a worker, set once: a tokenizer, and a count of bytes that all workers share."""
 
     tokenizer: Tokenizer
     counter: Any
@@ -232,8 +233,8 @@ class _Worker:
 
     @staticmethod
     def start_process(json: str, counter: Any, threads: int) -> None:
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizer
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
         threading.Thread(target=_die_with_parent, daemon=True).start()
         _Worker.start(json, counter)
 
@@ -284,7 +285,7 @@ def _executor(workers: int, json: str, counter: Any) -> Executor:
 
 
 class _Shown:
-    """Shows on a meter what workers have counted since this was made."""
+    """Shows on a meter the bytes that workers have counted since this object was made."""
 
     def __init__(self, meter: Meter, counter: Any):
         self._meter, self._counter, self._first = meter, counter, counter.value
@@ -300,7 +301,7 @@ def _run(
     window: int,
     show: Callable[[], None],
 ) -> Iterator[tuple[int, Any]]:
-    """Runs tasks, at most `window` of them handed out at a time; yields numbers and results."""
+    """Executes tasks, at most `window` at a time, and yields their numbers and results."""
     waiting: dict[Future[Any], int] = {}
     numbered = enumerate(tasks)
     try:
@@ -314,8 +315,8 @@ def _run(
             show()
     except BrokenProcessPool:
         raise DataError(
-            "a worker was killed, perhaps for want of memory; run the same command again to go on, "
-            "with fewer --workers"
+            "a worker process was killed, perhaps because memory ran out; run the same command "
+            "again with fewer --workers to resume"
         ) from None
     finally:
         for future in waiting:
@@ -340,7 +341,7 @@ def _plan(
     faults = [fault for _, of_part in in_order for _, fault in of_part]
     if faults and not settings.skip_bad_files:
         more = f" (and {len(faults) - 1} more such files)" if len(faults) > 1 else ""
-        raise DataError(f"{faults[0]}{more}; or leave out all such files by --skip_bad_files")
+        raise DataError(f"{faults[0]}{more}; --skip_bad_files skips all such files")
     return make_plan(
         files,
         [documents for documents, _ in in_order],
@@ -364,7 +365,7 @@ def _scan_parts(files: list[TextFile], sizes: list[int]) -> Iterator[list[tuple[
 
 
 def _part(plan: Plan, first: int, stop: int) -> tuple[list[TextFile], Documents]:
-    """Some documents of a plan with their own files only, to be sent to a worker."""
+    """Returns some documents of a plan with only their own files, to be sent to a worker."""
     documents = plan.documents.at(slice(first, stop))
     own, renumbered = np.unique(documents.files, return_inverse=True)
     return [plan.files[number] for number in own], documents._replace(files=renumbered)
@@ -374,4 +375,4 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
-        return 0  # the scan says what is wrong
+        return 0  # the scan reports the error

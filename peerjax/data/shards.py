@@ -1,7 +1,7 @@
-"""Tokens of a prepared corpus in files: how they are written, and how training reads them.
+"""Writes the tokens of a prepared corpus to files, and reads them in training.
 
-A shard is an ArrayRecord file: the tokens of whole documents end to end, cut into records of
-equal length. Shards of one split and domain are one stream of tokens, one after the other.
+A shard is an ArrayRecord file. It holds the concatenated tokens of whole documents, cut into
+records of equal length. The shards of one split and domain, in order, are one stream of tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peerjax.errors import DataError
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
 RECORD_TOKENS = 4096
-# One record a chunk, as random access wants it; zstd would save an eighth of the bytes.
+# One record per chunk, for random access. Compression by zstd would save an eighth of the bytes.
 WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 
 
@@ -32,13 +32,13 @@ class Shard:
     """One file of tokens.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         split: "train" or "validation".
-        domain: of its documents.
-        documents: how many there are.
-        text_bytes: of their text, in UTF-8.
-        tokens: how many, end-of-text tokens included.
-        file_bytes: size of the file.
+        domain: domain of the documents.
+        documents: number of documents.
+        text_bytes: bytes of their text in UTF-8.
+        tokens: number of tokens, including end-of-text tokens.
+        file_bytes: size of the file in bytes.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """What a folder of shards says about itself.
+    """Description of a folder of shards.
 
     Attributes:
-        corpus: SHA-256 of all documents and their domains, whatever their order.
-        order: SHA-256 of the documents in the order in which they stand.
+        corpus: SHA-256 of all documents and their domains, regardless of order.
+        order: SHA-256 of the documents' digests in the order of the shards.
         tokenizer: SHA-256 of the tokenizer's JSON.
         token_bytes: width of a token in the files, 2 or 4 bytes, little-endian.
-        validation_fraction: share of the documents that validation was given.
-        shards: in the order of their streams.
+        validation_fraction: share of the documents held out for validation.
+        shards: the shards, in the order of their streams.
     """
 
     corpus: str
@@ -72,27 +72,27 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """Of the corpus with its order."""
+        """Digest of the corpus and of its order."""
         return digest_in_order(self.corpus, self.order)
 
     def to_json(self) -> str:
-        """The content of the index file."""
+        """Returns the content of the index file."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
     @staticmethod
     def load(folder: Path) -> ShardIndex:
-        """Reads the index of a folder, and looks whether its shards are there.
+        """Reads the index of a folder, and checks that its shards are complete.
 
         Raises:
-            DataError: if the folder has no index, or one of another format, or a shard is missing
-                or cut short.
+            DataError: if the folder has no index, the index has another format, or a shard is
+                missing or cut short.
         """
         try:
             fields = json.loads((folder / INDEX).read_text())
         except FileNotFoundError:
             raise DataError(
-                f"{folder} holds no finished shards; run python prepare.py --output={folder} to "
-                "its end"
+                f"{folder} holds no finished shards; run python prepare.py --output={folder} until "
+                "it finishes"
             ) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{folder / INDEX} cannot be read ({error})") from None
@@ -103,21 +103,21 @@ class ShardIndex:
             index = ShardIndex(**fields, shards=shards)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise DataError(
-                f"{folder / INDEX} is of another format; prepare the shards anew"
+                f"{folder / INDEX} has another format; make the shards again with prepare.py"
             ) from None
         for shard in index.shards:
             path = folder / shard.name
             if not path.is_file() or path.stat().st_size != shard.file_bytes:
                 raise DataError(
-                    f"the shard {path} is missing or cut short; the prepare.py command that made "
-                    "it makes it again"
+                    f"the shard {path} is missing or cut short; run the same prepare.py command "
+                    "again to restore it"
                 )
         return index
 
 
 @dataclasses.dataclass(frozen=True)
 class _WholeFile:
-    """What `ArrayRecordDataSource` wants to know, so that it need not open every file."""
+    """File information for `ArrayRecordDataSource`, with which it need not open every file."""
 
     filename: str
     take: int
@@ -129,9 +129,9 @@ class _WholeFile:
 
 
 class ShardedTokens:
-    """The tokens of some shards as one array that is sliced, and read as it is.
+    """The tokens of several shards as one array, which reads tokens when it is sliced.
 
-    Files are opened when they are first read, in whatever process that is.
+    Each process opens a file when it first reads it.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], token_bytes: int):
@@ -155,7 +155,7 @@ class ShardedTokens:
     def __getitem__(self, part: slice) -> Int[np.ndarray, " n"]:
         first, stop, step = part.indices(len(self))
         if step != 1:
-            raise ValueError("tokens are read one after the other")
+            raise ValueError("a slice of tokens must have step 1")
         parts = [np.zeros(0, np.int32)]
         while first < stop:
             shard = int(np.searchsorted(self._ends, first, side="right"))
@@ -168,23 +168,23 @@ class ShardedTokens:
     def _record(self, number: int) -> np.ndarray:
         try:
             return np.frombuffer(self._records[number], self._type)
-        except RuntimeError as error:  # checksums of the records
+        except RuntimeError as error:  # a checksum of a record is wrong
             raise DataError(
-                f"a shard in {self._folder} is damaged ({error}); delete it, and the prepare.py "
-                "command that made it makes it again"
+                f"a shard in {self._folder} is damaged ({error}); delete it and run the same "
+                "prepare.py command again to restore it"
             ) from None
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """The width of a token in a shard, in bytes."""
+    """Returns the width of a token in a shard, in bytes."""
     return 2 if vocab_size <= 1 << 16 else 4
 
 
 def write_shard(path: Path, tokens: Iterable[Int[np.ndarray, " _"]], token_bytes: int) -> None:
-    """Writes tokens under a temporary name, and moves them to `path` when all is on disk.
+    """Writes tokens to a temporary file, and renames it to `path` when all of it is on disk.
 
     Raises:
-        DataError: if it cannot be written.
+        DataError: if the shard cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -204,13 +204,13 @@ def write_shard(path: Path, tokens: Iterable[Int[np.ndarray, " _"]], token_bytes
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"the shard {path} could not be written ({error}); mend the cause and run the same "
-            "command again to go on"
+            f"the shard {path} could not be written ({error}); fix the cause and run the same "
+            "command again to resume"
         ) from None
 
 
 def count_tokens(path: Path, token_bytes: int) -> int | None:
-    """How many tokens a shard's file has; `None` if it is missing or cannot be read."""
+    """Returns the number of tokens in a shard, or `None` if it is missing or unreadable."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""A researcher's own text: which files a pattern names, and the documents in them, streamed."""
+"""Finds the files of a user's own text by a pattern, and streams the documents in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from peerjax.errors import ConfigError, DataError
 
 JSON_LINES = ".jsonl"
-UNNAMED = "files"  # the domain of a glob that has no name
-BLOCK_BYTES = 1 << 20  # what is read of a text file at a time
+UNNAMED = "files"  # the domain of a glob without a name
+BLOCK_BYTES = 1 << 20  # bytes of a text file that are read at a time
 
 
 class TextFile(NamedTuple):
@@ -27,13 +27,13 @@ class TextFile(NamedTuple):
 
 
 class StoredDocument(NamedTuple):
-    """A document where it stands.
+    """A document in a file.
 
     Attributes:
-        name: of the file, with the line number for JSON lines.
-        offset: first byte in the file.
-        length: bytes in the file.
-        blocks: its text in parts, to be read once.
+        name: path of the file, with the line number for JSON lines.
+        offset: first byte of the document in the file.
+        length: bytes of the document in the file.
+        blocks: parts of the text; they can be read once.
     """
 
     name: str
@@ -43,7 +43,7 @@ class StoredDocument(NamedTuple):
 
 
 def domain_globs(pattern: str) -> list[tuple[str, str]]:
-    """Takes `web=corpus/**/*.txt;notes/*.jsonl` apart into domains and globs.
+    """Splits a pattern, such as `web=corpus/**/*.txt;notes/*.jsonl`, into domains and globs.
 
     Raises:
         ConfigError: if there is no glob, or a domain has no glob or the name "all".
@@ -55,7 +55,9 @@ def domain_globs(pattern: str) -> list[tuple[str, str]]:
         if not files:
             raise ConfigError(f"the domain {domain!r} in the pattern {pattern!r} has no glob")
         if domain == "all":
-            raise ConfigError("a domain cannot be called 'all', the name of all domains together")
+            raise ConfigError(
+                "a domain cannot be called 'all', which means all domains; choose another name"
+            )
         found.append((domain, files))
     if not found:
         raise ConfigError(
@@ -65,17 +67,16 @@ def domain_globs(pattern: str) -> list[tuple[str, str]]:
 
 
 def find_files(pattern: str, outside: Path | None = None) -> list[TextFile]:
-    """Lists the files of a pattern: domain by domain, each in the order of their paths.
+    """Lists the files that a pattern matches, domain by domain, each in the order of paths.
 
     Args:
-        pattern: globs, in which `**` stands for any folders, separated by ";" and each with the
-            name of a domain and "=" before it, or without. A file that several of them match is
-            of the first.
+        pattern: globs, separated by ";". `**` in a glob matches any folders. "NAME=" before a glob
+            gives the domain of its files. A file that several globs match belongs to the first.
         outside: a folder whose files are left out.
 
     Raises:
         ConfigError: if the pattern has no globs.
-        DataError: if nothing matches one of them.
+        DataError: if no file matches one of the globs.
     """
     by_domain: dict[str, list[Path]] = {}
     seen: set[str] = set()
@@ -92,7 +93,7 @@ def find_files(pattern: str, outside: Path | None = None) -> list[TextFile]:
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """Reads a UTF-8 file in parts, every end of line as a newline.
+    """Reads a UTF-8 file in parts, and turns every end of line into a newline.
 
     Raises:
         DataError: if the file cannot be read or is not UTF-8.
@@ -120,10 +121,10 @@ def read_blocks(path: Path) -> Iterator[str]:
 
 
 def documents_in(path: Path, text_field: str) -> Iterator[StoredDocument]:
-    """The documents of a file: the whole of it, or one a line for JSON lines.
+    """Yields the documents of a file: the whole file, or one per line for JSON lines.
 
     Args:
-        path: a file.
+        path: path of the file.
         text_field: the field of a line's object that holds the text.
 
     Raises:
@@ -146,10 +147,10 @@ def documents_in(path: Path, text_field: str) -> Iterator[StoredDocument]:
 
 
 def read_document(path: Path, offset: int, length: int, text_field: str) -> Iterable[str]:
-    """The text of one document that `documents_in` found, in parts.
+    """Reads the text of one document that `documents_in` found, in parts.
 
     Raises:
-        DataError: if it cannot be read (any more).
+        DataError: if the document cannot be read, for example because the file has changed.
     """
     if path.suffix != JSON_LINES:
         return read_blocks(path)
@@ -163,7 +164,7 @@ def read_document(path: Path, offset: int, length: int, text_field: str) -> Iter
 
 
 def empty_file(path: Path) -> DataError:
-    """What is wrong with a file without text."""
+    """Returns the error for a file without text."""
     return DataError(f"{path} is empty; leave it out")
 
 

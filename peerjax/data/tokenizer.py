@@ -18,30 +18,31 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from peerjax.data.vocabularies import END_OF_TEXT, vocabulary_of
 from peerjax.errors import DataError
 
-# Characters that are encoded as one string; a batch of them is shared out among threads.
+# A piece is encoded as one string: its usual and its largest length, in characters. A batch is
+# encoded by several threads: its largest size, in characters and in pieces.
 PIECE, LONGEST_PIECE = 1 << 16, 1 << 20
 BATCH, MOST_PIECES = 1 << 20, 4096
-# Where no token reaches across: before a single space between words, after a single newline between
-# lines.
+# Places that no token crosses: before a single space between words, and after a single newline
+# between lines.
 CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 class Tokenizer:
-    """Encodes documents; every document begins with the end-of-text token.
+    """Encodes documents. Every document begins with the end-of-text token.
 
-    That token stands nowhere else: where a text spells it out, it is encoded as any other text.
-    `peerjax.data.vocabularies` says what kinds of tokenizers there are.
+    That token occurs nowhere else. If a text contains its name, the name is encoded like any other
+    text. `peerjax.data.vocabularies` describes the kinds of tokenizers.
 
     Attributes:
-        json: what it was made from.
+        json: the JSON that the tokenizer was made from.
         vocab_size: number of entries.
-        end_of_text: number of the token that stands between documents; -1 if there is none.
-        ends: numbers of the tokens after which a model's text has ended.
+        end_of_text: id of the token that begins every document; -1 if there is none.
+        ends: ids of the tokens that end the text of a model.
         digest: SHA-256 of the tokenizer's JSON.
     """
 
     def __init__(self, json: str):
-        tokenizers.Tokenizer.from_str(json)  # fails here with what is wrong, not below
+        tokenizers.Tokenizer.from_str(json)  # fails here, with a clear message
         parts = json_module.loads(json)
         self._vocabulary = vocabulary_of(parts)
         self._tokenizer = tokenizers.Tokenizer.from_str(self._vocabulary.adapted(parts))
@@ -59,11 +60,11 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str = "") -> Tokenizer:
-        """Loads a tokenizer JSON; the one that comes with peerjax if `path` is empty.
+        """Loads a tokenizer JSON, or the one that comes with peerjax if `path` is empty.
 
         Raises:
-            DataError: if the file is missing, is no tokenizer, has no end-of-text token or is not
-                a BPE tokenizer that keeps every byte.
+            DataError: if the file is missing, is not a tokenizer, has no end-of-text token, or is
+                not a BPE tokenizer that keeps every byte.
         """
         if path and not Path(path).is_file():
             raise DataError(f"the tokenizer {path!r} does not exist")
@@ -83,18 +84,18 @@ class Tokenizer:
         if fault:
             raise DataError(
                 f"{path} cannot be used: {fault}; peerjax needs a BPE tokenizer that keeps every "
-                "byte, as python -m peerjax.data.train_tokenizer makes, or as that of Llama 2 is"
+                "byte, such as Llama 2's or one made by python -m peerjax.data.train_tokenizer"
             )
         return tokenizer
 
     def encode(self, documents: Iterable[Iterable[str]]) -> Iterator[Int[np.ndarray, " n"]]:
-        """Encodes documents end to end, in memory that does not grow with their sizes.
+        """Encodes documents one after another, in memory that does not grow with their sizes.
 
         Args:
-            documents: each as parts of its text, however it is parted.
+            documents: the parts of each document's text. The choice of parts does not matter.
 
         Yields:
-            int32 tokens; their boundaries say nothing about those of documents.
+            Arrays of int32 tokens. Their boundaries are unrelated to those of documents.
         """
         batch: list[str] = []
         begins: list[bool] = []
@@ -119,27 +120,30 @@ class Tokenizer:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token numbers, special tokens left out.
+        """Returns the text of token ids, without special tokens.
 
-        Bytes that are no UTF-8, such as a character cut off at the end, become "\ufffd"; the
-        library's own decoding of `ByteFallback` tokens makes as much of all bytes beside them.
+        Bytes that are not UTF-8, such as a character cut off at the end, become "\ufffd". The
+        library's own decoding of `ByteFallback` tokens also replaces all bytes next to them.
         """
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes tokens one by one and returns the text that each completes.
+        """Returns a function that takes tokens one by one and returns the text each completes.
 
-        A character may need several tokens: it comes with the last of them.
+        A character may need several tokens. The last of them completes it.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(self._bytes[token])
 
     def bytes_per_token(self) -> Int[np.ndarray, " vocab_size"]:
-        """How many bytes of text each token stands for; 0 for special ones."""
+        """Returns the number of bytes of text of each token; 0 for special tokens."""
         return np.array([*map(len, self._bytes)], np.int32)
 
     def stays_below(self, size: int) -> bool:
-        """Whether no text is encoded to tokens from `size` on: those are special, and added."""
+        """Whether every text is encoded to ids below `size`.
+
+        Ids from `size` on must be those of added special tokens.
+        """
         own = self._tokenizer.get_vocab(with_added_tokens=False).values()
         added = self._tokenizer.get_added_tokens_decoder().items()
         beyond = [extra for number, extra in added if number >= size]
@@ -155,27 +159,27 @@ class Tokenizer:
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Cuts a document where tokens end anyway, into pieces that encode to the same tokens.
+    """Cuts a document into pieces that encode to the same tokens as the whole document.
 
-    Where a piece begins depends on the text alone, not on how it is parted into blocks. Only a
-    megabyte without a place to cut is cut anywhere.
+    The document is cut where tokens end anyway. The cuts depend on the text alone, not on its
+    division into blocks. If 2^20 characters have no such place, the document is cut after them.
 
     Args:
         blocks: parts of the text.
 
     Yields:
-        Pieces of some 64 thousand characters, at least one.
+        At least one piece. Pieces have about 64 thousand characters.
     """
     text, start = "", 0
     for block in blocks:
         text, start = text[start:] + block, 0
         while True:
             end = start + LONGEST_PIECE
-            # Two characters tell of a cut at the end; to look further takes quadratic time.
+            # Two characters decide on a cut at the end. A longer search would take quadratic time.
             cut = CUT.search(text, start + PIECE, end + 2)
             if cut is not None and cut.start() <= end:
                 end = cut.start()
-            elif len(text) < end + 2:  # what would tell of a cut at the end may not be there yet
+            elif len(text) < end + 2:  # the characters that decide may be in the next block
                 break
             yield text[start:end]
             start = end

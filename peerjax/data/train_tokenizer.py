@@ -1,9 +1,9 @@
-"""Trains a tokenizer on one's own text.
+"""Trains a tokenizer on a user's own text.
 
     python -m peerjax.data.train_tokenizer --output=tok.json --pattern='corpus/**/*.txt'
 
-Without a pattern it makes `peerjax/data/bpe_4096.json`, from the training split of the default
-text; byte-identical whenever it is run again with the same packages.
+Without a pattern it makes `peerjax/data/bpe_4096.json` from the training split of the default
+text. The same packages give a byte-identical file.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def train_tokenizer(
     Text of the validation split and later copies of equal documents are left out.
 
     Args:
-        output: path of the JSON; its folder is made if it is not there.
-        pattern: see `find_files`; empty for the text packages.
-        vocab_size: entries; `None` for 4096 from the packages and 8192 from files. Little text
-            may give fewer.
-        text_field: of JSON lines.
-        validation_fraction: share of the documents that validation will be given.
+        output: path of the JSON. Its folder is made if it does not exist.
+        pattern: globs of the text files, as in `find_files`; empty for the text packages.
+        vocab_size: number of entries; `None` for 4096 from the packages and 8192 from files. Little
+            text may give fewer.
+        text_field: field of JSON lines that holds the text.
+        validation_fraction: share of the documents held out for validation.
 
     Raises:
         ConfigError: if `vocab_size` is too small for the bytes, or `output` is a folder.
@@ -55,7 +55,9 @@ def train_tokenizer(
     target = Path(output)
     size = vocab_size or (OWN_SIZE if pattern else BUILTIN_SIZE)
     if size < SMALLEST_SIZE:
-        raise ConfigError(f"vocab_size={size} is less than {SMALLEST_SIZE}, 256 bytes and one more")
+        raise ConfigError(
+            f"vocab_size={size} is less than {SMALLEST_SIZE} (256 bytes and the end-of-text token)"
+        )
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not in (0, 1)")
     if target.is_dir():
@@ -92,11 +94,23 @@ if __name__ == "__main__":
 
     from peerjax import script
 
-    output_flag = flags.DEFINE_string("output", None, "The tokenizer JSON to write.")
-    pattern_flag = flags.DEFINE_string("pattern", "", "Text files, as for prepare.py.")
-    size_flag = flags.DEFINE_integer("vocab_size", None, "Entries.")
-    field_flag = flags.DEFINE_string("text_field", "text", "Where JSON lines hold their text.")
-    fraction_flag = flags.DEFINE_float("validation_fraction", 0.05, "Of the documents, left out.")
+    output_flag = flags.DEFINE_string("output", None, "Path of the tokenizer JSON to write.")
+    pattern_flag = flags.DEFINE_string(
+        "pattern",
+        "",
+        "Globs of text files, as in prepare.py. By default, the text packages are used.",
+    )
+    size_flag = flags.DEFINE_integer(
+        "vocab_size", None, "Number of entries. Default: 4096 from packages, 8192 from files."
+    )
+    field_flag = flags.DEFINE_string(
+        "text_field", "text", "Field of JSON lines that holds the text."
+    )
+    fraction_flag = flags.DEFINE_float(
+        "validation_fraction",
+        0.05,
+        "Share of the documents held out for validation. They are not used here.",
+    )
     flags.mark_flag_as_required("output")
     script.run(
         lambda: train_tokenizer(

@@ -1,7 +1,7 @@
-"""How the tokens of a BPE tokenizer stand for the bytes of a text.
+"""Maps the tokens of a BPE tokenizer to the bytes of a text.
 
-Two kinds are known: byte-level vocabularies, as GPT-2's and those made here, and those of
-SentencePiece that fall back to bytes, as Llama 2's.
+Two kinds are supported: byte-level vocabularies, such as GPT-2's and those made here, and
+SentencePiece vocabularies with byte fallback, such as Llama 2's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tokenizers
 END_OF_TEXT = "<|endoftext|>"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
-# What newer tokenizers of Llama's have in place of a normalizer.
+# Newer Llama tokenizers have this pre-tokenizer instead of a normalizer.
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
 # The alphabet of byte-level vocabularies: printable bytes of Latin-1, and then all others.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -24,37 +24,37 @@ _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + number): byte for number, byte in enumerate(_OTHERS)
 }
-# Between words, at the end of words, and after ends of lines: where texts are cut.
+# Matches a token that crosses a place where texts are cut: the end of a word or of a line.
 CUT_WITHIN = re.compile(rf"[^{SPACE}]{SPACE}|\n.", re.DOTALL)
 
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What differs between kinds.
+    """Interface of a kind of vocabulary.
 
     Attributes:
         begin: the token that begins every document.
-        ends: tokens after which a model's text has ended.
+        ends: the tokens that end the text of a model.
     """
 
     begin: str
     ends: tuple[str, ...]
 
     def adapted(self, parts: dict[str, Any]) -> str:
-        """The tokenizer's JSON such that a text can be encoded in pieces."""
+        """Returns the tokenizer's JSON, changed so that a text can be encoded in pieces."""
 
     def begun(self, piece: str) -> str:
-        """What is encoded of the first piece of a document."""
+        """Returns the text to encode for the first piece of a document."""
 
     def bytes_of(self, token: str) -> bytes:
-        """The bytes of text that a token stands for."""
+        """Returns the bytes of text that a token represents."""
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
-        """Why tokens would not stand for the text; `None` if they do."""
+        """Returns why the tokens would not represent the text; `None` if they do."""
 
 
 def vocabulary_of(parts: Mapping[str, Any]) -> Vocabulary:
-    """The kind of a tokenizer, by the fields of its JSON."""
+    """Returns the kind of a tokenizer's vocabulary, from the fields of its JSON."""
     if not parts["model"].get("byte_fallback"):
         return ByteLevel()
     first = parts.get("pre_tokenizer") or {}
@@ -62,25 +62,25 @@ def vocabulary_of(parts: Mapping[str, Any]) -> Vocabulary:
 
 
 class ByteLevel:
-    """Every byte is a character of the vocabulary's own alphabet."""
+    """Writes every byte as a character of the vocabulary's own alphabet."""
 
     begin = END_OF_TEXT
     ends: tuple[str, ...] = (END_OF_TEXT,)
 
     def adapted(self, parts: dict[str, Any]) -> str:
-        """As it is."""
+        """Returns the JSON unchanged."""
         return json.dumps(parts)
 
     def begun(self, piece: str) -> str:
-        """As it is."""
+        """Returns the piece unchanged."""
         return piece
 
     def bytes_of(self, token: str) -> bytes:
-        """One a character; none for a token that is written in other characters."""
+        """Returns one byte per character, or no bytes for a token with other characters."""
         return bytes(BYTE_OF[each] for each in token) if BYTE_OF.keys() >= set(token) else b""
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
-        """Why tokens would not stand for the bytes of the text, one for one."""
+        """Returns why the tokens would not represent the bytes of the text one to one."""
         parts = json.loads(tokenizer.to_str())
         model, first = parts["model"], parts["pre_tokenizer"] or {}
         steps: list[dict[str, Any]] = first.get("pretokenizers", [first])
@@ -107,7 +107,7 @@ class ByteLevel:
             return f"its vocabulary lacks {lacking} of the 256 bytes"
         for number, extra in added.items():
             if number != end_of_text and (extra.lstrip or extra.rstrip):
-                return f"its token {extra.content!r} swallows spaces"
+                return f"its token {extra.content!r} removes the spaces next to it"
         if end_of_text not in added or not added[end_of_text].special:
             return f"its token {END_OF_TEXT!r} is not special, so that texts could contain it"
         for token, number in vocabulary.items():
@@ -117,13 +117,13 @@ class ByteLevel:
 
 
 class ByteFallback:
-    """Characters, spaces written as "▁"; what has no token is spelt in tokens of one byte each.
+    """Writes spaces as "▁", and characters without a token as tokens of one byte each.
 
-    A document gets a space before it. A text's own "▁" are read as spaces.
+    A space is put before each document. A "▁" in a text is read as a space.
 
     Attributes:
-        metaspace: whether it is of the newer form: a document that begins with a space gets no
-            other before it.
+        metaspace: whether the tokenizer has the newer form, in which a document that begins with a
+            space gets no second one.
     """
 
     begin = "<s>"
@@ -133,24 +133,27 @@ class ByteFallback:
         self.metaspace = metaspace
 
     def adapted(self, parts: dict[str, Any]) -> str:
-        """The space before a document is put there by whoever encodes it, and stays in decoding."""
+        """Returns a JSON that only writes spaces as "▁".
+
+        `begun` puts the space before a document, and decoding keeps it.
+        """
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         rest = {"pre_tokenizer": None, "post_processor": None}
         return json.dumps(parts | {"normalizer": spaces} | rest)
 
     def begun(self, piece: str) -> str:
-        """With its space; an empty document has none."""
+        """Returns the piece with the space of its document; an empty document has no space."""
         has_one = self.metaspace and piece.startswith((" ", SPACE))
         return piece if has_one or not piece else " " + piece
 
     def bytes_of(self, token: str) -> bytes:
-        """That of a byte token, and else those of its characters, where "▁" is a space."""
+        """Returns the byte of a byte token, or the bytes of its characters, with "▁" as a space."""
         if BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").encode()
 
     def fault(self, tokenizer: tokenizers.Tokenizer) -> str | None:
-        """Why tokens would not stand for the text as Llama 2's do."""
+        """Returns why the tokens would not represent the text as Llama 2's do."""
         parts = json.loads(tokenizer.to_str())
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         added = tokenizer.get_added_tokens_decoder()
@@ -178,7 +181,7 @@ class ByteFallback:
                 return f"it has no special token {token!r}"
         for token, number in vocabulary.items():
             if number not in added and CUT_WITHIN.search(token):
-                return f"its token {token!r} reaches over the end of a word or line"
+                return f"its token {token!r} crosses the end of a word or line"
         return None
 
 
@@ -186,7 +189,7 @@ def _fault_of_model(model: Mapping[str, Any]) -> str | None:
     if model["type"] != "BPE":
         return f"its model is {model['type']}, not BPE"
     if model["dropout"]:
-        return "it drops merges by chance"
+        return "it drops merges at random"
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return "it marks parts of words"
     return None

@@ -1,7 +1,7 @@
-"""Models and parts of them as files for other tools, and back; nothing is ever pickled.
+"""Writes models and parts of them to files for other tools, and reads them. Never uses pickle.
 
-Here: pools, packed matrices and other arrays. `peerjax.exchange.monet`: whole models of Monet, in
-the layout of the published checkpoints.
+The functions of this package are for pools, packed matrices and other arrays.
+`peerjax.exchange.monet` is for whole Monet models, in the layout of the published checkpoints.
 """
 
 from peerjax.exchange.packed import load, restore, save, save_floats

@@ -1,4 +1,4 @@
-"""What the metadata of a file says of the pools and packed matrices in it."""
+"""Describes the pools and packed matrices of a file in its metadata."""
 
 import dataclasses
 import json
@@ -18,30 +18,30 @@ KINDS: dict[str, tuple[Any, Callable[..., dict[str, jax.ShapeDtypeStruct]]]] = {
     "pool": (ExpertPool, storage.array_forms),
 }
 DESCRIPTIONS, VERSION = "peerjax", "layout_version"
-UNSAID = "1"  # the version of files that do not say
-# In the file, for whoever reads it without peerjax.
+UNSAID = "1"  # the version of files without a version number
+# Written to the file for readers without peerjax.
 LAYOUT = f"{storage.LAYOUT} {packed_matrix.LAYOUT}"
 
 
 def is_described(node: Any) -> bool:
-    """Whether a node of a tree is more than an array."""
+    """Whether a node of a tree is a pool or a packed matrix, not a plain array."""
     return isinstance(node, ExpertPool | PackedMatrix)
 
 
 def describe(leaf: ExpertPool | PackedMatrix) -> dict[str, Any]:
-    """The kind of a leaf, and its static fields."""
+    """Returns the kind of a leaf and its static fields."""
     kind = next(kind for kind, (make, _) in KINDS.items() if isinstance(leaf, make))
     return {"kind": kind} | {name: getattr(leaf, name) for name in _field_types(type(leaf))}
 
 
 def make_leaf(description: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """The inverse of `describe`, of arrays by attribute."""
+    """Makes a leaf from its description and its arrays by attribute: the inverse of `describe`."""
     fields = {name: value for name, value in description.items() if name != "kind"}
     return KINDS[description["kind"]][0](**arrays, **fields)
 
 
 def write_descriptions(descriptions: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The metadata of a file with these leaves."""
+    """Returns the metadata of a file with these leaves."""
     return {
         DESCRIPTIONS: json.dumps(descriptions),
         VERSION: storage.LAYOUT_VERSION,
@@ -50,10 +50,10 @@ def write_descriptions(descriptions: dict[str, dict[str, Any]]) -> dict[str, str
 
 
 def read_descriptions(metadata: dict[str, str], where: str) -> dict[str, Any]:
-    """The leaves that metadata names; what it says of each is for `array_forms` to check.
+    """Returns the descriptions of leaves in metadata, by name. `array_forms` checks each of them.
 
     Raises:
-        UserError: if it names none in a way that is known.
+        UserError: if the metadata has another layout version, or is not a JSON object.
     """
     if DESCRIPTIONS not in metadata:
         return {}
@@ -75,7 +75,7 @@ def read_descriptions(metadata: dict[str, str], where: str) -> dict[str, Any]:
 
 
 def _renamed(description: Any) -> Any:
-    """A description with the fields that this version has."""
+    """Returns a description with the field names of this version."""
     if not isinstance(description, dict) or "bits" not in description:
         return description
     fields = {name: value for name, value in description.items() if name != "bits"}
@@ -83,10 +83,12 @@ def _renamed(description: Any) -> Any:
 
 
 def array_forms(description: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of the leaf described, by attribute, without leading axes of layers or rows.
+    """Returns shapes and types of a described leaf's arrays, by attribute.
+
+    Leading axes of layers or rows are left out.
 
     Raises:
-        ValueError: if there are no such leaves.
+        ValueError: if no leaf can have this description.
     """
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind not in list(KINDS):
@@ -105,16 +107,16 @@ def array_forms(description: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def tensor_names(name: str, forms: dict[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
-    """The names that the arrays of a leaf have in the file, by attribute."""
+    """Returns the names of a leaf's arrays in the file, by attribute."""
     main = "codes" if "scales" in forms else "weights"
     return {each: f"{name}.{each if each == 'scales' else main}" for each in forms}
 
 
 def check_arrays(name: str, forms: dict[str, jax.ShapeDtypeStruct], arrays: dict[str, Any]) -> None:
-    """Compares the arrays of a leaf with its `array_forms`; leading axes must be the same in all.
+    """Compares the arrays of a leaf with its `array_forms`. Their leading axes must be equal.
 
     Raises:
-        ValueError: if types or shapes are others.
+        ValueError: if a type or a shape differs.
     """
     attribute, form = next(iter(forms.items()))
     shape = np.shape(arrays[attribute])
@@ -128,12 +130,12 @@ def check_arrays(name: str, forms: dict[str, jax.ShapeDtypeStruct], arrays: dict
 
 
 def form_of(array: Any) -> str:
-    """Type and shape of what is, or is to become, an array."""
+    """Returns type and shape of an array, or of the array that a value would become."""
     return f"{dtype_of(array).name}{list(np.shape(array))}"
 
 
 def dtype_of(array: Any) -> Any:
-    """As NumPy names it; abstract arrays and random keys, which are none of its, say themselves."""
+    """Returns the dtype of an array, abstract array or random key; otherwise NumPy's choice."""
     dtype = getattr(array, "dtype", None)
     return dtype if hasattr(dtype, "name") else np.asarray(array).dtype
 

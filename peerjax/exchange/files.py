@@ -1,4 +1,4 @@
-"""What all formats share: trees by the names of their leaves, and safetensors files."""
+"""Shared code of all formats: names of the leaves of trees, and safetensors files."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from peerjax.errors import UserError
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by their paths, joined by dots.
+    """Returns the leaves of a tree by their paths, joined by dots.
 
     Raises:
         UserError: if two leaves have the same name.
@@ -32,7 +32,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
 def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Writes a safetensors file; one that was there stays whole if this fails.
+    """Writes a safetensors file. An existing file is unchanged if this fails.
 
     Raises:
         UserError: if the file cannot be written.

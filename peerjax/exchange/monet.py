@@ -1,15 +1,15 @@
-"""Models of Monet in the layout of the published checkpoints, as Hugging Face keeps them.
+"""Reads and writes Monet models in the layout of the published checkpoints on Hugging Face.
 
-In a folder: `config.json`, and `model.safetensors` or the shards that
-`model.safetensors.index.json` names. Attention and norms have Llama's names; a layer adds `moe`,
-and the first of each group of `moe_groups` layers a `router`. Here a model is
+A folder has `config.json`, and `model.safetensors` or the shards that
+`model.safetensors.index.json` names. Attention and norms have Llama's names. Each layer adds
+`moe`, and the first of each group of `moe_groups` layers adds a `router`. In this module a model is
 
     {"params": {"embed", "layer_0", .., "final_norm", "head"}, "stats": {"layer_0", ..}}
 
-where a layer has "attention_norm", "attention", "feed_forward_norm" and "monet", each with the
-parameters of the module of that name: `nn.RMSNorm`, `Attention`, and `MonetHD` or `MonetVD`, of
-which some have a "router", `MonetRouter`; and "stats" has each router's moments. The published
-layout is that of dmis-lab/Monet, `modeling_monet.py`.
+A layer has "attention_norm", "attention", "feed_forward_norm" and "monet". Each holds the
+parameters of its module: `nn.RMSNorm`, `Attention`, and `MonetHD` or `MonetVD`. Some of the latter
+have a "router", `MonetRouter`. "stats" has each router's moments. The published layout is that of
+dmis-lab/Monet, `modeling_monet.py`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from peerjax.exchange.files import named_leaves, write_tensors
 from peerjax.routing.running_norm import STATS, Moments
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What a `config.json` leaves out has these values.
+# Default values of the fields of `config.json`.
 SIZES = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -44,7 +44,7 @@ SIZES = {
 }
 VERTICAL, HORIZONTAL = "vertical", "horizontal"
 OTHERS = {"moe_decompose": VERTICAL, "rope_theta": 10_000.0}
-# What peerjax's layers compute; a model that wants something else is refused.
+# The values that peerjax's layers compute with. Any other value is an error.
 FIXED = {
     "model_type": "monet",
     "hidden_act": "relu2",
@@ -54,17 +54,17 @@ FIXED = {
     "tie_word_embeddings": False,
 }
 FLOATS = ("F32", "BF16", "F16", "F64")
-# Tensors that say nothing about what a model computes.
+# Tensors that do not affect what a model computes.
 IGNORED = ("num_batches_tracked", "rotary_emb.inv_freq")
 
 
 class Place(NamedTuple):
-    """Where a tensor of a checkpoint is in the tree.
+    """The place of a checkpoint's tensor in the tree.
 
     Attributes:
-        shape: in the file.
+        shape: shape in the file.
         name: path in the tree, joined by dots.
-        own_shape: in the tree.
+        own_shape: shape in the tree.
         transposed: whether the file has [out, in] where the tree has [in, out].
     """
 
@@ -74,12 +74,12 @@ class Place(NamedTuple):
     transposed: bool = False
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
-        """From the file's form to the tree's, float32."""
+        """Converts a tensor from the file's form to the tree's, in float32."""
         tensor = tensor.astype(np.float32)
         return (tensor.T if self.transposed else tensor).reshape(self.own_shape)
 
     def written(self, leaf: Any) -> np.ndarray:
-        """From the tree's form to the file's."""
+        """Converts a leaf from the tree's form to the file's."""
         flat = np.asarray(leaf).reshape(self.shape[::-1] if self.transposed else self.shape)
         return flat.T if self.transposed else flat
 
@@ -88,15 +88,15 @@ def read_hf(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, A
     """Reads a model.
 
     Args:
-        folder: as a published checkpoint is downloaded, or as `write_hf` writes it.
+        folder: folder of a downloaded checkpoint, or one that `write_hf` has written.
 
     Returns:
-        The fields of `config.json`, defaults filled in; and the model, as the module docstring
-        says, with float32 arrays of numpy.
+        The fields of `config.json`, with defaults filled in, and the model. The module docstring
+        describes its tree. The arrays are NumPy's, in float32.
 
     Raises:
-        UserError: if a file is missing or damaged, if the model is one that peerjax does not
-            compute, or if tensors are missing, misshapen or left over: all are named.
+        UserError: if a file is missing or damaged, if peerjax does not compute the model, or if
+            tensors are missing, misshapen or left over. The message names all such tensors.
     """
     folder = Path(folder)
     config = _complete(_read_json(folder / CONFIG), folder / CONFIG)
@@ -138,21 +138,21 @@ def write_hf(
     tree: dict[str, Any],
     dtype: str = "float32",
 ) -> None:
-    """Writes a model, the inverse of `read_hf`.
+    """Writes a model: the inverse of `read_hf`.
 
-    To be loaded by `transformers`, the folder also needs the published `modeling_monet.py`, and
-    `config` the `auto_map` that points to it.
+    To load the model with `transformers`, the folder also needs the published
+    `modeling_monet.py`. `config` then needs the `auto_map` that points to it.
 
     Args:
-        folder: made if it is not there; the files in it are replaced.
-        config: as `read_hf` returns it; further fields are kept.
-        tree: a model as the module docstring says; what else its "stats" hold is left out.
-        dtype: of the tensors, "float32" or "bfloat16".
+        folder: output folder. It is made if it does not exist, and its files are replaced.
+        config: fields of `config.json`, as `read_hf` returns them. Further fields are kept.
+        tree: a model as the module docstring describes it. Other leaves of "stats" are left out.
+        dtype: type of the tensors, "float32" or "bfloat16".
 
     Raises:
-        UserError: if `config` is of a model that peerjax does not compute, or leaves of the tree
-            are missing, misshapen or left over: all are named; or if the folder cannot be made
-            or written to.
+        UserError: if peerjax does not compute the model of `config`, if leaves of the tree are
+            missing, misshapen or left over, or if the folder cannot be made or written to. The
+            message names all such leaves.
     """
     folder = Path(folder)
     config = _complete({**FIXED, **config}, "the configuration")
@@ -182,10 +182,10 @@ def write_hf(
 
 
 def layout(config: dict[str, Any]) -> dict[str, Place]:
-    """Every tensor of a checkpoint that peerjax reads, by its name there.
+    """Returns the places of all tensors of a checkpoint that peerjax reads, by name in the file.
 
     Args:
-        config: the fields of `config.json`, complete.
+        config: all fields of `config.json`.
     """
     width, heads, vocabulary = (
         config[name] for name in ("hidden_size", "num_attention_heads", "vocab_size")
@@ -223,7 +223,7 @@ def layout(config: dict[str, Any]) -> dict[str, Place]:
 
 
 def _expert_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name in the file, name in the layer, shape."""
+    """Returns the name in the file, name in the layer and shape of all expert tensors."""
     width, n = config["hidden_size"], config["moe_experts"]
     hidden, out = n * config["moe_dim"], width
     sides, values = [""], ["v"]
@@ -258,7 +258,7 @@ def _same(name: str, *shape: int) -> Place:
 
 
 def _complete(config: dict[str, Any], source: Any) -> dict[str, Any]:
-    """Fills in what is left out, and refuses a model that peerjax does not compute."""
+    """Fills in missing fields, and stops with an error if peerjax does not compute the model."""
     config = {**SIZES, **OTHERS, **FIXED, "model_type": None, **config}
     problems = [
         f"{name}={config[name]!r} is not a positive number"
@@ -283,7 +283,9 @@ def _complete(config: dict[str, Any], source: Any) -> dict[str, Any]:
         if config["moe_topk"] > config["moe_experts"]:
             problems.append(f"moe_topk={config['moe_topk']} is more than moe_experts")
     if problems:
-        raise UserError(f"{source} is not of a model that peerjax reads: " + "; ".join(problems))
+        raise UserError(
+            f"{source} does not describe a model that peerjax reads: " + "; ".join(problems)
+        )
     return config
 
 

@@ -1,4 +1,4 @@
-"""A published Monet as a run that can be sampled from and evaluated, and back.
+"""Converts a published Monet model to a run that can be sampled from and evaluated, and back.
 
 python -m peerjax.exchange.monet_run --read=FOLDER --workdir=runs/monet
 python -m peerjax.exchange.monet_run --workdir=runs/monet --write=FOLDER
@@ -31,9 +31,9 @@ from peerjax.training.state import PARAMS
 from peerjax.training.workdir import folder_of, identity_of_imported, record
 
 KINDS = {HORIZONTAL: "monet_hd", VERTICAL: "monet_vd"}
-# The published tokenizer, and the fields of the published `config.json`.
+# Files: the published tokenizer, and the fields of the published `config.json`.
 TOKENIZER, PUBLISHED = "tokenizer.json", "monet.json"
-# Fields that both configurations have, by the published name.
+# Fields of both configurations, by their published names.
 FIELDS = {
     "hidden_size": "model.width",
     "num_attention_heads": "model.heads",
@@ -49,23 +49,24 @@ DTYPES = ("float32", "bfloat16")
 
 
 def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
-    """Makes a run of a published checkpoint; the folder is there when it is complete.
+    """Makes a run from a published checkpoint. Its folder appears when it is complete.
 
-    Takes as much memory as the parameters have in float32, and a quarter more.
+    The memory needed is that of the parameters in float32, and a quarter more.
 
     Args:
-        source: the folder of the checkpoint, as `peerjax.exchange.monet.read_hf` reads it.
-        workdir: of the run; must not be there yet.
-        tokenizer: path of its JSON; by default `tokenizer.json` in `source`. Beside the model's
-            vocabulary it may have special tokens that were added later, such as one for padding.
+        source: folder of the checkpoint, which `peerjax.exchange.monet.read_hf` reads.
+        workdir: folder of the run; must not exist yet.
+        tokenizer: path of the tokenizer's JSON; by default `tokenizer.json` in `source`. Besides
+            the model's vocabulary it may have special tokens that were added later, such as one
+            for padding.
 
     Raises:
-        UserError: if the workdir is there or cannot be made, or checkpoint or tokenizer cannot be
-            used.
+        UserError: if the workdir exists or cannot be made, or if the checkpoint or the tokenizer
+            cannot be used.
     """
     folder = folder_of(workdir)
     if folder.exists():
-        raise ConfigError(f"{folder} is there already; choose another --workdir")
+        raise ConfigError(f"{folder} already exists; choose another --workdir")
     make_folder(folder.parent)
     words = Tokenizer.load(tokenizer or str(Path(source) / TOKENIZER))
     published, tree = read_hf(source)
@@ -73,7 +74,7 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
     if words.vocab_size < size or not words.stays_below(size):
         raise ConfigError(
             f"the tokenizer has {words.vocab_size} entries, the model {size}; "
-            "name the model's own with --tokenizer"
+            "name the model's own tokenizer with --tokenizer"
         )
     config = config_of(published)
     validate(config)
@@ -90,22 +91,22 @@ def read_run(source: str, workdir: str, tokenizer: str = "") -> None:
 
 
 def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
-    """Writes a run's model as Monets are published, with its tokenizer.
+    """Writes the model and tokenizer of a run in the layout of published Monet models.
 
     Args:
-        run: whose checkpoint; any run whose layers are all of one decomposition.
-        target: a folder; files of the same names in it are replaced.
-        dtype: of the tensors, "float32" or "bfloat16".
+        run: the run and its checkpoint. All its layers must be of one decomposition.
+        target: output folder. Files of the same names in it are replaced.
+        dtype: type of the tensors, "float32" or "bfloat16".
 
     Raises:
-        ConfigError: if the model is no Monet throughout.
+        ConfigError: if not all layers are Monet layers of one decomposition.
         UserError: if the folder cannot be made or written to.
     """
     kinds = {kind: name for name, kind in KINDS.items()}
     layers = run.config.model.layers
     if len(layers) != 1 or layers[0][0] not in kinds:
         raise ConfigError(
-            f"model.layers={layers}, where a published Monet has layers of one decomposition only"
+            f"model.layers={layers}, but a published Monet has layers of one decomposition only"
         )
     (kind, depth), monet = layers[0], run.config.monet
     published = {
@@ -124,7 +125,7 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
 
 
 def config_of(published: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The configuration of a published model."""
+    """Returns the configuration of a published model."""
     config = default_config()
     model = config.model
     config.update_from_flattened_dict({field: published[name] for name, field in FIELDS.items()})
@@ -136,11 +137,11 @@ def config_of(published: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
-    """A model layer by layer as the decoder's variables; the tree is emptied.
+    """Converts a model layer by layer to the decoder's variables, and empties the tree.
 
     Args:
-        tree: as `peerjax.exchange.monet` describes it.
-        group: layers that share a router.
+        tree: a model as `peerjax.exchange.monet` describes it.
+        group: number of layers that share a router.
     """
     count = sum(name.startswith("layer_") for name in tree[PARAMS])
 
@@ -166,7 +167,7 @@ def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
 
 
 def unstacked(variables: dict[str, Any], group: int) -> dict[str, Any]:
-    """The inverse of `stacked`."""
+    """Converts the decoder's variables to a model layer by layer: the inverse of `stacked`."""
 
     def layers(blocks: dict[str, Any]) -> dict[str, Any]:
         found = {}
@@ -185,12 +186,12 @@ def unstacked(variables: dict[str, Any], group: int) -> dict[str, Any]:
 
 
 def _as_stack(blocks: dict[str, Any], group: int) -> dict[str, Any]:
-    """Blocks of a group, by name, where the decoder has them."""
+    """Puts the blocks of a group, by name, where the decoder has them."""
     return {"group": blocks} if group > 1 else {"block": blocks["block_0"]}
 
 
 def _blocks(stack: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_as_stack`."""
+    """Returns the blocks of a stack by name: the inverse of `_as_stack`."""
     return stack["group"] if "group" in stack else {"block_0": stack["block"]}
 
 
@@ -200,17 +201,25 @@ if __name__ == "__main__":
     from peerjax import script
 
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    read_flag = flags.DEFINE_string("read", None, "Folder of a published checkpoint to make it of.")
+    read_flag = flags.DEFINE_string(
+        "read", None, "Folder of a published checkpoint to make the run from."
+    )
     write_flag = flags.DEFINE_string("write", None, "Folder to write the run's model to.")
-    tokenizer_flag = flags.DEFINE_string("tokenizer", "", "A JSON; by default that in the folder.")
-    step_flag = flags.DEFINE_integer("step", None, "To write; that of the newest checkpoint.")
-    dtype_flag = flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "Of the tensors to write.")
+    tokenizer_flag = flags.DEFINE_string(
+        "tokenizer", "", "Tokenizer JSON. Default: tokenizer.json in the --read folder."
+    )
+    step_flag = flags.DEFINE_integer(
+        "step", None, "Training step of the checkpoint to write. Default: the newest."
+    )
+    dtype_flag = flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "Type of the tensors to write.")
 
     def convert() -> None:
-        """Reads or writes, as the flags say."""
+        """Reads or writes a published checkpoint, depending on the flags."""
         workdir = str(workdir_flag.value)
         if (read_flag.value is None) == (write_flag.value is None):
-            raise ConfigError("give --read, a folder to make a run of, or --write, one to write to")
+            raise ConfigError(
+                "give --read, a folder to make a run from, or --write, a folder to write to"
+            )
         if read_flag.value is not None:
             read_run(read_flag.value, workdir, str(tokenizer_flag.value))
             print(f"continue a text: python sample.py --workdir={workdir} --prompt=...")

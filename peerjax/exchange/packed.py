@@ -1,7 +1,7 @@
-"""Pools, packed matrices and other arrays as safetensors files, for other tools and back.
+"""Writes pools, packed matrices and other arrays to safetensors files, and reads them.
 
-`save` keeps what is packed packed: `NAME.codes` and `NAME.scales`, and how they lie in the file's
-metadata. `save_floats` writes plain weights, which any tool reads.
+`save` writes packed leaves as `NAME.codes` and `NAME.scales`, and describes their layout in the
+file's metadata. `save_floats` writes plain weights, which any tool reads.
 """
 
 import os
@@ -29,16 +29,16 @@ from peerjax.exchange.descriptions import (
 from peerjax.exchange.files import named_leaves, write_tensors
 from peerjax.optim import PackedMatrix
 
-# What NumPy reads back: safetensors also writes floats of 8 bits, but makes no arrays of them.
+# Types that NumPy reads back. Safetensors also writes 8-bit floats, but makes no arrays of them.
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 READABLE = ("bool", *INTEGERS, "bfloat16", "float16", "float32", "float64", "complex64")
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
-    """Writes a tree of pools, packed matrices and arrays, bit by bit as they are.
+    """Writes a tree of pools, packed matrices and arrays, with all bits unchanged.
 
-    Names are the paths of the leaves, joined by dots. Numbers of Python are written as the arrays
-    that NumPy makes of them, 64 bits wide. The file appears when it is whole.
+    Names are the paths of the leaves, joined by dots. Python numbers are written as the 64-bit
+    arrays that NumPy makes of them. The file appears when it is complete.
 
     Raises:
         UserError: if two leaves or their tensors have the same name, a leaf could not be read
@@ -64,14 +64,14 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `save` wrote: pools, packed matrices and arrays by name.
+    """Reads the pools, packed matrices and arrays that `save` wrote, by name.
 
-    Files of other tools are read too, as arrays. Arrays are JAX's, except for types that JAX would
-    cut to 32 bits: without `jax_enable_x64`, those of 64 bits are NumPy's.
+    Files of other tools are read as arrays. Arrays are JAX arrays, except for types that JAX would
+    cut to 32 bits. Without `jax_enable_x64`, 64-bit arrays are NumPy arrays.
 
     Raises:
         UserError: if the file is missing or damaged, has another layout or a tensor of a type that
-            NumPy does not know, or does not hold what its metadata describes.
+            NumPy does not have, or does not hold what its metadata describes.
     """
     where = os.fspath(path)
     try:
@@ -99,12 +99,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def restore(path: str | os.PathLike[str], like: Any) -> Any:
-    """Reads a file into the structure of a tree, whose leaves say what is expected.
+    """Reads a file into the structure of a tree, and checks its leaves against those of the tree.
 
-    Leaves of 64 bits are NumPy arrays, as `load` says, and so are numbers of Python.
+    64-bit leaves are NumPy arrays, as in `load`, and so are Python numbers.
 
     Raises:
-        UserError: as `load`; or if a leaf is missing, left over, or of another kind, shape or type.
+        UserError: if `load` fails, or if a leaf is missing, left over, or of another kind, shape
+            or type.
     """
     found, expected = load(path), named_leaves(like, is_described)
     for name in sorted(expected.keys() | found.keys()):
@@ -121,13 +122,13 @@ def restore(path: str | os.PathLike[str], like: Any) -> Any:
 def save_floats(
     path: str | os.PathLike[str], tree: Any, dtype: Any = jnp.float32, experts_at_once: int = 65_536
 ) -> None:
-    """Writes a tree with everything that is packed as plain weights of a float type.
+    """Writes a tree, with packed leaves as plain weights of a float type.
 
-    A pool becomes `NAME` [layers, N, 2, D], `down` before `up`, dequantized a part at a time.
+    A pool becomes `NAME` [layers, N, 2, D], with `down` before `up`. It is dequantized in parts.
     Other leaves are written as `save` writes them.
 
     Raises:
-        UserError: as `save`.
+        UserError: in the same cases as `save`.
     """
 
     def as_floats(name: str, leaf: Any) -> np.ndarray:
@@ -152,7 +153,7 @@ def save_floats(
 
 
 def _parts(name: str, leaf: Any, description: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a leaf by the names of their tensors; refuses what `load` would refuse."""
+    """Returns the arrays of a leaf by tensor name. Stops with an error where `load` would."""
     try:
         forms = array_forms(description)
         arrays = {attribute: getattr(leaf, attribute) for attribute in forms}
@@ -163,7 +164,7 @@ def _parts(name: str, leaf: Any, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_numpy(name: str, leaf: Any) -> np.ndarray:
-    """An array that can be written; never by way of JAX, which cuts 64 bits to 32."""
+    """Returns an array that can be written. JAX is not used, because it cuts 64 bits to 32."""
     dtype = dtype_of(leaf)
     if dtype.name not in READABLE:
         raise UserError(
@@ -174,7 +175,7 @@ def _as_numpy(name: str, leaf: Any) -> np.ndarray:
 
 
 def _as_jax(array: np.ndarray) -> Any:
-    """The same as a JAX array, if JAX does not cut its type."""
+    """Converts an array to a JAX array, unless JAX would cut its type."""
     kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return jnp.asarray(array) if kept else array
 
@@ -182,13 +183,13 @@ def _as_jax(array: np.ndarray) -> Any:
 def _read(file: Any, name: str) -> np.ndarray:
     try:
         return file.get_tensor(name)
-    except AttributeError:  # the library looks for the type in NumPy
+    except AttributeError:  # the library looks up the type in NumPy
         dtype = file.get_slice(name).get_dtype()
-        raise TypeError(f"{name!r} is of type {dtype}, which NumPy does not know") from None
+        raise TypeError(f"{name!r} is of type {dtype}, which NumPy does not have") from None
 
 
 def _form(leaf: Any) -> str:
-    """What a leaf is, for comparison and for people."""
+    """Describes a leaf, for comparisons and for error messages."""
     arrays = " and ".join(form_of(each) for each in jax.tree.leaves(leaf))
     if not is_described(leaf):
         return arrays

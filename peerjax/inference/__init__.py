@@ -1,1 +1,1 @@
-"""What a trained model is used for: text from a prompt, its loss and experts on any text."""
+"""Uses trained models: continues prompts, and evaluates loss and experts on any text."""

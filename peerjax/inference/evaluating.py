@@ -1,4 +1,4 @@
-"""Evaluates a trained model on its validation text or any other, and shows what was found."""
+"""Evaluates a trained model on its validation text or any other, and shows the results."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
     """Evaluates a checkpoint on all devices.
 
     Args:
-        run: whose checkpoint.
-        pattern: files to read, as `data.pattern`; by default, the validation text of the run.
-        rows: how many of each domain to read, spread evenly; all by default.
+        run: the run and its checkpoint.
+        pattern: globs of the files to read, as in `data.pattern`; by default, the validation text
+            of the run.
+        rows: number of rows to read of each domain, spread evenly; all by default.
 
     Returns:
-        By text ("all" or a domain), then by probe of `peerjax.evaluation.PROBES`, what was found.
+        The results by text ("all" or a domain), then by probe of `peerjax.evaluation.PROBES`.
 
     Raises:
         DataError: if text is missing, unreadable or too short, or the run's text has changed.
@@ -49,17 +50,19 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
 def evaluate_without(
     run: Run, domains: Sequence[str], pattern: str = "", rows: int | None = None
 ) -> tuple[Evaluation, list[Removal]]:
-    """Evaluates a checkpoint, and then without the experts of one domain after the other.
+    """Evaluates a checkpoint, and again without the experts of each domain in turn.
 
     Args:
-        run: whose checkpoint.
-        domains: whose experts to remove; `["all"]` for those of every domain.
-        pattern: as in `evaluate_run`.
-        rows: as in `evaluate_run`.
+        run: the run and its checkpoint.
+        domains: the domains whose experts to remove, one domain at a time; `["all"]` for every
+            domain.
+        pattern: globs of the files to read, as in `evaluate_run`.
+        rows: number of rows to read of each domain, as in `evaluate_run`.
 
     Raises:
-        DataError: as `evaluate_run`, and if a domain is not known or there is only one.
-        ConfigError: if there are domains to remove, but no experts.
+        DataError: in the same cases as `evaluate_run`, and if a domain is unknown or there is
+            only one.
+        ConfigError: if domains are given, but the model has no experts.
     """
     texts = _texts(run, pattern)
     choose = partial(validation_rows, count=rows)
@@ -93,13 +96,13 @@ def write_evaluation(
     facts: Mapping[str, Any],
     removals: Sequence[Removal] = (),
 ) -> None:
-    """Writes `evaluation.json` and plots of what it says.
+    """Writes `evaluation.json` and plots of its content.
 
     Args:
-        folder: where to; made if it is not there.
-        evaluation: what was found, by text and probe.
+        folder: output folder. It is made if it does not exist.
+        evaluation: results by text and probe.
         facts: further fields of the file.
-        removals: what was found without the experts of some domains.
+        removals: results without the experts of a domain, for each removed domain.
     """
     make_folder(folder)
     record = {
@@ -119,7 +122,7 @@ def write_evaluation(
 
 
 def print_evaluation(folder: epath.Path) -> None:
-    """Prints what `write_evaluation` wrote."""
+    """Prints the results that `write_evaluation` wrote."""
     record = json.loads((folder / FILE).read_text())
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(f"after {record['step']} steps")

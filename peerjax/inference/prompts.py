@@ -1,4 +1,4 @@
-"""Prompts as text: read, checked, continued, and shown while they grow."""
+"""Reads, checks and continues prompts, and shows the text while it is generated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peerjax.inference.trained import Run
 
 
 class Continued(NamedTuple):
-    """What was drawn for a batch of prompts.
+    """The text generated for a batch of prompts.
 
     Attributes:
-        texts: of every prompt, without the prompt.
-        tokens: drawn in all, end-of-text tokens included.
-        tokens_per_second: over the batch, after the first token; 0 if there was no second.
+        texts: continuation of every prompt, without the prompt.
+        tokens: number of sampled tokens, including end-of-text tokens.
+        tokens_per_second: speed over the batch, after the first token; 0 if there was no second.
     """
 
     texts: list[str]
@@ -29,14 +29,14 @@ class Continued(NamedTuple):
 
 
 def read_prompts(path: str) -> list[str]:
-    """Reads prompts from a file: one a line, or one a JSON line, under "prompt".
+    """Reads prompts from a file: one per line, or the field "prompt" of each JSON line.
 
     Raises:
         DataError: if the file is missing, empty or not UTF-8, or a line is not JSON.
     """
     if not Path(path).is_file():
         raise DataError(f"the file of prompts {path!r} does not exist")
-    # Not `splitlines`, to which a form feed and some characters of JSON strings end a line.
+    # `splitlines` would also end lines at form feeds and at some characters of JSON strings.
     lines = read_text(Path(path)).replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines == [""]:
         raise DataError(f"the file of prompts {path!r} is empty")
@@ -52,24 +52,24 @@ def read_prompts(path: str) -> list[str]:
 
 
 def check(sampling: Sampling, count: int) -> None:
-    """Checks how tokens are to be drawn.
+    """Checks the settings for sampling tokens.
 
     Raises:
-        ConfigError: naming what does not fit.
+        ConfigError: if a setting is out of range. The message names it.
     """
     if count < 1:
         raise ConfigError(f"tokens={count} is not positive")
     if sampling.temperature < 0:
-        raise ConfigError(f"temperature={sampling.temperature} is negative; 0 is the least")
+        raise ConfigError(f"temperature={sampling.temperature} is negative; the minimum is 0")
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"top_p={sampling.top_p} is not in (0, 1]")
 
 
 def encode(run: Run, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts as token numbers; an empty one is the beginning of a document.
+    """Returns prompts as token ids. An empty prompt is the beginning of a document.
 
     Raises:
-        DataError: if a prompt is not text, or leaves no room in the model for one more token.
+        DataError: if a prompt is not UTF-8 text, or is so long that no token can follow it.
     """
     for prompt in prompts:
         try:
@@ -86,8 +86,8 @@ def encode(run: Run, prompts: Sequence[str]) -> list[list[int]]:
     for number, row in enumerate(encoded, 1):
         if len(row) >= longest:
             raise DataError(
-                f"prompt {number} has {len(row)} tokens, and model.max_length={longest} leaves no "
-                "room to go on; shorten it"
+                f"prompt {number} has {len(row)} tokens, and model.max_length={longest} allows no "
+                "further token; shorten the prompt"
             )
     return encoded
 
@@ -101,16 +101,17 @@ def continue_prompts(
     first_prompt: int = 0,
     show: Callable[[str], None] | None = None,
 ) -> Continued:
-    """Continues prompts in one batch, each until its document ends or fills the model.
+    """Continues prompts in one batch, each until its document ends or has the model's length.
 
     Args:
-        run: whose model it is.
-        variables: of the model.
-        prompts: texts; see `encode`.
-        count: at most so many tokens for each; fewer where it would grow too long for the model.
-        sampling: how tokens are drawn.
-        first_prompt: the number of the first prompt, by which it draws; others are counted on.
-        show: is told the first prompt's text piece by piece.
+        run: the run of the model.
+        variables: the variables of the model.
+        prompts: the texts to continue; see `encode`.
+        count: maximum number of tokens for each prompt; fewer if the model's length is reached.
+        sampling: settings for sampling tokens.
+        first_prompt: number of the first prompt; the next prompts have the next numbers. Random
+            draws depend on them.
+        show: called with the continuation of the first prompt, piece by piece.
     """
     encoded = encode(run, prompts)
     limits = [min(count, run.config.model.max_length - len(each)) for each in encoded]
@@ -121,7 +122,7 @@ def continue_prompts(
     shown, start, steps = "", time.perf_counter(), 0
     for tokens in generate(run.model, variables, encoded, max(limits), sampling, first_prompt):
         if not steps:
-            start = time.perf_counter()  # compilation is behind us
+            start = time.perf_counter()  # do not time compilation
         steps += 1
         for row, token in enumerate(tokens.tolist()):
             if not ended[row]:
@@ -136,6 +137,6 @@ def continue_prompts(
     seconds = time.perf_counter() - start
     texts = [run.tokenizer.decode(each) for each in drawn]
     if show is not None:
-        show(texts[0][len(shown) :])  # bytes that are no whole character
+        show(texts[0][len(shown) :])  # bytes that do not form a whole character
     speed = (steps - 1) * len(prompts) / seconds if steps > 1 else 0.0
     return Continued(texts, sum(map(len, drawn)), speed)

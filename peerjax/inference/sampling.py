@@ -1,4 +1,4 @@
-"""Text from a model: tokens drawn one after the other, with a cache of keys and values."""
+"""Samples text from a model, token by token, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peerjax.optim import dequantize
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn.
+    """Settings for sampling a token.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draws from the fewest likeliest tokens that have this probability together; 1 from
-            all.
-        seed: of the draws; a prompt's depend on it, its number and the position only.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_p: total probability of the tokens to sample from, the fewest and most likely ones; 1
+            samples from all.
+        seed: random seed. Draws depend only on the seed, the number of the prompt and the position.
     """
 
     temperature: float = 1.0
@@ -31,9 +31,10 @@ class Sampling(NamedTuple):
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
-    """Logits of the fewest likeliest tokens with probability `top_p` together; others -inf.
+    """Keeps the logits of the fewest, most likely tokens with total probability `top_p`.
 
-    The likeliest token always stays; so do all that are exactly as likely as the last to stay.
+    Other logits become -inf. The most likely token is always kept. All tokens exactly as likely as
+    the last one kept are kept too.
 
     References:
         Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eq. 2.
@@ -49,7 +50,7 @@ def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Flo
 def draw(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Draws a token for every row, each by its own key."""
+    """Samples a token for every row, each with its own key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -66,18 +67,18 @@ def generate(
     sampling: Sampling,
     first_prompt: int = 0,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """Continues prompts, all in one batch, a token each at a time.
+    """Continues all prompts in one batch, one token of each at a time.
 
     Args:
         model: the decoder.
-        variables: its collections "params", "pools" and "stats".
-        prompts: token numbers; each begins a document, and none is empty.
-        count: how many tokens to draw for each.
-        sampling: how.
-        first_prompt: the number of the first prompt; the others are counted on from it.
+        variables: the decoder's collections "params", "pools" and "stats".
+        prompts: token ids. Each prompt begins a document, and none is empty.
+        count: number of tokens to sample for each prompt.
+        sampling: settings for sampling.
+        first_prompt: number of the first prompt; the next prompts have the next numbers.
 
     Yields:
-        The next token of every prompt; `count` times.
+        The next token of every prompt, `count` times.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
@@ -93,7 +94,7 @@ def generate(
     drawn, cache = read(cache, tokens, positions, np.asarray(lengths - 1, np.int32), numbers)
     first = np.zeros(len(prompts), np.int32)
     for step in range(count - 1):
-        # The next step is on its way before this one's tokens are waited for.
+        # Starts the next step before waiting for the tokens of this one.
         places = np.asarray(lengths + step, np.int32)[:, None]
         following, cache = read(cache, drawn[:, None], places, first, numbers)
         yield np.asarray(drawn)
@@ -113,10 +114,10 @@ def _read(
     last: Int[Array, " B"],
     numbers: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], dict[str, Any]]:
-    """Reads some tokens of every row, and draws what follows number `last` of them.
+    """Reads some tokens of every row, and samples the token that follows number `last` of them.
 
-    Rows draw by the `numbers` of their prompts. What is read and written behind the end of a
-    shorter prompt is overwritten before it is seen.
+    The random key of a row depends on the number of its prompt, in `numbers`. Cache entries after
+    the end of a shorter prompt are overwritten before they are used.
     """
     logits, cache = decode(model, variables, cache, tokens, positions, only=last)
     rows = jnp.arange(len(last))

@@ -1,4 +1,4 @@
-"""A model as a run left it."""
+"""Opens the trained model of a run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Run:
     """A run with a checkpoint.
 
     Attributes:
-        config: of the run.
-        tokenizer: of the run.
+        config: configuration of the run.
+        tokenizer: tokenizer of the run.
         model: the decoder.
-        folder: the run's.
-        checkpoint: the folder of a step.
+        folder: folder of the run.
+        checkpoint: folder of the checkpoint.
     """
 
     config: ml_collections.ConfigDict
@@ -47,23 +47,23 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Of the checkpoint."""
+        """Training step of the checkpoint."""
         return int(self.checkpoint.name)
 
 
 def open_run(workdir: str, step: int | None = None) -> Run:
-    """Finds a run's checkpoint, and reads what is small; nothing outside its folder is needed.
+    """Finds a checkpoint of a run, and reads configuration and tokenizer but no weights.
 
-    Kernels are those of the present device, whatever the run was trained with: one that is not of
-    it would be interpreted.
+    No files outside the run's folder are needed. Kernels are chosen for the present device,
+    whatever the run was trained with. A kernel for another device would be interpreted.
 
     Args:
-        workdir: of the run, which may still be going on.
-        step: of the checkpoint; the newest intact one by default.
+        workdir: folder of the run, which may still be training.
+        step: training step of the checkpoint; by default, the newest intact one.
 
     Raises:
         ConfigError: if the folder holds no run that this version can read.
-        DataError: if the run's tokenizer is not what it was.
+        DataError: if the run's tokenizer has changed.
         CheckpointError: if there is no such checkpoint.
     """
     folder = folder_of(workdir)
@@ -71,7 +71,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     validate(config)
     config.kernels.implementation = "auto"
     own = folder / TOKENIZER
-    # Runs of earlier versions have none.
+    # Runs of earlier versions do not have this file.
     tokenizer = Tokenizer.load(str(own)) if own.exists() else load_tokenizer(config)
     check_tokenizer(folder, tokenizer)
     model = Decoder(model_config(config, vocabulary_size(folder)))
@@ -79,11 +79,11 @@ def open_run(workdir: str, step: int | None = None) -> Run:
 
 
 def restore(run: Run, mesh: Mesh) -> dict[str, Any]:
-    """Reads the model's collections "params", "pools" (packed ones stay packed) and "stats".
+    """Reads the model's collections "params", "pools" and "stats".
 
-    What only training needs, such as accumulators, is not read.
+    Packed pools stay packed. State that only training needs, such as accumulators, is not read.
     """
     shapes = jax.eval_shape(partial(drawn_variables, run.model), jax.random.key(0))
-    # A collection that is empty was not saved.
+    # Checkpoints do not contain empty collections.
     part = {name: tree for name, tree in shapes.items() if tree}
     return shapes | restore_part(run.checkpoint, abstract(part, state_shardings(mesh, part)))

@@ -154,14 +154,14 @@ def test_workers_die_with_the_command(pattern, tmp_path):
     prepare(own_settings(pattern, shard_mb=0.002), str(tmp_path / "undisturbed"))
     assert files_of(output) == files_of(tmp_path / "undisturbed")
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "it was finished already" in again.stdout
+    assert "already complete" in again.stdout
 
 
 def test_a_finished_one_says_so_and_touches_nothing(pattern, prepared, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.glob("*.array_record")}
     content = files_of(prepared)
     prepare(own_settings(pattern), str(prepared))
-    assert "it was finished already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert files_of(prepared) == content
     assert before == {path: path.stat().st_mtime_ns for path in prepared.glob("*.array_record")}
 
@@ -196,7 +196,7 @@ def test_other_text_is_refused(tmp_path):
     before = files_of(tmp_path / "shards")
     with (tmp_path / "own" / "x.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(DataError, match="is not what .*shards was begun with"):
+    with pytest.raises(DataError, match="has changed since the shards in .*shards were begun"):
         prepare(own_settings(pattern), str(tmp_path / "shards"))
     assert files_of(tmp_path / "shards") == before
 
@@ -205,12 +205,12 @@ def test_a_folder_that_is_not_ours_is_refused(pattern, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(DataError, match="is not empty and holds no shards"):
         prepare(own_settings(pattern), str(tmp_path))
-    with pytest.raises(UserError, match="thesis.tex cannot be a folder to write to"):
+    with pytest.raises(UserError, match="thesis.tex cannot be used as an output folder"):
         prepare(own_settings(pattern), str(tmp_path / "thesis.tex"))
     (tmp_path / "thesis.tex").unlink()
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process is at work in"):
+    with pytest.raises(UserError, match="another process is using"):
         prepare(own_settings(pattern), str(tmp_path))
     os.close(handle)
 
@@ -255,7 +255,7 @@ def test_text_that_changes_meanwhile_is_named(name, tmp_path):
 
 def test_a_domain_without_validation_text_is_named(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
-    with pytest.raises(DataError, match="none of the 1 documents of domain 'files' fell to"):
+    with pytest.raises(DataError, match="none of the 1 documents of domain 'files' is in the"):
         prepare(own_settings(f"{tmp_path}/*.txt"), str(tmp_path / "shards"))
 
 

@@ -169,7 +169,7 @@ def changed(**changes):
         (changed(pre_tokenizer=None), "its pre_tokenizer is not byte-level"),
         (changed(pre_tokenizer={"type": "Whitespace"}), "its pre_tokenizer is not byte-level"),
         (changed(pre_tokenizer__add_prefix_space=True), "adds or removes characters"),
-        (changed(model__dropout=0.1), "it drops merges by chance"),
+        (changed(model__dropout=0.1), "it drops merges at random"),
         (changed(model__end_of_word_suffix="</w>"), "it marks parts of words"),
         (changed(model__vocab={"a": 1, "b": 2}, model__merges=[]), "lacks 254 of the 256 bytes"),
         (changed(model={"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}), "not BPE"),
@@ -304,7 +304,7 @@ def test_what_is_not_quite_llamas_is_refused(llama, tmp_path):
             "its added token '<pad>' is not special",
         ),
         ({"normalizer": {"type": "NFC"}}, "its normalizer does not just write spaces"),
-        ({"model": wide}, "its token 'e▁t' reaches over the end of a word"),
+        ({"model": wide}, "its token 'e▁t' crosses the end of a word"),
         ({"model": parts["model"] | {"vocab": few}}, "lacks 1 of the 256 bytes"),
         ({"added_tokens": special}, "it has no special token '<s>'"),
     ):

@@ -163,7 +163,7 @@ def test_a_tree_or_configuration_that_does_not_fit_is_refused(tmp_path):
             write_hf(tmp_path, {**config, **change}, tree)
     assert not list(tmp_path.iterdir())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+    with pytest.raises(UserError, match="config.json cannot be used as an output folder"):
         write_hf(tmp_path / "config.json", *make("vertical"))
     with pytest.raises(UserError, match="model_type=None, where peerjax has 'monet' only"):
         read_hf(tmp_path)

@@ -134,9 +134,9 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
 ):
     publish(tmp_path / "published", "horizontal", tokenizer, monkeypatch)
     source, run = str(tmp_path / "published"), str(tmp_path / "run")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         read_run(source, str(finished))
-    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+    with pytest.raises(UserError, match="config.json cannot be used as an output folder"):
         read_run(source, str(tmp_path / "published" / "config.json" / "run"))
     (tmp_path / "other.json").write_text(llama_tokenizer([WORDS], 280))
     with pytest.raises(ConfigError, match=r"the tokenizer has \d+ entries, the model \d+; name"):
@@ -148,9 +148,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(
     shutil.rmtree(tmp_path / "published")
     with pytest.raises(DataError, match="tokenizer.json' does not exist"):
         read_run(source, run)
-    with pytest.raises(
-        ConfigError, match="where a published Monet has layers of one decomposition"
-    ):
+    with pytest.raises(ConfigError, match="but a published Monet has layers of one decomposition"):
         write_run(open_run(str(finished)), str(tmp_path / "out"))
     assert {each.name for each in tmp_path.iterdir()} == {"other.json"}
 
@@ -160,7 +158,7 @@ def test_where_a_model_goes_is_tried_before_it_is_read(tokenizer, tmp_path, monk
     read_run(str(tmp_path / "published"), str(tmp_path / "run"))
     run = open_run(str(tmp_path / "run"))
     shutil.rmtree(run.checkpoint)
-    with pytest.raises(UserError, match="config.json cannot be a folder to write to"):
+    with pytest.raises(UserError, match="config.json cannot be used as an output folder"):
         write_run(run, str(tmp_path / "published" / "config.json"))
 
 

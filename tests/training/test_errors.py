@@ -34,7 +34,7 @@ def test_warnings_of_ours_reach_the_terminal_and_no_others():
 
 
 def test_one_process_trains_in_a_folder(corpus, tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+    with alone_in(tmp_path), pytest.raises(UserError, match="another process is using"):
         train(tiny_config(corpus), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
@@ -150,7 +150,7 @@ def test_where_training_cannot_run_is_said_at_once(corpus, tmp_path, monkeypatch
 
 def test_a_workdir_that_cannot_be_made_is_named(corpus, tmp_path):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UserError, match="file cannot be a folder to write to"):
+    with pytest.raises(UserError, match="file cannot be used as an output folder"):
         train(tiny_config(corpus), str(tmp_path / "file"))
 
 
@@ -160,7 +160,7 @@ def test_where_an_evaluation_goes_is_tried_before_it_is_made(finished, tmp_path)
     flags = [f"--workdir={finished}", f"--output={tmp_path / 'file'}", "--pattern=no_such_text"]
     result = python("evaluate.py", *flags)
     assert result.returncode == 2
-    assert "file cannot be a folder to write to" in result.stderr
+    assert "file cannot be used as an output folder" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
