@@ -49,7 +49,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.seed = 0
     config.steps = 1000
     # Workdir of a run, or one of its checkpoints such as "runs/a/checkpoints/500". A new run takes
-    # parameters, pools and running statistics from it. If this is empty, they are drawn at random.
+    # parameters, pools and running statistics from it, and accumulators if `pool` is set alike. If
+    # this is empty, weights are drawn at random.
     config.init_from = ""
     config.max_skipped_steps = 10  # training stops after so many non-finite steps in a row
     config.log_every = 10  # steps between progress lines if the output is not a terminal
@@ -98,7 +99,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Bound on the gradient norm of the pools of each stack, under "rowwise". 0 means no bound.
     pool.clip_norm = 0.0
     pool.beta2 = 0.99  # decay of the second moment of each vector, under "rowwise"
-    # Bits of the accumulators of packed pools: 0, 2, 4 or 8. `None` means as many as a code has.
+    # Bits of the accumulators of packed pools and matrices: 0, 2, 4 or 8. `None` means as many as
+    # a code has.
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
