@@ -14,8 +14,8 @@ from benchmarks.sweep import Run, Settings, at_once, from_seeds, tune_rates
 from configs import quickstart
 from peerjax.config import model_config
 from peerjax.data.tokenizer import Tokenizer
+from peerjax.flops import forward_flops
 from peerjax.model import Decoder
-from peerjax.planning.flops import forward_flops
 from peerjax.pool import count_expert_parameters
 from peerjax.training.checkpoint import count_parameters
 

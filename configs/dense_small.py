@@ -1,6 +1,6 @@
 """`peer_small.py` without experts: eight dense layers.
 
-A token takes 57.16 MFLOPs forward, as in `peer_small.py`, by `peerjax.planning.flops`.
+A token takes 57.16 MFLOPs forward, as in `peer_small.py`, by `peerjax.flops`.
 """
 
 from configs import peer_small

@@ -1,7 +1,7 @@
 """`peer_small.py` with mixtures instead of pools.
 
 Two of the eight layers are mixtures of 64 experts, 2 a token. A token takes 57.16 MFLOPs forward,
-as in `peer_small.py`, by `peerjax.planning.flops`.
+as in `peer_small.py`, by `peerjax.flops`.
 """
 
 from configs import peer_small

@@ -1,6 +1,6 @@
 """`peer_small.py` with eight horizontal Monet layers of 128^2 experts.
 
-A token takes 57.33 MFLOPs forward. `peer_small.py` takes 57.16, both by `peerjax.planning.flops`.
+A token takes 57.33 MFLOPs forward. `peer_small.py` takes 57.16, both by `peerjax.flops`.
 """
 
 from configs import peer_small

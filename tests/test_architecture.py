@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from peerjax.config import validate
+from peerjax.flops import forward_flops
 from peerjax.layers import FEED_FORWARDS
-from peerjax.planning.flops import forward_flops
 from peerjax.training.step import make_train_step
 from tests.conftest import REPOSITORY
 from tests.training.test_step import make, make_batch

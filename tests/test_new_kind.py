@@ -15,6 +15,7 @@ from peerjax.evaluation import evaluate
 from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.removal import removed_collection
 from peerjax.evaluation.usage import routers
+from peerjax.flops import forward_flops
 from peerjax.inference.evaluating import evaluate_run
 from peerjax.inference.prompts import continue_prompts
 from peerjax.inference.sampling import Sampling
@@ -24,7 +25,6 @@ from peerjax.layers.look_up import LookUp
 from peerjax.layers.spec import FeedForward, require_positive
 from peerjax.model import decode, empty_cache
 from peerjax.objectives.task import inputs_of
-from peerjax.planning.flops import forward_flops
 from peerjax.pool import ExpertPool, memory_report
 from peerjax.routing.auxiliary import DECODE, sow_loss
 from peerjax.routing.product_keys import product_key_choice

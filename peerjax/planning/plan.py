@@ -9,8 +9,8 @@ import ml_collections
 import rich.console
 
 from peerjax.config import model_config, validate
+from peerjax.flops import forward_flops
 from peerjax.objectives import language_model
-from peerjax.planning.flops import forward_flops
 from peerjax.planning.programs import Program, program_for
 from peerjax.planning.targets import GIB, MEMORY, check_target, kind_of
 from peerjax.pool import memory_report

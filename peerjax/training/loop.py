@@ -17,9 +17,9 @@ from peerjax.config import validate
 from peerjax.data.pipeline import Corpus, load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
 from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for, put_batch
+from peerjax.flops import forward_flops
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language
-from peerjax.planning.flops import forward_flops
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.routing.running_norm import has_moments
 from peerjax.sharding import make_mesh, state_shardings

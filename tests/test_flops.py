@@ -12,11 +12,11 @@ import pytest
 
 from configs import dense_small, moe_small, peer_small
 from peerjax.config import model_config
+from peerjax.flops import forward_flops
 from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.dense import DenseConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.model import Decoder
-from peerjax.planning.flops import forward_flops
 from peerjax.routing.token_choice import block_size
 from tests.conftest import compile_as_users_do
 from tests.test_model import CONFIG, MOE, MONET_HD, MONET_VD
