@@ -100,7 +100,7 @@ class ExpertPool:
         layers = self.weights.shape[0] if self.is_stack else 1
         return layers * self.num_experts * 2 * self.width
 
-    def at_layer(self, layer: Int[Array, ""]) -> ExpertPool:
+    def at_layer(self, layer: Int[Array, ""] | None) -> ExpertPool:
         """Returns a pool of the same arrays that is read at `layer`. Copies nothing."""
         return dataclasses.replace(self, layer=layer)
 

@@ -67,7 +67,7 @@ def lookup(
     """
     activation_by_name(activation)
     check_implementation(implementation)
-    if ids.shape != gates.shape or ids.shape[0] != x.shape[0]:
+    if (ids.ndim, x.ndim) != (2, 2) or ids.shape != gates.shape or ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"ids {ids.shape}, gates {gates.shape} and x {x.shape} are not [T, K], [T, K], [T, D]"
         )

@@ -37,9 +37,15 @@ class LookUp(nn.Module):
         """Looks up the experts of every token.
 
         Raises:
-            ValueError: if the choice and the pool have different numbers of experts.
+            ValueError: if the layer has no pool of the module's name, or the choice and the pool
+                have different numbers of experts.
         """
-        pool = context.pools[str(self.name)]
+        if self.name not in context.pools:
+            raise ValueError(
+                f"LookUp(name={self.name!r}) reads no pool of this layer, which has "
+                f"{', '.join(context.pools) or 'none'}; name a key of the layer's `pools`"
+            )
+        pool = context.pools[self.name]
         if choice.num_experts != pool.num_experts:
             raise ValueError(
                 f"the choice is among {choice.num_experts} experts, but the pool "

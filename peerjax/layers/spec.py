@@ -115,11 +115,11 @@ class FeedForward:
         In the first block of a period, `routed` is `None`. The other blocks of the period receive
         the `routed` that the first block returns.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define module(sizes, name)")
 
     def flops(self, width: int) -> dict[str, float]:
         """Returns the forward FLOPs of a token by part of the layer; a multiply-add counts as 2."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define flops(width)")
 
 
 def require_positive(spec: FeedForward, *names: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
 
@@ -26,14 +27,22 @@ EXPERT_IDS = "expert_ids"
 def sow_loss(layer: nn.Module, name: str, loss: Float[Array, ""]) -> None:
     """Adds a term to the loss that training differentiates.
 
-    The terms of all layers are summed. Training reports the mean of each term over the layers of a
-    stack. Evaluation ignores the terms.
+    The terms of all layers are summed. Training shows the mean of each term over the layers of a
+    stack. Evaluation ignores terms.
 
     Args:
-        layer: the layer that adds the term.
-        name: name of the term. A module may use each name once.
-        loss: the term, already multiplied by its weight.
+        layer: the module that adds the term.
+        name: name of the term. A module uses each name once.
+        loss: a scalar, already multiplied by its weight.
+
+    Raises:
+        ValueError: if the term is not a scalar.
     """
+    if jnp.shape(loss):
+        raise ValueError(
+            f"the loss term {name!r} has shape {jnp.shape(loss)}, but a term is a scalar; take its "
+            "mean or its sum"
+        )
     sow_last(layer, LOSSES, name, loss)
 
 

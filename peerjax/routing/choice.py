@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ class Choice:
     The choice of a stack of layers has leading axes.
 
     Attributes:
-        ids: expert numbers. N fills the places of a token with fewer than K experts.
-        gates: weights of the experts, float32.
+        ids: expert numbers, integers [*layers, T, K]. N fills the places of a token with fewer
+            than K experts.
+        gates: weights of the experts, float32 [*layers, T, K].
         num_experts: N, number of experts to choose from.
-        hidden_bias: bias that is added to the experts' hidden values, or `None`.
+        hidden_bias: bias that is added to the experts' hidden values, like the gates; or `None`.
     """
 
-    ids: Int[Array, "*S T K"]
-    gates: Float[Array, "*S T K"]
+    ids: Any  # `Any`, because JAX also makes trees of shapes
+    gates: Any
     num_experts: int = dataclasses.field(metadata={"static": True})
-    hidden_bias: Float[Array, "*S T K"] | None = None
+    hidden_bias: Any = None
 
     def limited(self, budget: Int[Array, "*S T"]) -> Choice:
         """Returns the choice with only the first `budget` experts of each token."""

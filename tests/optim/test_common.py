@@ -32,7 +32,7 @@ def of_pool(storage):
         tap = jax.grad(loss, argnums=1)(pool, Tap.zeros_for(ids, x))
         return jax.tree.map(lambda leaf: leaf[None], FactoredGradient.from_tap(ids, tap))
 
-    return pool, loss, gradient, lambda gradient: gradient.only_if(False)
+    return pool, loss, gradient, lambda gradient: gradient.only_if(jnp.bool_(False))
 
 
 def of_matrix(storage):
