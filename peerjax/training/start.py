@@ -11,8 +11,9 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import UpdateState
-from peerjax.config import model_config, validate
+from peerjax.config import feed_forwards, model_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
 from peerjax.layers.parameters import packed
@@ -58,14 +59,15 @@ class Source:
         """Checks that the weights fit the new run.
 
         Raises:
-            ConfigError: if the tokenizer, the vocabulary, the layers, the width or the shape of an
-                array differs. The message names the first difference.
+            ConfigError: if the tokenizer, the vocabulary, the layers, the width, a storage or the
+                shape of an array differs. The message names the first difference.
         """
         for name, old, new in (
             ("tokenizer", tokenizer_digest(self._workdir), tokenizer.digest),
             ("vocabulary", vocabulary_size(self._workdir), model.config.vocab_size),
             ("model.layers", tuple(self._old.model.layers), tuple(self._new.model.layers)),
             ("model.width", self._old.model.width, self._new.model.width),
+            *self._storages(model),
         ):
             if old != new:
                 hint = f"set data.tokenizer={self._workdir / TOKENIZER}"
@@ -82,6 +84,16 @@ class Source:
                     f"init_from={self._new.init_from} does not fit this run: {path} is {old} there "
                     f"and {new} here; set the fields of the layers to the values of that run"
                 )
+
+    def _storages(self, model: Decoder) -> list[tuple[str, str, str]]:
+        """Returns storages that must agree: int4 and int3, for example, have arrays alike."""
+        found = []
+        if any(spec.pools for spec, _ in model.config.layers):
+            found.append(("pool.storage", self._old.pool.storage, self._new.pool.storage))
+        for (old, _), (new, _) in zip(feed_forwards(self._old), model.config.layers, strict=False):
+            if old.packed_storage in CODES:  # floats are packed as the new run packs them
+                found.append((f"{new.section}.storage", old.packed_storage, new.packed_storage))
+        return found
 
     def state(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
         """Returns the state of a run before its first step, with the checkpoint's weights.
