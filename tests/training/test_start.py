@@ -60,7 +60,7 @@ def test_weights_and_fitting_accumulators_are_taken_and_all_else_starts_anew(
         )
     accumulators = [each for name, each in found.items() if "accumulators" in name]
     of_optimizer = {name: each for name, each in found.items() if "opt_state" in name}
-    moments = [each for name, each in of_optimizer.items() if re.search("moments|mu|nu", name)]
+    moments = [each for name, each in of_optimizer.items() if re.search(r"moments|\.mu|\.nu", name)]
     (accumulated,) = (each for name, each in old.items() if "accumulators" in name)
     if bits is None:
         np.testing.assert_array_equal(accumulators[0], accumulated)
