@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 
 from tests.elsewhere import python
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_write_the_same_codes(tmp_path):
     found = {}
     for devices in (1, 8):
