@@ -10,7 +10,9 @@ import pytest
 from peerjax.objectives import language
 from peerjax.objectives.task import inputs_of
 from peerjax.training.loop import train
+from peerjax.training.step import make_train_step
 from tests.training.test_resume import assert_same_run, losses
+from tests.training.test_step import make, make_batch
 from tests.training.tiny import STEPS, tiny_config
 
 
@@ -42,3 +44,20 @@ def test_it_trains_with_the_teacher_as_an_argument_and_resumes_bit_equally(corpu
     plain = losses(train(config, str(tmp_path / "plain")) or tmp_path / "plain")
     assert losses(tmp_path / "whole")[0] == plain[0]  # the teacher has no share yet
     assert losses(tmp_path / "whole")[-1] < plain[-1] / 2
+
+
+def test_the_teacher_is_no_constant_of_the_step():
+    config, task, optimizer, state = make()
+    teacher = task.init(jax.random.key(7))
+
+    def loss(logits, kept, batch, frozen, step):
+        return jnp.square(logits - task.model.apply(frozen, *inputs_of(batch))).mean(-1)
+
+    step = make_train_step(config, task._replace(loss=loss, frozen=teacher), optimizer)
+    constants = jax.make_jaxpr(step)(state, make_batch(), teacher).consts
+    assert sum(each.size for each in constants) < teacher["params"]["embed"]["embedding"].size
+    found = [
+        jax.jit(step)(state, make_batch(), each)[1]["loss"] for each in (teacher, state.variables)
+    ]
+    assert found[0] > 0
+    assert found[1] == 0  # a teacher that is the model itself
