@@ -109,18 +109,20 @@ class Attention(nn.Module):
             dense = nn.DenseGeneral(per_head, use_bias=False, dtype=self.dtype, name=name)
             return dense(x_BLD)
 
-        query = rotate(project("query"), context.positions, self.rope_base)
-        key = rotate(project("key"), context.positions, self.rope_base)
-        value = project("value")
+        query_BLHd = rotate(project("query"), context.positions, self.rope_base)
+        key_BSHd = rotate(project("key"), context.positions, self.rope_base)
+        value_BSHd = project("value")
         if cache is None:
             mask = same_document(context.segments)
         else:
-            cache = cache.written(context.layer, context.positions, key, value)
-            key, value = cache.key[context.layer], cache.value[context.layer]
-            mask = seen(context.positions, key.shape[1])
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=cache is None)
+            cache = cache.written(context.layer, context.positions, key_BSHd, value_BSHd)
+            key_BSHd, value_BSHd = cache.key[context.layer], cache.value[context.layer]
+            mask = seen(context.positions, key_BSHd.shape[1])
+        mixed_BLHd = jax.nn.dot_product_attention(
+            query_BLHd, key_BSHd, value_BSHd, mask=mask, is_causal=cache is None
+        )
         init = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "normal")
         out = nn.DenseGeneral(
             width, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="out"
         )
-        return out(mixed), cache
+        return out(mixed_BLHd), cache

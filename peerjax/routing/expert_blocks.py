@@ -15,15 +15,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.dispatch import Kernel, dispatch
 from peerjax.routing.token_choice import Slots, block_size, sorted_slots
+from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import BATCH
 
 
 def mixture(
-    x: Float[Array, "T D"],
-    ids: Int[Array, "T k"],
-    gates: Float[Array, "T k"],
-    down: Float[Array, "E D F"],
-    up: Float[Array, "E F D"],
+    x_TD: Float[Array, "T D"],
+    ids_Tk: Int[Array, "T k"],
+    gates_Tk: Float[Array, "T k"],
+    down_EDF: Float[Array, "E D F"],
+    up_EFD: Float[Array, "E F D"],
     *,
     activation: str,
     implementation: str | None = None,
@@ -34,34 +35,31 @@ def mixture(
     its own tokens.
 
     Args:
-        x: tokens, in the dtype of the computation.
-        ids: the experts that each token chose, all different.
-        gates: weights of these experts, float32.
-        down: first matrices of the experts, in the dtype of x.
-        up: second matrices of the experts, in the dtype of x.
+        x_TD: tokens, in the dtype of the computation.
+        ids_Tk: the experts that each token chose, all different.
+        gates_Tk: weights of these experts, float32.
+        down_EDF: first matrices of the experts, in the dtype of the tokens.
+        up_EFD: second matrices of the experts, in the dtype of the tokens.
         activation: "gelu" (exact), "relu" or "relu2".
         implementation: implementation in the form that `pallas_kernels.dispatch` takes. "xla"
             multiplies block by block, "mosaic_tpu" uses `jax.lax.ragged_dot`, and "mosaic_gpu"
             multiplies all blocks at once. Each of them runs on every platform.
     """
-    num_experts = down.shape[0]
+    num_experts = down_EDF.shape[0]
 
-    def local(x: Array, ids: Array, gates: Array, down: Array, up: Array) -> Array:
-        block = block_size(ids.size, num_experts)
-        slots = sorted_slots(ids, num_experts, block)
-        blocks = to_slots(x, slots).reshape(-1, block, x.shape[-1])
-        hidden = activation_by_name(activation)(
-            expert_dot(implementation, blocks, down, slots.expert)
+    def local(x_TD: Array, ids_Tk: Array, gates_Tk: Array, down_EDF: Array, up_EFD: Array) -> Array:
+        block = block_size(ids_Tk.size, num_experts)
+        slots = sorted_slots(ids_Tk, num_experts, block)
+        blocks_SbD = to_slots(x_TD, slots).reshape(-1, block, x_TD.shape[-1])
+        hidden_SbF = activation_by_name(activation)(
+            expert_dot(implementation, blocks_SbD, down_EDF, slots.expert)
         )
-        y_SD = expert_dot(implementation, hidden, up, slots.expert).reshape(-1, x.shape[-1])
-        y_TkD = from_slots(y_SD, slots).astype(jnp.float32)
-        return jnp.einsum("tkd,tk->td", y_TkD, gates).astype(x.dtype)
+        y_SbD = expert_dot(implementation, hidden_SbF, up_EFD, slots.expert)
+        y_TkD = from_slots(y_SbD.reshape(-1, x_TD.shape[-1]), slots).astype(jnp.float32)
+        return jnp.einsum("tkd,tk->td", y_TkD, gates_Tk).astype(x_TD.dtype)
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(x, ids, gates, down, up)
-    # No check_vma, because a custom backward pass cannot state which cotangents vary over an axis.
-    over_mesh = partial(jax.shard_map, check_vma=False, out_specs=BATCH)
-    return over_mesh(local, in_specs=(BATCH, BATCH, BATCH, P(), P()))(x, ids, gates, down, up)
+    operands = (x_TD, ids_Tk, gates_Tk, down_EDF, up_EFD)
+    return over_mesh(local, (BATCH, BATCH, BATCH, P(), P()), BATCH)(*operands)
 
 
 @jax.custom_vjp

@@ -27,7 +27,7 @@ class Slots(NamedTuple):
     expert: Int[Array, " blocks"]
 
 
-def gates_of(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, "T k"]:
+def gates_of(logits_TE: Float[Array, "T E"], ids_Tk: Int[Array, "T k"]) -> Float[Array, "T k"]:
     """Returns the gates of the chosen experts: their probabilities, divided by their sum.
 
     This is the softmax over the chosen logits alone, as in Mixtral. With k = 1 it would always be
@@ -35,21 +35,21 @@ def gates_of(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array
     Switch Transformer.
 
     Args:
-        logits: logits of the router, float32.
-        ids: the experts that each token chose.
+        logits_TE: logits of the router, float32.
+        ids_Tk: the experts that each token chose.
 
     References:
         Jiang et al., "Mixtral of Experts", arXiv:2401.04088, section 2.1; Zoph et al., "ST-MoE",
         arXiv:2202.08906, appendix D (top-n routing); Fedus et al., "Switch Transformers",
         arXiv:2101.03961, eq. 2.
     """
-    chosen = jnp.take_along_axis(logits, ids, axis=-1)
-    if ids.shape[-1] == 1:
-        return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(logits_TE, ids_Tk, axis=-1)
+    if ids_Tk.shape[-1] == 1:
+        return jnp.exp(chosen - jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True))
     return jax.nn.softmax(chosen, axis=-1)
 
 
-def balance_loss(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[Array, ""]:
+def balance_loss(logits_TE: Float[Array, "T E"], ids_Tk: Int[Array, "T k"]) -> Float[Array, ""]:
     """Returns `E * sum_i f_i P_i`, which is 1 if experts are used evenly, and at most E.
 
     f_i is the share of expert i in the T * k choices. No gradient flows through it. P_i is the mean
@@ -60,9 +60,9 @@ def balance_loss(logits: Float[Array, "T E"], ids: Int[Array, "T k"]) -> Float[A
     References:
         Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
     """
-    num_experts = logits.shape[-1]
-    share = counts_of(ids, num_experts) / ids.size
-    probability = jax.nn.softmax(logits, axis=-1).mean(0)
+    num_experts = logits_TE.shape[-1]
+    share = counts_of(ids_Tk, num_experts) / ids_Tk.size
+    probability = jax.nn.softmax(logits_TE, axis=-1).mean(0)
     return num_experts * jnp.sum(share * probability)
 
 
