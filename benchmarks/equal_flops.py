@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from benchmarks.protocol import RECIPE
+from benchmarks.recipes import config_of
 from benchmarks.sweep import Run, Settings, at_once, from_seeds, tune_rates
-from configs import quickstart
 from peerjax.config import model_config
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.flops import forward_flops
@@ -63,7 +62,7 @@ class Trained(NamedTuple):
 
 def arm_of(settings: Settings) -> Arm:
     """Returns the recipe with other settings, and its sizes."""
-    model = Decoder(model_config(config_of(settings), Tokenizer.load().vocab_size))
+    model = Decoder(model_config(config_of(RECIPE, **settings), Tokenizer.load().vocab_size))
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)
     in_pools = count_expert_parameters(variables.get("pools", {}))
@@ -71,16 +70,9 @@ def arm_of(settings: Settings) -> Arm:
     return Arm(settings, flops_of(settings), parameters, in_pools)
 
 
-def config_of(settings: Settings) -> ml_collections.ConfigDict:
-    """Returns the recipe with other settings."""
-    config = quickstart.get_config()
-    config.update_from_flattened_dict(settings)
-    return config
-
-
 def flops_of(settings: Settings) -> float:
     """Returns the forward FLOPs a token of the recipe with other settings."""
-    config = config_of(settings)
+    config = config_of(RECIPE, **settings)
     model = model_config(config, Tokenizer.load().vocab_size)
     return sum(forward_flops(model, config.data.sequence_length).values())
 

@@ -16,10 +16,10 @@ from benchmarks.monet_models import HD, MODELS, PEER, arm_named
 from benchmarks.protocol import RECIPE
 from benchmarks.result import Result
 from peerjax.data.pipeline import load_corpus, train_batches
-from peerjax.evaluation import put_batch
 from peerjax.inference.trained import open_run, restore
 from peerjax.objectives import language_model
 from peerjax.sharding import make_mesh
+from peerjax.sharding.batches import put_batch
 from peerjax.training.gradients import loss_and_gradients
 
 STEPS, TURNS = 40, 3

@@ -43,11 +43,6 @@ class ModelConfig:
         """Number of blocks."""
         return sum(count for _, count in self.layers)
 
-    @property
-    def routes(self) -> bool:
-        """Whether any layer has experts."""
-        return any(spec.routes for spec, _ in self.layers)
-
     def sizes(self, spec: FeedForward) -> Sizes:
         """Returns the settings that layers of a kind share with all other layers.
 
@@ -67,6 +62,11 @@ class ModelConfig:
         """Returns the name of a stack in metrics, from its key in trees, such as "run_1"."""
         layers = self.place((key, BLOCK)).layers
         return f"layer_{layers[0]}" if len(layers) == 1 else f"layers_{layers[0]}-{layers[-1]}"
+
+    def pool_name(self, key: str, pool: str) -> str:
+        """Returns what names of metrics add for a pool: its name, if layers have several."""
+        spec, _ = self.layers[self.place((key, BLOCK)).stack]
+        return f".{pool}" if len(spec.pools) > 1 else ""
 
     def place(self, path: tuple[str, ...]) -> Place:
         """Returns the location of a module from its path, such as `("run_1", "block", "peer")`."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from typing import ClassVar
 
 import flax.linen as nn
@@ -30,10 +29,9 @@ from peerjax.routing.auxiliary import DECODE, sow_loss
 from peerjax.routing.product_keys import product_key_choice
 from peerjax.sharding import make_mesh
 from peerjax.training.gradients import loss_and_gradients
-from peerjax.training.loop import train
-from tests.training.test_resume import assert_same_run, metrics_file
+from tests.training.test_resume import assert_resumes, metrics_file
 from tests.training.test_step import ROWS, VOCABULARY, as_rows, assert_close, make, make_batch
-from tests.training.tiny import STEPS, tiny_config
+from tests.training.tiny import tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +101,7 @@ FLOATS = {"model.layers": (("dense", 1), ("twin", 2)), "pool.storage": "float32"
 def test_it_trains_resumes_is_sampled_and_evaluated(corpus, tmp_path, capsys):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1), ("twin", 2))
-    train(config, str(tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
-    train(config, str(tmp_path / "resumed"))
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    assert_resumes(config, tmp_path)
 
     records = [json.loads(line) for line in metrics_file(tmp_path / "whole").splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

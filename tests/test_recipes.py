@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.recipes import config_of
 from peerjax.config import model_config, validate
 from peerjax.evaluation.codes import code_statistics
 from peerjax.evaluation.usage import GateSums
@@ -18,10 +19,6 @@ from tests.conftest import REPOSITORY
 RECIPES = sorted(path.stem for path in Path(REPOSITORY, "configs").glob("*.py"))
 # Park et al., arXiv:2412.04139, table 6.
 MONETS = {"monet_850m": 853_501_440, "monet_1_4b": 1_465_157_632, "monet_4_1b": 4_173_401_088}
-
-
-def config_of(recipe):
-    return importlib.import_module(f"configs.{recipe}").get_config()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

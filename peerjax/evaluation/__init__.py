@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.evaluation.codes import Codes
-from peerjax.evaluation.evaluate import evaluate, put_batch
+from peerjax.evaluation.evaluate import evaluate
 from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.probe import ALL, Evaluation, Probe, figures_of
 from peerjax.evaluation.usage import Usage
@@ -17,7 +17,6 @@ __all__ = [
     "evaluate",
     "figures_of",
     "probes_for",
-    "put_batch",
 ]
 
 # Probes of training and `evaluate.py`, in the order of their tables. To add a probe, add a line.

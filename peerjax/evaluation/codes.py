@@ -55,7 +55,7 @@ class Codes(Probe):
                 if not pool.is_packed:
                     continue
                 statistics = jax.device_get(_code_statistics(pool))
-                suffix = "" if len(of_stack) == 1 else f".{name}"
+                suffix = model.config.pool_name(stack, name)
                 layers = model.config.place((stack, "block")).layers
                 for layer, histogram, saturated, log_scale in zip(layers, *statistics, strict=True):
                     found[f"layer_{layer}{suffix}"] = {

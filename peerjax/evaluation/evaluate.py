@@ -16,9 +16,7 @@ from peerjax.evaluation.probe import ALL, Evaluation, Probe
 from peerjax.model import Decoder
 from peerjax.objectives.task import inputs_of
 from peerjax.optim import dequantize
-from peerjax.sharding import BATCH, sharding_of
-
-Probes = tuple[tuple[str, Probe], ...]
+from peerjax.sharding.batches import put_whole
 
 
 def evaluate(
@@ -46,69 +44,64 @@ def evaluate(
         The results of probes, by text and then by probe.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    groups = _by_given({name: each for name, each in probes.items() if not each.of_model})
-    zeros = jax.jit(lambda: {name: each.zeros(model) for name, each in probes.items()})
-    total, found = zeros(), {}
+    of_text = {name: each for name, each in probes.items() if not each.of_model}
+    groups = _by_given(of_text)
+    total, found = _zeros(model, of_text), {}
     for domain, text in texts.items():
-        sums, chosen = zeros(), rows(text)
+        sums, chosen = _zeros(model, of_text), rows(text)
         for first in range(0, len(chosen), batch_size):
             batch = put_whole(mesh, _padded(text, chosen[first : first + batch_size], batch_size))
-            for group in groups:
-                names = [name for name, _ in group]
-                both = {name: (total[name], sums[name]) for name in names}
-                given = {**variables, **group[0][1].given}
-                for name, (of_all, of_text) in _add(model, group, both, given, batch).items():
-                    total[name], sums[name] = of_all, of_text
+            for names in groups:
+                group = tuple(of_text[name] for name in names)
+                both = tuple((total[name], sums[name]) for name in names)
+                added = _add(model, group, both, {**variables, **group[0].given}, batch)
+                for name, (of_all, of_domain) in zip(names, added, strict=True):
+                    total[name], sums[name] = of_all, of_domain
         found[domain] = {
-            name: probe.result(model, sums[name], variables)
-            for name, probe in probes.items()
-            if not probe.of_model
+            name: probe.result(model, sums[name], variables) for name, probe in of_text.items()
         }
-    whole = {name: probe.result(model, total[name], variables) for name, probe in probes.items()}
+    whole = {
+        name: probe.result(model, total.get(name, ()), variables) for name, probe in probes.items()
+    }
     return {ALL: whole, **found}
 
 
-def _by_given(probes: Mapping[str, Probe]) -> list[Probes]:
-    """Groups probes that share a forward pass."""
-    groups: dict[int, list[tuple[str, Probe]]] = {}
+def _by_given(probes: Mapping[str, Probe]) -> list[list[str]]:
+    """Groups the names of probes that share a forward pass."""
+    groups: dict[int, list[str]] = {}
     for name, probe in probes.items():
-        groups.setdefault(id(probe.given) if probe.given else 0, []).append((name, probe))
-    return [tuple(group) for group in groups.values()]
+        groups.setdefault(id(probe.given) if probe.given else 0, []).append(name)
+    return list(groups.values())
+
+
+def _zeros(model: Decoder, probes: Mapping[str, Probe]) -> dict[str, Any]:
+    return {name: _zeros_of(model, probe) for name, probe in probes.items()}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _zeros_of(model: Decoder, probe: Probe) -> Any:
+    return probe.zeros(model)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _add(
     model: Decoder,
-    probes: Probes,
-    sums: dict[str, Any],
+    probes: tuple[Probe, ...],
+    sums: tuple[Any, ...],
     variables: dict[str, Any],
     batch: dict[str, Array],
-) -> dict[str, Any]:
-    """Adds a batch to the sums of all text and to those of the current domain."""
-    keeps = sorted({name for _, probe in probes for name in probe.keeps})
+) -> tuple[Any, ...]:
+    """Adds a batch to the sums of all text and to those of the current domain.
+
+    The names of probes are no arguments, so that equal probes share one compiled program.
+    """
+    keeps = sorted({name for probe in probes for name in probe.keeps})
     logits, kept = model.apply(dequantize(variables), *inputs_of(batch), mutable=keeps)
     kept = {name: kept.get(name, {}) for name in keeps}
-    return {
-        name: tuple(probe.add(model, each, logits, kept, batch) for each in sums[name])
-        for name, probe in probes
-    }
-
-
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places a process's rows on the mesh as its part of the global batch."""
-    sharding = sharding_of(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()
-    }
-
-
-def put_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places a batch on the mesh. Every process must have the whole batch."""
-    sharding = sharding_of(mesh, BATCH)
-    return {
-        name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-        for name, leaf in batch.items()
-    }
+    return tuple(
+        tuple(probe.add(model, each, logits, kept, batch) for each in both)
+        for probe, both in zip(probes, sums, strict=True)
+    )
 
 
 def _padded(rows: PackedRows, chosen: Sequence[int], size: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.evaluation.probe import Probe
@@ -16,20 +16,44 @@ from peerjax.model import Decoder
 from peerjax.objectives.language import next_token_loss
 
 
+class Sum(NamedTuple):
+    """A sum in float32 with the part that float32 could not add (Neumaier's summation).
+
+    Sums of integers below 2^24 are exact far beyond the range of int32.
+    """
+
+    value: Float[Array, ""]
+    rest: Float[Array, ""]
+
+    @staticmethod
+    def zero() -> Sum:
+        """Returns the empty sum."""
+        return Sum(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+    def plus(self, value: Float[Array, ""]) -> Sum:
+        """Adds a value."""
+        total = self.value + value
+        larger = jnp.abs(self.value) >= jnp.abs(value)
+        lost = jnp.where(larger, (self.value - total) + value, (value - total) + self.value)
+        return Sum(total, self.rest + lost)
+
+    def on_host(self) -> float:
+        """Returns the sum in float64."""
+        return self.value.item() + self.rest.item()
+
+
 class LossSums(NamedTuple):
     """Sums over text.
 
     Attributes:
-        nats: sum of the loss.
-        rest: part of the loss that float32 could not add to `nats` (Kahan's compensation).
+        nats: loss.
         tokens: number of targets.
-        num_bytes: number of bytes of the targets.
+        num_bytes: bytes of the targets.
     """
 
-    nats: Float[Array, ""]
-    rest: Float[Array, ""]
-    tokens: Int[Array, ""]
-    num_bytes: Int[Array, ""]
+    nats: Sum
+    tokens: Sum
+    num_bytes: Sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +80,8 @@ class Loss(Probe):
         return cls(tuple(tokenizer.bytes_per_token().tolist()))
 
     def zeros(self, model: Decoder) -> LossSums:
-        """Returns the sums before any text is read."""
-        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        return LossSums(zero, zero, none, none)
+        """Returns sums of zero."""
+        return LossSums(*[Sum.zero() for _ in LossSums._fields])
 
     def add(
         self, model: Decoder, sums: LossSums, logits_BLV: Array, kept: Any, batch: dict[str, Array]
@@ -66,25 +89,20 @@ class Loss(Probe):
         """Adds a batch to the sums."""
         losses_BL = next_token_loss(logits_BLV, kept, batch, (), 0)
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], losses_BL.shape)
-        nats, rest = _compensated(sums.nats, sums.rest, jnp.sum(losses_BL * weight_BL))
-        counted_BL = weight_BL.astype(jnp.int32)
-        of_targets_BL = jnp.array(self.token_bytes, jnp.int32)[batch["targets"]]
+        bytes_BL = jnp.array(self.token_bytes, jnp.float32)[batch["targets"]]
+        values = (losses_BL * weight_BL, weight_BL, bytes_BL * weight_BL)
         return LossSums(
-            nats,
-            rest,
-            sums.tokens + jnp.sum(counted_BL),
-            sums.num_bytes + jnp.sum(counted_BL * of_targets_BL),
+            *[own.plus(jnp.sum(value)) for own, value in zip(sums, values, strict=True)]
         )
 
     def result(self, model: Decoder, sums: LossSums, variables: Any) -> dict[str, float]:
-        """Returns means over the text, and the numbers of tokens and bytes."""
-        nats, rest, tokens, num_bytes = (each.item() for each in sums)
-        nats += rest
+        """Returns means over the text, and its size."""
+        nats, tokens, num_bytes = (each.on_host() for each in sums)
         return {
             "nats_per_token": nats / tokens,
             "bits_per_byte": nats / (num_bytes * math.log(2)),
-            "tokens": tokens,
-            "bytes": num_bytes,
+            "tokens": int(tokens),
+            "bytes": int(num_bytes),
         }
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
@@ -93,11 +111,3 @@ class Loss(Probe):
             f"validation/{text}/{measure}": result[measure]
             for measure in ("nats_per_token", "bits_per_byte")
         }
-
-
-def _compensated(total: Array, rest: Array, value: Array) -> tuple[Array, Array]:
-    """Adds a value to a sum in two parts (Neumaier's variant of Kahan's summation)."""
-    new = total + value
-    larger = jnp.abs(total) >= jnp.abs(value)
-    lost = jnp.where(larger, (total - new) + value, (value - new) + total)
-    return new, rest + lost

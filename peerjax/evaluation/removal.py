@@ -66,7 +66,7 @@ def checked_domains(
     """
     if not domains:
         return []
-    if not model.config.routes:
+    if not routers(model):
         raise ConfigError("no layer of this model has experts that could be removed")
     there = ", ".join(texts)
     if len(texts) < 2:

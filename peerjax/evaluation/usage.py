@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 CURVE_POINTS = 256
 
 
-class Router:
+class Router(NamedTuple):
     """A module that sows its choices.
 
     Attributes:
@@ -29,8 +29,9 @@ class Router:
         num_experts: N, number of experts to choose from.
     """
 
-    def __init__(self, path: tuple[str, ...], names: tuple[str, ...], num_experts: int):
-        self.path, self.names, self.num_experts = path, names, num_experts
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    num_experts: int
 
 
 @functools.cache

@@ -44,11 +44,6 @@ class MoeConfig(FeedForward):
     activation: str = "gelu"
     balance_weight: float = 1e-2
 
-    @property
-    def routes(self) -> bool:
-        """Always true, although the layer has no pool."""
-        return True
-
     def check(self, width: int) -> None:
         """Raises a ValueError if a field is out of range or k exceeds the number of experts."""
         require_positive(self, "num_experts", "experts_per_token", "hidden")

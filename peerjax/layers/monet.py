@@ -66,11 +66,6 @@ class MonetConfig(FeedForward):
         """Number of consecutive blocks that share a router."""
         return self.group
 
-    @property
-    def routes(self) -> bool:
-        """Always true, although the layer has no pool."""
-        return True
-
     def check(self, width: int) -> None:
         """Raises a ValueError if fields are out of range or do not fit together."""
         require_positive(self, "expert_width", "heads", "top_k", "group")

@@ -93,11 +93,6 @@ class FeedForward:
         return {}
 
     @property
-    def routes(self) -> bool:
-        """Whether the layer chooses among experts and sows its choice."""
-        return bool(self.pools)
-
-    @property
     def packed_storage(self) -> str:
         """Storage of the `packable` parameters."""
         return getattr(self, "storage", "float32")

@@ -41,7 +41,9 @@ def product_key_choice(
         is_on_HTk = gate.is_on(pair_scores(*fixed, ids_HTk))
         ids_HTk = jnp.where(is_on_HTk, ids_HTk, num_experts)
     ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
-    gates_HTk = gate.weigh(pair_scores(scores1_HTN, scores2_HTM, ids_HTk))
+    # "No expert" has no score. Any will do, because its gate becomes 0.
+    scored_HTk = jnp.minimum(ids_HTk, num_experts - 1)
+    gates_HTk = gate.weigh(pair_scores(scores1_HTN, scores2_HTM, scored_HTk))
     if gate.is_on is not None:
         gates_HTk = jnp.where(ids_HTk == num_experts, 0, gates_HTk)
     ids_TK = ids_HTk.swapaxes(0, 1).reshape(ids_HTk.shape[1], -1)

@@ -1,12 +1,15 @@
-"""Splitting of batches over a mesh."""
+"""Batches over a mesh."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from peerjax.sharding.rules import BATCH
+from peerjax.sharding.rules import BATCH, sharding_of
 
 
 def split_rows(batch: Any, parts: int) -> Any:
@@ -19,3 +22,20 @@ def split_rows(batch: Any, parts: int) -> Any:
         return jax.lax.with_sharding_constraint(leaf, P(None, *BATCH))
 
     return jax.tree.map(split, batch)
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Places a process's rows on the mesh as its part of the global batch."""
+    sharding = sharding_of(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()
+    }
+
+
+def put_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Places a batch on the mesh. Every process must have the whole batch."""
+    sharding = sharding_of(mesh, BATCH)
+    return {
+        name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+        for name, leaf in batch.items()
+    }

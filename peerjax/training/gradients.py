@@ -1,6 +1,5 @@
 """The gradient of a batch: arrays for params, and factored gradients for pools."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -159,10 +158,13 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
-def map_pools(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps a function over the factored gradients of trees like the pools."""
-    is_gradient = lambda node: isinstance(node, FactoredGradient)  # noqa: E731
-    return jax.tree.map(function, tree, *rest, is_leaf=is_gradient)
+def only_if(condition: Bool[Array, ""], pools: Any) -> Any:
+    """Returns the factored gradients of a tree, or gradients that hit no expert."""
+    return jax.tree.map(
+        lambda gradient: gradient.only_if(condition),
+        pools,
+        is_leaf=lambda node: isinstance(node, FactoredGradient),
+    )
 
 
 def _interleaved(blocks: list[FactoredGradient]) -> FactoredGradient:

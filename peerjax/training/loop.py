@@ -16,13 +16,14 @@ from peerjax.atomic import alone_in, make_folder
 from peerjax.config import validate
 from peerjax.data.pipeline import Corpus, load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
-from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for, put_batch
+from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for
 from peerjax.flops import forward_flops
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.routing.running_norm import has_moments
 from peerjax.sharding import make_mesh, state_shardings
+from peerjax.sharding.batches import put_batch
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters, steps_in
 from peerjax.training.gradients import gradient_shapes

@@ -17,7 +17,7 @@ from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
 from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
 from peerjax.sharding.batches import split_rows
-from peerjax.training.gradients import all_finite, loss_and_gradients, map_pools
+from peerjax.training.gradients import all_finite, loss_and_gradients, only_if
 from peerjax.training.optimizer import learning_rate_schedule
 from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState
 
@@ -48,7 +48,7 @@ def make_train_step(
         finite = all_finite((loss, grads, factored))
         # Pools are rewritten in place, so the old ones cannot be restored. Gradients of a skipped
         # step are set to zero, so that pools and other packed parameters do not change.
-        factored = map_pools(lambda gradient: gradient.only_if(finite), factored)
+        factored = only_if(finite, factored)
         gradient_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), grads)
         gradients = {PARAMS: grads, POOLS: factored}
@@ -123,27 +123,14 @@ def update_metrics(config: ModelConfig, pools: Any, opt_state: Any) -> Metrics:
     """
     statistics = optax.tree.get(opt_state, "statistics", {}).get(POOLS, {})
     metrics = {}
-    for name, (pool, counts) in _by_name(config, pools, statistics).items():
-        counts = jax.tree.map(jnp.mean, counts)
-        metrics[f"experts_hit/{name}"] = counts.experts / pool.num_experts
-        weights = jnp.maximum(counts.rows * pool.width, 1)
-        metrics[f"pool_step/{name}"] = counts.step_size / weights
-        if pool.is_packed:
-            metrics[f"pool_clipped/{name}"] = counts.clipped / weights
-            metrics[f"pool_grown/{name}"] = counts.grown / jnp.maximum(counts.rows, 1)
+    for stack, of_stack in statistics.items():
+        for own_name, of_layers in of_stack.items():
+            name = config.stack_name(stack) + config.pool_name(stack, own_name)
+            pool, counts = pools[stack][own_name], jax.tree.map(jnp.mean, of_layers)
+            metrics[f"experts_hit/{name}"] = counts.experts / pool.num_experts
+            weights = jnp.maximum(counts.rows * pool.width, 1)
+            metrics[f"pool_step/{name}"] = counts.step_size / weights
+            if pool.is_packed:
+                metrics[f"pool_clipped/{name}"] = counts.clipped / weights
+                metrics[f"pool_grown/{name}"] = counts.grown / jnp.maximum(counts.rows, 1)
     return metrics
-
-
-def _by_name(config: ModelConfig, pools: Any, tree: Any) -> dict[str, tuple[ExpertPool, Any]]:
-    """Returns each pool with its value in a tree, by the name of its stack in metrics.
-
-    The pool's name is added if layers have several pools.
-    """
-    return {
-        config.stack_name(stack) + (f".{name}" if len(of_stack) > 1 else ""): (
-            pools[stack][name],
-            found,
-        )
-        for stack, of_stack in tree.items()
-        for name, found in of_stack.items()
-    }

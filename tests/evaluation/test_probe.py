@@ -15,7 +15,7 @@ from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_e
 from peerjax.inference.trained import open_run
 from peerjax.objectives.task import inputs_of
 from peerjax.sharding import make_mesh
-from tests.training.test_step import VOCABULARY, as_rows, make, make_batch
+from tests.training.test_step import ROWS, VOCABULARY, as_rows, make, make_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +67,24 @@ def test_padding_does_not_count_and_all_text_is_the_sum_of_its_domains():
         assert (result["tokens"], result["bytes"]) == (part.size, 2 * part.size)
         assert found[text]["certainty"]["read"] == part.size
     assert result["bits_per_byte"] == pytest.approx(losses.mean() / 2 / np.log(2), rel=1e-6)
+
+
+def test_equal_probes_share_one_program_whatever_they_are_called_and_given():
+    traced = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Traced(Probe):
+        def add(self, model, sums, logits_BLV, kept, batch):
+            traced.append(self)
+            return sums
+
+        def result(self, model, sums, variables):
+            return {}
+
+    _, task, _, state = make()
+    probes = {name: Traced(given={"more": {"of": np.ones(2)}}) for name in ("one", "two", "three")}
+    evaluate(
+        task.model, state.variables, {"text": as_rows(make_batch())}, probes,
+        make_mesh(jax.devices()[:1]), rows=lambda text: range(ROWS), batch_size=ROWS,
+    )  # fmt: skip
+    assert len(traced) == 2  # for the sums of all text and of the domain

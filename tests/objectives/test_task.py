@@ -1,7 +1,5 @@
 """A task with a frozen teacher and a schedule, trained by the loop that trains everything."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +9,7 @@ from peerjax.objectives import language
 from peerjax.objectives.task import inputs_of
 from peerjax.training.loop import train
 from peerjax.training.step import make_train_step
-from tests.training.test_resume import assert_same_run, losses
+from tests.training.test_resume import assert_resumes, losses
 from tests.training.test_step import make, make_batch
 from tests.training.tiny import STEPS, tiny_config
 
@@ -36,11 +34,7 @@ def from_teacher(config, corpus):
 def test_it_trains_with_the_teacher_as_an_argument_and_resumes_bit_equally(corpus, tmp_path):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1),)
-    train(config, str(tmp_path / "whole"), from_teacher)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
-    train(config, str(tmp_path / "resumed"), from_teacher)
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    assert_resumes(config, tmp_path, from_teacher)
     plain = losses(train(config, str(tmp_path / "plain")) or tmp_path / "plain")
     assert losses(tmp_path / "whole")[0] == plain[0]  # the teacher has no share yet
     assert losses(tmp_path / "whole")[-1] < plain[-1] / 2

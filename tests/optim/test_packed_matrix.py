@@ -14,15 +14,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels.counter_hash import hash_words
 from peerjax import optim
+from tests.pallas_kernels.levels import SPREAD, TOP
 
 WIDTHS = [3, 8, 20, 64]
-TOP = {"int8": 127, "int4": 7, "int3": 3, "ternary": 1}
-SPREAD = {
-    "int8": 0.25,
-    "int4": 0.37,
-    "int3": 0.51,
-    "ternary": 0.82,
-}  # RMS of codes over the largest, to which scales go
 
 
 def matrix(width=20, rows=6, seed=0, storage="int4"):

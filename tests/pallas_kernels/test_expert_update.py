@@ -15,20 +15,14 @@ from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import BITS, pack_experts, read_codes
 from peerjax.pool import initialize_pool
 from tests.conftest import compile_as_users_do
+from tests.pallas_kernels.levels import SPREAD, TOP
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
-TOP = {"int8": 127, "int4": 7, "int3": 3, "ternary": 1}
 OTHERS = [
     *[("int4", 0), ("int4", 2), ("int4", 8), ("int8", 4)],
     *[("int3", 4), ("int3", 0), ("ternary", 2), ("ternary", 4)],
 ]
-SPREAD = {
-    "int8": 0.25,
-    "int4": 0.37,
-    "int3": 0.51,
-    "ternary": 0.82,
-}  # RMS of codes over the largest, to which scales go
 RULE = Hyperparameters(learning_rate=0.02)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import integer_step
+from tests.pallas_kernels.levels import TOP
 
-TOP = {"int8": 127, "int4": 7, "int3": 3, "ternary": 1}
 PAIRS = [("int8", 8), *itertools.product(["int4", "int3", "ternary"], [0, 2, 4, 8])]
 
 

@@ -12,8 +12,8 @@ from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import BITS, read_codes
 from peerjax.pool import initialize_pool
 from tests.conftest import compile_as_users_do
+from tests.pallas_kernels.levels import SPREAD
 from tests.pallas_kernels.test_expert_lookup import assert_close, naive
-from tests.pallas_kernels.test_expert_update import SPREAD
 
 LAYERS, N, D, T, K = 3, 40, 64, 37, 6
 

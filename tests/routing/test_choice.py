@@ -79,6 +79,9 @@ def test_an_expert_that_a_gate_turns_off_is_no_expert():
     off = np.asarray(choice.ids) == 36
     assert off.any()
     assert not np.asarray(choice.gates)[off].any()
+    softmax = gate._replace(weigh=jax.nn.softmax)
+    gradient = jax.grad(lambda s: jnp.sum(product_key_choice(s, scores2, 4, softmax).gates ** 2))
+    assert np.all(np.isfinite(gradient(scores1)))
 
 
 def test_a_budget_and_removal_act_on_what_is_looked_up():

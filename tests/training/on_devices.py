@@ -11,11 +11,12 @@ import sys
 import jax
 import numpy as np
 
-from peerjax.evaluation import evaluate, put_batch
+from peerjax.evaluation import evaluate
 from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.removal import removed_collection
 from peerjax.evaluation.usage import GateSums
 from peerjax.sharding import make_mesh
+from peerjax.sharding.batches import put_batch
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.step import make_train_step
 from tests.training.test_step import ROWS, VOCABULARY, as_rows, make, make_batch

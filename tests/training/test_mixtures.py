@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,10 @@ import pytest
 from peerjax.config import validate
 from peerjax.errors import ConfigError
 from peerjax.training.gradients import loss_and_gradients
-from peerjax.training.loop import train
 from tests.elsewhere import python
-from tests.training.test_resume import assert_same_run, metrics_file
+from tests.training.test_resume import assert_resumes, metrics_file
 from tests.training.test_step import LENGTH, ROWS, assert_close, make, make_batch
-from tests.training.tiny import STEPS, tiny_config
+from tests.training.tiny import tiny_config
 
 WEIGHT = 0.5
 
@@ -92,11 +90,7 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
 def test_a_run_of_mixtures_and_dense_layers_resumes_bit_equally(corpus, tmp_path):
     config = tiny_config(corpus)
     config.model.layers = (("dense", 1), ("moe", 1))
-    train(config, str(tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
-    train(config, str(tmp_path / "resumed"))
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    assert_resumes(config, tmp_path)
 
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert report["experts"].keys() == {"layer_1"}

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from peerjax.training.checkpoint import count_parameters
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
 from peerjax.training.step import make_first_statistics, make_train_step
-from tests.training.test_resume import assert_same_run, metrics_file
+from tests.training.test_resume import assert_resumes, metrics_file
 from tests.training.test_step import assert_close, make, make_batch
-from tests.training.tiny import STEPS, tiny_config
+from tests.training.tiny import tiny_config
 
 CHANGES = {"monet.num_experts": 64, "monet.top_k": 2, "model.layers": (("monet_hd", 4),)}
 
@@ -35,12 +34,10 @@ def test_learns_resumes_bit_equally_and_goes_on_with_a_prompt(kind, storage, cor
     config.update_from_flattened_dict(CHANGES)
     config.model.layers = (("dense", 1), (kind, 4))
     config.monet.storage = storage
-    train(config, str(tmp_path / "whole"))
     if storage == "int4":  # the state of a float Monet is that of dense layers
-        shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(STEPS))
-        train(config, str(tmp_path / "resumed"))
-        assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+        assert_resumes(config, tmp_path)
+    else:
+        train(config, str(tmp_path / "whole"))
 
     records = [json.loads(line) for line in metrics_file(tmp_path / "whole").splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

@@ -49,6 +49,15 @@ def assert_same_run(workdir, other):
         np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
 
 
+def assert_resumes(config, folder, *make_task):
+    """Trains in `folder / "whole"`, and again from the checkpoint before the last, bit-equally."""
+    train(config, str(folder / "whole"), *make_task)
+    shutil.copytree(folder / "whole", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoints" / str(STEPS))
+    train(config, str(folder / "resumed"), *make_task)
+    assert_same_run(folder / "whole", folder / "resumed")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
     """A run finished in one go, not to be changed."""
