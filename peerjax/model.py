@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -277,6 +278,21 @@ class Decoder(nn.Module):
         logits_TV = head(x_BLD.reshape(-1, config.width)).astype(jnp.float32)
         logits_BLV = logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
         return logits_BLV if cache is None else (logits_BLV, caches)
+
+
+@functools.cache
+def kept_shapes(model: Decoder) -> dict[str, Any]:
+    """Returns the shapes of the collections "routing" and "taps", for one token per device.
+
+    Axis 1 of every array is that of tokens. The model is traced once, whatever the batch is.
+    """
+
+    def kept() -> dict[str, Any]:
+        tokens_BL = jnp.zeros((jax.device_count(), 1), jnp.int32)
+        variables = model.init(jax.random.key(0), tokens_BL, tokens_BL)
+        return {name: variables.get(name, {}) for name in (ROUTING, TAPS)}
+
+    return jax.eval_shape(kept)
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peerjax.evaluation.probe import ALL, Probe
-from peerjax.model import Decoder
+from peerjax.model import Decoder, kept_shapes
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 
 # Number of ranks, evenly spread on a logarithmic scale, at which `Usage` reads shares of experts.
@@ -37,13 +37,7 @@ class Router(NamedTuple):
 @functools.cache
 def routers(model: Decoder) -> tuple[Router, ...]:
     """Returns the modules of a model that sow their choices, in the order of their layers."""
-
-    def routing() -> Any:
-        # Shapes do not depend on the batch. This is the smallest one that splits over the devices.
-        tokens = jnp.zeros((jax.device_count(), 1), jnp.int32)
-        return model.init(jax.random.key(0), tokens, tokens).get(ROUTING, {})
-
-    found = by_module(jax.eval_shape(routing))
+    found = by_module(kept_shapes(model)[ROUTING])
     places = {path: model.config.place(path) for path in found}
     owners = [layer for place in places.values() for layer in place.layers]
     result = []

@@ -61,7 +61,7 @@ def plan(
     of_pools = memory_report(
         state.pools,
         state_of_pools(state.opt_state),
-        gradient_shapes(task, config.data.batch_size, config.data.sequence_length),
+        gradient_shapes(task, config.data.batch_size * config.data.sequence_length),
     )
     parameters, moments = _bytes_of(state.params), _bytes_of(state.opt_state)
     kept = of_pools.kept - _bytes_of(state.pools)  # optimizer state of pools

@@ -1,5 +1,6 @@
 """The gradient of a batch: arrays for params, and factored gradients for pools."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.layers.look_up import TAP, TAPS
-from peerjax.model import ModelConfig
+from peerjax.model import ModelConfig, kept_shapes
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import dequantize
 from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
@@ -140,16 +141,11 @@ def factored_gradients(
     return gradients
 
 
-def gradient_shapes(task: Task, rows: int, length: int) -> dict[str, dict[str, FactoredGradient]]:
+def gradient_shapes(task: Task, tokens: int) -> dict[str, dict[str, FactoredGradient]]:
     """Returns the shapes of the factored gradients of a batch, as a tree like the pools."""
-
-    def gradients() -> dict[str, dict[str, FactoredGradient]]:
-        tokens = jnp.zeros((rows, length), jnp.int32)
-        variables = task.model.init(jax.random.key(0), tokens, tokens, tokens)
-        routing, taps = variables.get(ROUTING, {}), variables.get(TAPS, {})
-        return factored_gradients(task.model.config, routing, taps)
-
-    return jax.eval_shape(gradients)
+    routing, taps = (_of_tokens(task, name, tokens) for name in (ROUTING, TAPS))
+    join = partial(factored_gradients, task.model.config)
+    return jax.eval_shape(join, routing, taps)
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
@@ -187,5 +183,13 @@ def _join_tokens(parts: Array) -> Array:
 
 def _zero_taps(task: Task, batch: Batch) -> Any:
     """Returns zeros for the model's taps, which have shapes that depend on the batch."""
-    shapes = jax.eval_shape(task.model.init, jax.random.key(0), *inputs_of(batch))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get(TAPS, {}))
+    shapes = _of_tokens(task, TAPS, batch["inputs"].size)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _of_tokens(task: Task, collection: str, tokens: int) -> Any:
+    """Returns the shapes of "routing" or "taps" for a number of tokens."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tokens, *leaf.shape[2:]), leaf.dtype),
+        kept_shapes(task.model)[collection],
+    )

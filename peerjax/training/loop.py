@@ -121,7 +121,7 @@ def _train_in(
         first_written = 0 if start is None else start + 1
         writer = stack.enter_context(MetricsWriter(folder, first_written))
         if shapes.pools and jax.process_index() == 0:
-            gradients = gradient_shapes(task, config.data.batch_size, config.data.sequence_length)
+            gradients = gradient_shapes(task, tokens_per_step)
             report.print_memory(
                 memory_report(shapes.pools, state_of_pools(shapes.opt_state), gradients)
             )
