@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
 import ml_collections
 import pytest
@@ -48,6 +49,8 @@ def _compile_quickly() -> None:
 # ones refuse the flag.
 HAS_LOOP_EMITTERS = jax.version.__version_info__ < (0, 11)
 _compile_quickly()
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 
 def compile_as_users_do(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
