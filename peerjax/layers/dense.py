@@ -57,7 +57,9 @@ class MLP(nn.Module):
         dtype = jnp.dtype(self.sizes.dtype)
         scale = self.sizes.residual_scale
         init = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
-        hidden_BLF = nn.Dense(self.config.hidden, use_bias=False, dtype=dtype, name="down")(x_BLD)
-        hidden_BLF = activation_by_name(self.config.activation)(hidden_BLF)
+        # If tokens had two axes, XLA on CPUs would copy transposes for the gradient of weights.
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        hidden_TF = nn.Dense(self.config.hidden, use_bias=False, dtype=dtype, name="down")(x_TD)
+        hidden_TF = activation_by_name(self.config.activation)(hidden_TF)
         up = nn.Dense(x_BLD.shape[-1], use_bias=False, dtype=dtype, kernel_init=init, name="up")
-        return up(hidden_BLF), routed
+        return up(hidden_TF).reshape(x_BLD.shape), routed
