@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from pallas_kernels.dispatch import describe
 from peerjax import script
 from peerjax.atomic import make_folder
 from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
@@ -27,6 +28,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Output folder. Default: evaluation
 def main() -> None:
     """Prints the loss by domain and expert usage, and losses without the experts of domains."""
     run = open_run(WORKDIR.value, STEP.value)
+    print(describe())
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     make_folder(folder)
     evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value)

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 from absl import flags
 
+from pallas_kernels.dispatch import describe
 from peerjax import script
 from peerjax.inference.prompts import check, continue_prompts, encode, read_prompts
 from peerjax.inference.sampling import Sampling
@@ -38,6 +39,7 @@ def main() -> None:
     check(sampling, TOKENS.value)
     prompts = [PROMPT.value] if PROMPTS.value is None else read_prompts(PROMPTS.value)
     run = open_run(WORKDIR.value, STEP.value)
+    print(describe(), file=sys.stderr)
     encode(run, prompts)  # reports a bad prompt before the model is read
     variables = restore(run, make_mesh(jax.local_devices()[:1]))
     if PROMPTS.value is None:

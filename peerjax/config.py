@@ -104,10 +104,11 @@ def default_config() -> ml_collections.ConfigDict:
     pool.accumulator_bits = config_dict.placeholder(int)
 
     kernels = config.kernels = ml_collections.ConfigDict()
-    # Implementation of lookup and update of pools: "auto" (chosen by platform and sizes), "xla",
-    # "mosaic_tpu" or "mosaic_gpu". A kernel for another platform is interpreted, which is slow.
-    # Mixtures have no kernels. Each name selects the XLA program that is fastest on its platform,
-    # and all these programs run everywhere. Sampling and evaluation of a run use "auto".
+    # Implementation of retrieval, lookup and update: "auto" (chosen by platform and sizes), "xla",
+    # "native_cpu", "mosaic_tpu" or "mosaic_gpu". A Mosaic kernel for another platform is
+    # interpreted, which is slow. Mixtures have no kernels. For them, each name selects the XLA
+    # program that is fastest on its platform, and all these programs run everywhere. Sampling and
+    # evaluation of a run use "auto".
     kernels.implementation = "auto"
 
     optimizer = config.optimizer = ml_collections.ConfigDict()

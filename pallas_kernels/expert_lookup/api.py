@@ -9,11 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import activation_by_name
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
-from pallas_kernels.expert_lookup import mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.expert_lookup import mosaic_gpu, mosaic_tpu, native_cpu, xla
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
 
-KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+KERNELS: dict[str, Any] = {
+    "native_cpu": native_cpu,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 
 
 def lookup(
@@ -51,9 +55,9 @@ def lookup(
         activation: "gelu" (exact), "relu" or "relu2".
         hidden_bias: float32 numbers that are added before the activation; `None` adds nothing.
         tap: zeros from `Tap.zeros_for`, see above.
-        implementation: "xla", "mosaic_tpu" or "mosaic_gpu". `None` selects the fastest that is
-            known to work on the platform and shapes. A kernel that is named on another platform
-            than its own is interpreted.
+        implementation: "xla", "native_cpu", "mosaic_tpu" or "mosaic_gpu". `None` selects the
+            fastest that is known to work on the platform and shapes. A Mosaic kernel that is named
+            on another platform than its own is interpreted.
 
     Returns:
         y, in the dtype of x.

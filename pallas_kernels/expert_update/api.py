@@ -11,14 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.chunking import HIT_EXPERTS, with_chunk_size
-from pallas_kernels.codes import accumulator_bits_of, why_no_kernel_updates
+from pallas_kernels.codes import accumulator_bits_of
 from pallas_kernels.dispatch import Kernel, check_implementation, dispatch
-from pallas_kernels.expert_update import mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.expert_update import mosaic_gpu, mosaic_tpu, native_cpu, xla
 from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool, accumulators_of, packed_shape
 
-KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+KERNELS: dict[str, Any] = {
+    "native_cpu": native_cpu,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 
 
 class UpdateState(NamedTuple):
@@ -85,10 +89,10 @@ def update(
         seed: seed of the run. Together, `seed` and `step` determine all random bits.
         step: number of the update, different every time.
         accumulator_bits: 0, 2, 4 or 8, the same as in `UpdateState.zeros_for`. `None` means as many
-            as a code has. Kernels support only that number.
-        implementation: "xla", "mosaic_tpu" or "mosaic_gpu". `None` selects the fastest that is
-            known to work on the platform. A kernel that is named on another platform than its own
-            is interpreted.
+            as a code has. Mosaic kernels support only that number.
+        implementation: "xla", "native_cpu", "mosaic_tpu" or "mosaic_gpu". `None` selects the
+            fastest that is known to work on the platform. A Mosaic kernel that is named on another
+            platform than its own is interpreted.
 
     Returns:
         The new pool, the new state, and counts by layer.
@@ -117,18 +121,20 @@ def update(
 
     zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
     carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
-    sizes: dict[str, Any] = {"num_experts": pool.num_experts, "storage": pool.storage}
     bits = accumulator_bits_of(pool.storage, accumulator_bits)
+    sizes: dict[str, Any] = {
+        "num_experts": pool.num_experts,
+        "storage": pool.storage,
+        "accumulator_bits": bits,
+    }
 
     def in_chunks(*operands: Any) -> xla.Carry:
-        walk = partial(xla.update_stack, **sizes, accumulator_bits=bits)
-        return with_chunk_size(walk, HIT_EXPERTS, *operands)
+        return with_chunk_size(partial(xla.update_stack, **sizes), HIT_EXPERTS, *operands)
 
     kernels = {
         name: Kernel(
             partial(module.update_stack, **sizes),
-            module.cannot_update(pool, gradient)
-            or (why_no_kernel_updates(pool.storage, bits) if pool.is_packed else None),
+            module.cannot_update(pool, gradient, bits),
         )
         for name, module in KERNELS.items()
     }

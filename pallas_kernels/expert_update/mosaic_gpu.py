@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.codes import why_no_kernel_reads
+from pallas_kernels.codes import why_no_kernel_updates
 from pallas_kernels.counter_hash import Purpose, absorb, hash_words
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
@@ -40,12 +40,14 @@ from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
 MAX_LANES = 1152  # nine words per thread
 
 
-def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
+def cannot_update(
+    pool: ExpertPool, gradient: FactoredGradient, accumulator_bits: int
+) -> str | None:
     """Returns why the kernel cannot do this update, or `None` if it can."""
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
-    if why := why_no_kernel_reads(pool.storage):
+    if why := why_no_kernel_updates(pool.storage, accumulator_bits):
         return why
     lanes = RowLayout.of(pool.width, pool.storage).lanes
     if lanes > MAX_LANES:
@@ -62,9 +64,11 @@ def update_stack(
     *,
     num_experts: int,
     storage: str,
+    accumulator_bits: int,
     interpret: Any = False,
 ) -> Carry:
     """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
+    del accumulator_bits  # they are as wide as the codes; see `cannot_update`
     layers, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
     interpret = InterpretGPUParams() if interpret is True else interpret

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.codes import why_no_kernel_reads
+from pallas_kernels.codes import why_no_kernel_updates
 from pallas_kernels.counter_hash import Purpose, hash_words
 from pallas_kernels.expert_update.row_rule import COLUMNS, rewrite_rows, segment_of_lanes
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
@@ -41,12 +41,14 @@ VMEM_BYTES = 48 << 20
 TOKEN, SLOT, UNIT_OF_LAST, ROWS = range(4)
 
 
-def cannot_update(pool: ExpertPool, gradient: FactoredGradient) -> str | None:
+def cannot_update(
+    pool: ExpertPool, gradient: FactoredGradient, accumulator_bits: int
+) -> str | None:
     """Returns why the kernel cannot do this update, or `None` if it can."""
     del gradient
     if not pool.is_packed:
         return f"it rewrites packed pools, not {pool.storage}"
-    if why := why_no_kernel_reads(pool.storage):
+    if why := why_no_kernel_updates(pool.storage, accumulator_bits):
         return why
     layout = RowLayout.of(pool.width, pool.storage)
     if len(RowSums._fields) * 2 * layout.experts > COLUMNS:
@@ -66,9 +68,11 @@ def update_stack(
     *,
     num_experts: int,
     storage: str,
+    accumulator_bits: int,
     interpret: Any = False,
 ) -> Carry:
     """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
+    del accumulator_bits  # they are as wide as the codes; see `cannot_update`
     layers, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.activations import ACTIVATIONS
 from peerjax.layers.look_up import LookUp
 from peerjax.layers.spec import Context, FeedForward, Sizes, require_choice, require_positive
-from peerjax.routing.product_keys import product_key_choice
+from peerjax.routing.product_keys import SubKeys, sub_key_choice
 from peerjax.routing.running_norm import STATS, RunningNorm
 
 QUERY_NORMS = ("layernorm", "batchnorm", "none")
@@ -97,12 +97,14 @@ class PEER(nn.Module):
     ) -> tuple[Float[Array, "B L D"], None]:
         """Applies the layer to every token."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        scores1_HTN, scores2_HTM = self._sub_key_scores(x_TD.astype(jnp.float32))
-        choice = product_key_choice(scores1_HTN, scores2_HTM, self.config.experts_per_head)
+        sides = self._sub_keys(x_TD.astype(jnp.float32))
+        choice = sub_key_choice(
+            *sides, self.config.experts_per_head, implementation=self.sizes.implementation
+        )
         look_up = LookUp(self.config.activation, self.sizes.implementation, name=POOL)
         return look_up(x_TD, choice, context).reshape(x_BLD.shape), routed
 
-    def _sub_key_scores(self, x_TD: Array) -> tuple[Array, Array]:
+    def _sub_keys(self, x_TD: Array) -> tuple[SubKeys, SubKeys]:
         config = self.config
         features = config.heads * 2 * config.key_width
         query_THd = nn.Dense(features, use_bias=False, name="query")(x_TD)
@@ -112,17 +114,15 @@ class PEER(nn.Module):
         elif config.query_norm == "batchnorm":
             query_THd = RunningNorm((0,), self.sizes.statistics, name="query_norm")(query_THd)
 
-        def scores(name: str, query_THd: Array, num_keys: int) -> Array:
+        def side(name: str, query_THd: Array, num_keys: int) -> SubKeys:
             init = nn.initializers.normal(config.key_width**-0.5)
             keys_HNd = self.param(name, init, (config.heads, num_keys, config.key_width))
             if self.is_initializing():
                 self.variable(STATS, f"initial_norm_{name}", jnp.linalg.norm, keys_HNd, axis=-1)
-            # Heads come first, as in the keys. The scores are the largest arrays of a step. With
-            # tokens first, XLA on CPU would write them once more in another order.
-            return jnp.einsum("thd,hnd->htn", query_THd, keys_HNd)
+            return SubKeys(query_THd, keys_HNd)
 
         first, second = jnp.split(query_THd, 2, axis=-1)
         return (
-            scores("keys1", first, config.num_experts[0]),
-            scores("keys2", second, config.num_experts[1]),
+            side("keys1", first, config.num_experts[0]),
+            side("keys2", second, config.num_experts[1]),
         )

@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
         dtype: name of the compute dtype; parameters are float32.
         statistics: statistics for routers with batch normalisation, a value of
             `peerjax.routing.running_norm.RunningNorm.statistics`.
-        implementation: implementation of lookups and mixtures, in the form that
+        implementation: implementation of lookups, product keys and mixtures, in the form that
             `pallas_kernels.dispatch` takes.
         routers: number of routers of the model in layers of this section. A loss that is a mean
             over routers is divided by it.

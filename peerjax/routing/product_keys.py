@@ -3,14 +3,59 @@
 Expert (i, j) has number i * N2 + j and score s1_i + s2_j.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.product_keys import pair_scores
 from peerjax.routing.auxiliary import EXPERT_IDS
 from peerjax.routing.choice import Choice
 from peerjax.routing.gates import SOFTMAX, Gate
+from peerjax.sharding.product_keys import sharded_scores_at, sharded_top_k_pairs
+
+
+class SubKeys(NamedTuple):
+    """One side of a product-key router.
+
+    Attributes:
+        query_THd: half of the queries of every token and head.
+        keys_HNd: sub-keys of every head.
+    """
+
+    query_THd: Float[Array, "T H d"]
+    keys_HNd: Float[Array, "H N d"]
+
+    def scores(self) -> Float[Array, "H T N"]:
+        """Returns the products of all queries and sub-keys."""
+        # Heads come first, as in the keys. The scores are the largest arrays of a step. With
+        # tokens first, XLA on CPU would write them once more in another order.
+        return jnp.einsum("thd,hnd->htn", self.query_THd, self.keys_HNd)
+
+
+def sub_key_choice(
+    first: SubKeys,
+    second: SubKeys,
+    k: int,
+    gate: Gate = SOFTMAX,
+    implementation: str | None = None,
+) -> Choice:
+    """Does the same as `product_key_choice` with the scores of both sides.
+
+    On CPUs, the gradient goes from the chosen scores straight to queries and sub-keys.
+    """
+    scores1, scores2 = jax.lax.stop_gradient((first.scores(), second.scores()))
+    num_keys = scores2.shape[-1]
+
+    def scores_of(ids_HTk: Int[Array, "H T k"]) -> Float[Array, "H T k"]:
+        of_first = sharded_scores_at(*first, scores1, ids_HTk // num_keys, implementation)
+        return of_first + sharded_scores_at(*second, scores2, ids_HTk % num_keys, implementation)
+
+    return _choose(scores1, scores2, k, gate, scores_of, implementation)
 
 
 def product_key_choice(
@@ -18,6 +63,7 @@ def product_key_choice(
     scores2_HTM: Float[Array, "H T N2"],
     k: int,
     gate: Gate = SOFTMAX,
+    implementation: str | None = None,
 ) -> Choice:
     """Chooses the k experts with the largest scores for every token and head.
 
@@ -26,6 +72,8 @@ def product_key_choice(
         scores2_HTM: scores of the second sub-keys, by head.
         k: number of experts that each head chooses.
         gate: rule that turns scores into gates.
+        implementation: implementation of `pallas_kernels.product_keys`; `None` chooses by the
+            platform.
 
     Returns:
         A choice of K = H k experts out of N1 * N2 for each token, head by head. No gradient flows
@@ -34,67 +82,31 @@ def product_key_choice(
     Raises:
         ValueError: if there are fewer than k experts.
     """
-    num_experts = scores1_HTN.shape[-1] * scores2_HTM.shape[-1]
     fixed = jax.lax.stop_gradient((scores1_HTN, scores2_HTM))
-    ids_HTk = top_k_pairs(*fixed, k)
+    scores_of = partial(pair_scores, scores1_HTN, scores2_HTM)
+    return _choose(*fixed, k, gate, scores_of, implementation)
+
+
+def _choose(
+    scores1_HTN: Array,
+    scores2_HTM: Array,
+    k: int,
+    gate: Gate,
+    scores_of: Callable[[Array], Array],
+    implementation: str | None,
+) -> Choice:
+    """Chooses by scores without a gradient, and takes gates of `scores_of(ids)`, with one."""
+    num_experts = scores1_HTN.shape[-1] * scores2_HTM.shape[-1]
+    ids_HTk = sharded_top_k_pairs(scores1_HTN, scores2_HTM, k, implementation)
     if gate.is_on is not None:
-        is_on_HTk = gate.is_on(pair_scores(*fixed, ids_HTk))
+        is_on_HTk = gate.is_on(pair_scores(scores1_HTN, scores2_HTM, ids_HTk))
         ids_HTk = jnp.where(is_on_HTk, ids_HTk, num_experts)
     ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
     # "No expert" has no score. Any will do, because its gate becomes 0.
     scored_HTk = jnp.minimum(ids_HTk, num_experts - 1)
-    gates_HTk = gate.weigh(pair_scores(scores1_HTN, scores2_HTM, scored_HTk))
+    gates_HTk = gate.weigh(scores_of(scored_HTk))
     if gate.is_on is not None:
         gates_HTk = jnp.where(ids_HTk == num_experts, 0, gates_HTk)
     ids_TK = ids_HTk.swapaxes(0, 1).reshape(ids_HTk.shape[1], -1)
     gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
     return Choice(ids_TK, gates_TK, num_experts)
-
-
-def top_k_pairs(
-    scores1: Float[Array, "*S N1"], scores2: Float[Array, "*S N2"], k: int
-) -> Int[Array, "*S k"]:
-    """Finds the k largest of all sums `scores1_i + scores2_j`.
-
-    The result is exact. A pair among the k largest has its i among the k largest of `scores1` and
-    its j among the k largest of `scores2`. So the top k of the k * k sums are the top k of all.
-
-    Args:
-        scores1: scores of the first sub-keys.
-        scores2: scores of the second sub-keys.
-        k: number of pairs to find.
-
-    Returns:
-        Expert numbers i * N2 + j, best first.
-
-    Raises:
-        ValueError: if there are fewer than k pairs.
-
-    References:
-        Lample et al., "Large Memory Layers with Product Keys", arXiv:1907.05242, section 3.1.
-    """
-    n1, n2 = scores1.shape[-1], scores2.shape[-1]
-    if n1 * n2 < k:
-        raise ValueError(f"cannot choose {k} experts of {n1} * {n2}; lower k or add sub-keys")
-    # On CPU, `top_k` is many times slower with more than two dimensions.
-    best1, index1 = jax.lax.top_k(scores1.reshape(-1, n1), min(k, n1))
-    best2, index2 = jax.lax.top_k(scores2.reshape(-1, n2), min(k, n2))
-    sums = best1[:, :, None] + best2[:, None, :]
-    experts = index1[:, :, None] * n2 + index2[:, None, :]
-    _, chosen = jax.lax.top_k(sums.reshape(sums.shape[0], -1), k)
-    ids = jnp.take_along_axis(experts.reshape(experts.shape[0], -1), chosen, axis=1)
-    return ids.reshape(*scores1.shape[:-1], k)
-
-
-def pair_scores(
-    scores1: Float[Array, "*S N1"], scores2: Float[Array, "*S N2"], ids: Int[Array, "*S k"]
-) -> Float[Array, "*S k"]:
-    """Reads the scores `scores1_i + scores2_j` of experts `ids`. The result is differentiable.
-
-    A backward pass that computes the scores again can resolve a near-tie the other way. Scores that
-    are read at given ids, and not taken from a top-k, still belong to these ids.
-    """
-    n2 = scores2.shape[-1]
-    first = jnp.take_along_axis(scores1, ids // n2, axis=-1)
-    second = jnp.take_along_axis(scores2, ids % n2, axis=-1)
-    return first + second

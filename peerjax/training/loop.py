@@ -12,8 +12,9 @@ import jax
 import ml_collections
 from etils import epath
 
+from pallas_kernels import dispatch
 from peerjax.atomic import alone_in, make_folder
-from peerjax.config import validate
+from peerjax.config import implementation_of, validate
 from peerjax.data.pipeline import Corpus, load_corpus, train_batches, validation_rows
 from peerjax.errors import ConfigError
 from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for
@@ -34,7 +35,13 @@ from peerjax.training.preemption import StopSignals
 from peerjax.training.start import Source
 from peerjax.training.state import TrainState, create_state
 from peerjax.training.step import make_first_statistics, make_train_step
-from peerjax.training.workdir import check_config, check_data, folder_of, record
+from peerjax.training.workdir import (
+    check_config,
+    check_data,
+    folder_of,
+    record,
+    record_kernels,
+)
 
 MakeTask = Callable[[ml_collections.ConfigDict, Corpus], Task]
 
@@ -48,8 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     Args:
         config: configuration of the run; see `peerjax.config`.
         workdir: folder of the run. Training writes `config.json`, `data.json`, `tokenizer.json`,
-            `checkpoints/`, `metrics.jsonl` and `tensorboard/` there. At the end it writes
-            `report.json` and plots.
+            `kernels.json`, `checkpoints/`, `metrics.jsonl` and `tensorboard/` there. At the end it
+            writes `report.json` and plots.
         make_task: function that returns the training objective for a configuration and its text.
 
     Raises:
@@ -59,6 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     folder = folder_of(workdir)
     validate(config)
     _refuse_several_processes()
+    _refuse_unusable_kernels(config)
     check_config(folder, config)
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
@@ -112,6 +120,8 @@ def _train_in(
                 first_statistics = jax.jit(make_first_statistics(config, task), donate_argnums=0)
                 state = first_statistics(state, put_batch(mesh, first))
         record(folder, config, corpus.tokenizer, corpus.identity)
+        kernels = dispatch.chosen(implementation_of(config))
+        kernels_before = record_kernels(folder, kernels)
 
         # ---- Step, probes and output ----
         train_step = jax.jit(make_train_step(config, task, optimizer), donate_argnums=0)
@@ -128,6 +138,13 @@ def _train_in(
         progress = Progress(config.steps, step, tokens_per_step, config.log_every)
         stack.enter_context(progress)
         progress.say(_describe(config, task.model, shapes, mesh, step))
+        if shapes.pools:
+            progress.say(dispatch.describe(implementation_of(config)))
+        if kernels_before not in (None, kernels):
+            progress.say(
+                f"until now {kernels_before} computed the run; {kernels} adds floats in another "
+                "order, so results may differ in their last digits"
+            )
 
         def evaluate_now() -> Evaluation:
             evaluation = evaluate(
@@ -200,6 +217,7 @@ def _train_in(
             "tokens_per_second": progress.tokens_per_second or None,
             "parameters": count_parameters(shapes.params),
             "expert_parameters": count_expert_parameters(shapes.pools),
+            "kernels": kernels,
             "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),
         }
         report.write_report(folder, evaluation, facts)
@@ -211,6 +229,14 @@ def _refuse_several_processes() -> None:
         raise ConfigError(
             f"JAX runs as {jax.process_count()} processes, but training supports only one; start "
             "it on a single host, without jax.distributed"
+        )
+
+
+def _refuse_unusable_kernels(config: ml_collections.ConfigDict) -> None:
+    name = implementation_of(config)
+    if name is not None and name != "xla" and (why := dispatch.cannot_run(name)):
+        raise ConfigError(
+            f"kernels.implementation={name} cannot be used: {why}; choose auto or xla instead"
         )
 
 

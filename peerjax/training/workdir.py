@@ -12,6 +12,7 @@ from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
 
 CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
+KERNELS = "kernels.json"
 
 
 def folder_of(workdir: str) -> epath.Path:
@@ -119,6 +120,19 @@ def vocabulary_size(workdir: epath.Path) -> int:
 def identity_of_imported(tokenizer: Tokenizer, vocabulary: int) -> dict[str, Any]:
     """Returns the identity of an imported run. `Corpus.identity` is that of other runs."""
     return {"corpus": "", "tokenizer": tokenizer.digest, "vocabulary": vocabulary}
+
+
+def record_kernels(workdir: epath.Path, implementation: str) -> str | None:
+    """Writes down the implementation that computes a run from now on.
+
+    Returns:
+        The implementation until now; `None` if the run is new or an earlier version wrote it.
+    """
+    path = workdir / KERNELS
+    before = json.loads(path.read_text())["implementation"] if path.exists() else None
+    if before != implementation:
+        write_atomically(path, json.dumps({"implementation": implementation}))
+    return before
 
 
 def record(

@@ -16,6 +16,7 @@ from pallas_kernels.storage import BITS, pack_experts, read_codes
 from peerjax.pool import initialize_pool
 from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.levels import SPREAD, TOP
+from tests.pallas_kernels.on_cpus import ON_CPUS, on_cpus
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
@@ -73,6 +74,9 @@ def reference(pool, state, gradient, rule, seed, step, bits):
     accumulators = all_codes(state.accumulators, pool, f"{bits}-bit accumulators")
     scales = np.array(pool.scales, np.float64)
     nu = np.array(state.moments, np.float64)
+    counters = np.ix_(*(range(size) for size in (*rows.shape[:1], 2, rows.shape[1], D)))
+    layers, matrices, experts, columns = (jnp.asarray(each) for each in counters)
+    every_word = np.asarray(hash_words(seed, 1, step, layers, matrices, experts, columns))
     for layer, expert, matrix in np.ndindex(*rows.shape[:3]):
         g = rows[layer, expert, matrix]
         mean_square = np.mean(g**2)
@@ -86,7 +90,7 @@ def reference(pool, state, gradient, rule, seed, step, bits):
         v = unit * codes[row] + accumulators[row]
         u = -rule.learning_rate * delta * unit / scales[at]
         u -= rule.learning_rate * rule.weight_decay * v
-        words = np.asarray(hash_words(seed, 1, step, layer, matrix, expert, jnp.arange(D)))
+        words = every_word[layer, matrix, expert]
         up = words // 256 / 2.0**24 < u - np.floor(u)
         moved = v + (np.floor(u) + up).astype(np.int64)
         beyond = np.sqrt(np.mean(moved.astype(np.float64) ** 2)) / (
@@ -108,13 +112,20 @@ def reference(pool, state, gradient, rule, seed, step, bits):
 
 
 @cache
-def compiled_with(bits):
-    return jax.jit(partial(update, accumulator_bits=bits))
+def compiled_with(bits, implementation):
+    return jax.jit(partial(update, accumulator_bits=bits, implementation=implementation))
 
 
 def assert_equals_reference(pool, state, gradient, rule, seed, step, bits):
+    """Every implementation for CPUs takes the step of the reference; returns that of the first."""
     expected = reference(pool, state, gradient, rule, seed, step, bits)
-    one_step = compiled_with(bits)
+    arguments = (pool, state, gradient, rule, seed, step, bits)
+    steps = [assert_steps_to(expected, each, *arguments) for each in ON_CPUS]
+    return steps[0]
+
+
+def assert_steps_to(expected, implementation, pool, state, gradient, rule, seed, step, bits):
+    one_step = compiled_with(bits, implementation)
     new_pool, new_state, _ = one_step(pool, state, gradient, rule, seed=seed, step=step)
     codes = all_codes(new_pool.weights, pool)
     accumulators = all_codes(new_state.accumulators, pool, f"{bits}-bit accumulators")
@@ -153,7 +164,7 @@ def test_accumulators_of_other_widths_and_codes_of_fewer_levels(storage, bits, l
         pool, state = assert_equals_reference(pool, state, gradient, rule, 7, step, bits)
 
 
-def test_only_xla_knows_accumulators_of_other_widths():
+def test_mosaic_kernels_have_accumulators_as_wide_as_codes():
     pool, state = make_pool("int4"), UpdateState.zeros_for(make_pool("int4"), 2)
     arguments = {"seed": 0, "step": 0, "accumulator_bits": 2}
     with pytest.raises(ValueError, match="mosaic_tpu cannot update experts: its accumulators are"):
@@ -168,8 +179,11 @@ def test_only_xla_knows_accumulators_of_other_widths():
         UpdateState.zeros_for(pool, 3)
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
-def test_experts_that_are_not_hit_stay_bit_identical(storage):
+@pytest.mark.parametrize(
+    ("storage", "implementation"),
+    [*[(each, "xla") for each in ("float32", "bfloat16", "int8", "int4")], ("int4", None)],
+)
+def test_experts_that_are_not_hit_stay_bit_identical(storage, implementation):
     pool = make_pool(storage)
     state = UpdateState.zeros_for(pool)
     gradient = make_gradient()
@@ -182,7 +196,8 @@ def test_experts_that_are_not_hit_stay_bit_identical(storage):
         c_down=jnp.where(zero, 0.0, gradient.c_down),
         c_up=jnp.where(zero, 0.0, gradient.c_up),
     )
-    new_pool, new_state, counts = jax.jit(update)(pool, state, gradient, RULE, seed=0, step=0)
+    one_step = jax.jit(partial(update, implementation=implementation))
+    new_pool, new_state, counts = one_step(pool, state, gradient, RULE, seed=0, step=0)
     hit = np.abs(dense(gradient)).sum((2, 3)) > 0
     assert not hit[:, [10, 12]].any()
     np.testing.assert_array_equal(counts.experts, hit.sum(1))
@@ -212,7 +227,7 @@ def test_chunk_sizes_and_jit_change_nothing(storage, monkeypatch):
         state = UpdateState.zeros_for(pool)
 
         def step(pool, state, gradient):
-            return update(pool, state, gradient, RULE, seed=1, step=2)
+            return update(pool, state, gradient, RULE, seed=1, step=2, implementation="xla")
 
         return (jax.jit(step) if compile_whole else step)(pool, state, gradient)
 
@@ -326,24 +341,25 @@ def test_scales_follow_their_rows_and_weights_stay_what_they_are_on_average(size
         np.testing.assert_allclose(np.mean(weights, axis=0), start, atol=5 * error)
 
 
-def compiled_update(storage, num_experts):
+def compiled_update(storage, num_experts, implementation="xla"):
     """The update of two layers, compiled; and the bytes of what it rewrites."""
     pool = jax.eval_shape(lambda: make_pool(storage, num_experts, 256, 2))
     state = jax.eval_shape(UpdateState.zeros_for, pool)
     gradient = jax.eval_shape(lambda: make_gradient(tokens=64, chosen=8, width=256))
 
     def step(pool, state, gradient):
-        return update(pool, state, gradient, RULE, seed=0, step=0)
+        return update(pool, state, gradient, RULE, seed=0, step=0, implementation=implementation)
 
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state)))
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(pool, state, gradient)
     return compile_as_users_do(lowered), size
 
 
+@on_cpus
 @pytest.mark.parametrize("storage", PACKED)
-def test_in_place_and_of_a_cost_that_does_not_know_n(storage):
-    small = compiled_update(storage, 1 << 10)[0].memory_analysis()
-    compiled, size = compiled_update(storage, 1 << 18)
+def test_in_place_and_of_a_cost_that_does_not_know_n(implementation, storage):
+    small = compiled_update(storage, 1 << 10, implementation)[0].memory_analysis()
+    compiled, size = compiled_update(storage, 1 << 18, implementation)
     large = compiled.memory_analysis()
     assert large.alias_size_in_bytes >= size  # everything is rewritten in place
     assert large.temp_size_in_bytes <= 1.05 * small.temp_size_in_bytes

@@ -168,15 +168,14 @@ def make_gradient(num_experts, tokens, chosen, width, layers=2, seed=0):
     return FactoredGradient(ids, *map(jnp.array, floats))
 
 
-def after_steps(implementation, pool, gradient, rule, steps=2):
+def after_steps(implementation, pool, gradient, rule, steps=2, bits=None):
     """Pool, state and the statistics of each step."""
-    state = UpdateState.zeros_for(pool)
-    # Accumulators of a run that has been going on.
-    keys = jax.random.bits(jax.random.key(9), state.accumulators.shape)
-    state = state._replace(accumulators=jax.lax.bitcast_convert_type(keys, jnp.int32))
-    one_step = jax.jit(
-        lambda *args, step: update(*args, rule, seed=3, step=step, implementation=implementation)
-    )
+    state = UpdateState.zeros_for(pool, bits)
+    if state.accumulators is not None:  # those of a run that has been going on
+        keys = jax.random.bits(jax.random.key(9), state.accumulators.shape)
+        state = state._replace(accumulators=jax.lax.bitcast_convert_type(keys, jnp.int32))
+    arguments = {"seed": 3, "accumulator_bits": bits, "implementation": implementation}
+    one_step = jax.jit(lambda *args, step: update(*args, rule, step=step, **arguments))
     all_statistics = []
     for step in range(steps):
         pool, state, statistics = one_step(pool, state, gradient, step=step)

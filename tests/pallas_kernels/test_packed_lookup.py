@@ -13,6 +13,7 @@ from pallas_kernels.storage import BITS, read_codes
 from peerjax.pool import initialize_pool
 from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.levels import SPREAD
+from tests.pallas_kernels.on_cpus import on_cpus
 from tests.pallas_kernels.test_expert_lookup import assert_close, naive
 
 LAYERS, N, D, T, K = 3, 40, 64, 37, 6
@@ -38,9 +39,10 @@ def dequantize(codes, scales):
     return codes * jnp.moveaxis(scales, 1, 2)[..., None]
 
 
+@on_cpus
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_every_gradient_equals_dense_autodiff(storage, remat):
+def test_every_gradient_equals_dense_autodiff(implementation, storage, remat):
     pool, ids, gates, x = make(storage)
     codes = codes_of(pool)
     zero = jnp.zeros((LAYERS, T, K))
@@ -51,7 +53,10 @@ def test_every_gradient_equals_dense_autodiff(storage, remat):
 
         def body(x, layer_input):
             layer, ids, gates, tap = layer_input
-            y = lookup(packed.at_layer(layer), ids, gates, x, activation="gelu", tap=tap)
+            y = lookup(
+                packed.at_layer(layer), ids, gates, x,
+                activation="gelu", tap=tap, implementation=implementation,
+            )  # fmt: skip
             return x + y, ids
 
         body = jax.checkpoint(body) if remat else body
@@ -73,8 +78,9 @@ def test_every_gradient_equals_dense_autodiff(storage, remat):
     assert_close(gradient[1:], expected[1:])
 
 
+@on_cpus
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
+def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(implementation, storage):
     tokens, chosen, width, experts = 256, 64, 256, 1 << 16
 
     pool = jax.eval_shape(
@@ -84,7 +90,8 @@ def test_nothing_of_the_size_of_the_pool_or_of_the_chosen_experts(storage):
     def step(pool, ids, gates, x, tap):
         def loss(gates, x, tap):
             at = pool.at_layer(jnp.int32(1))
-            return jnp.sum(lookup(at, ids, gates, x, activation="gelu", tap=tap) ** 2)
+            y = lookup(at, ids, gates, x, activation="gelu", tap=tap, implementation=implementation)
+            return jnp.sum(y**2)
 
         return jax.grad(loss, (0, 1, 2))(gates, x, tap)
 

@@ -59,8 +59,8 @@ def check_update(kernel, interpreter, tokens):
     state = UpdateState.zeros_for(pool)
     zeros = jnp.zeros(2)
     carry = Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
-    sizes = {"num_experts": num_experts, "storage": "int4"}
-    by_xla = functools.partial(update_xla.update_stack, chunk=16, accumulator_bits=4, **sizes)
+    sizes = {"num_experts": num_experts, "storage": "int4", "accumulator_bits": 4}
+    by_xla = functools.partial(update_xla.update_stack, chunk=16, **sizes)
     expected = by_xla(carry, gradient, rule, 1, 2)
     with interpreter() as interpret:
         found = kernel.update_stack(carry, gradient, rule, 1, 2, interpret=interpret, **sizes)
