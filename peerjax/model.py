@@ -21,7 +21,7 @@ from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
-BLOCK, GROUP = "block", "group"
+BLOCK, GROUP, HEAD = "block", "group", "head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +222,7 @@ class Decoder(nn.Module):
         budget_BL: Int[Array, "B L"] | None = None,
         seed: Int[Array, ""] | int | None = None,
         step: Int[Array, ""] | int | None = None,
+        with_head: bool = True,
     ) -> Any:
         """Returns the logits of the next token, float32 [B, L, V].
 
@@ -239,6 +240,7 @@ class Decoder(nn.Module):
             budget_BL: number of experts of a pool that each token may use; no limit by default.
             seed: seed of the run in training, for layers that draw random numbers.
             step: number of the training step, for layers that draw random numbers.
+            with_head: whether to return logits. Otherwise the result is the input of `Head`.
         """
         config = self.config
         embed = nn.Embed(
@@ -266,18 +268,28 @@ class Decoder(nn.Module):
         if only is not None:
             x_BLD = jnp.take_along_axis(x_BLD, only[:, None, None], axis=1)
         x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
-        # Initial logits are small, so a fresh model predicts nearly uniformly.
-        head = nn.Dense(
-            config.vocab_size,
-            use_bias=False,
-            dtype=config.dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            name="head",
-        )
-        # Tokens are in one axis. With two axes, XLA on CPU takes twice as long for the gradient.
-        logits_TV = head(x_BLD.reshape(-1, config.width)).astype(jnp.float32)
-        logits_BLV = logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
+        if not with_head:
+            return x_BLD
+        logits_BLV = Head(config, name=HEAD)(x_BLD)
         return logits_BLV if cache is None else (logits_BLV, caches)
+
+
+class Head(nn.Module):
+    """Maps the last residual stream, normalised, to logits in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Returns the logits of every token."""
+        config = self.config
+        # Initial logits are small, so a fresh model predicts nearly uniformly.
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (config.width, config.vocab_size), jnp.float32)
+        # Tokens are in one axis. With two axes, XLA on CPU takes twice as long for the gradient.
+        x_TD = x_BLD.reshape(-1, config.width).astype(config.dtype)
+        logits_TV = (x_TD @ kernel.astype(config.dtype)).astype(jnp.float32)
+        return logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
 
 
 @functools.cache
@@ -293,6 +305,20 @@ def kept_shapes(model: Decoder) -> dict[str, Any]:
         return {name: variables.get(name, {}) for name in (ROUTING, TAPS)}
 
     return jax.eval_shape(kept)
+
+
+def kept_of(model: Decoder, collection: str, tokens: int) -> Any:
+    """Returns the shapes of the collection "routing" or "taps" for a number of tokens."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tokens, *leaf.shape[2:]), leaf.dtype),
+        kept_shapes(model)[collection],
+    )
+
+
+def zero_taps(model: Decoder, tokens: int) -> Any:
+    """Returns the collection "taps" for a number of tokens."""
+    shapes = kept_of(model, TAPS, tokens)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.factored_gradient import FactoredGradient
 from peerjax.layers.look_up import TAP, TAPS
-from peerjax.model import ModelConfig, kept_shapes
+from peerjax.model import HEAD, ModelConfig, kept_of, zero_taps
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import dequantize
 from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
 from peerjax.routing.running_norm import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
+from peerjax.training.head_loss import mean_loss
 
 
 class Gradients(NamedTuple):
@@ -65,16 +66,22 @@ def loss_and_gradients(
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
         trained = {**fixed, "params": params, TAPS: taps}
-        logits, kept = model.apply(
-            trained, *inputs_of(part), seed=seed, step=step, mutable=kept_collections
+        x_BLD, kept = model.apply(
+            trained,
+            *inputs_of(part),
+            seed=seed,
+            step=step,
+            mutable=kept_collections,
+            with_head=False,
         )
-        loss = task.loss(logits, kept, part, frozen, step).mean()
+        read = {name: kept.get(name, {}) for name in task.keeps}
+        loss = mean_loss(task, params[HEAD], x_BLD, read, part, frozen, step)
         terms = [jnp.sum(term) for term in jax.tree.leaves(kept.get(LOSSES, {}))]
         kept = {name: kept.get(name, {}) for name in (ROUTING, MOMENTS, LOSSES)}
         return sum(terms, loss) / microbatches, (loss / microbatches, kept)
 
     def of_part(part: Batch) -> tuple[Array, Gradients]:
-        taps = _zero_taps(task, part)
+        taps = zero_taps(model, part["inputs"].size)
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         (_, (loss, kept)), (grads, tap_grads) = differentiate(params, taps, part)
         factored = factored_gradients(model.config, kept[ROUTING], tap_grads)
@@ -143,7 +150,7 @@ def factored_gradients(
 
 def gradient_shapes(task: Task, tokens: int) -> dict[str, dict[str, FactoredGradient]]:
     """Returns the shapes of the factored gradients of a batch, as a tree like the pools."""
-    routing, taps = (_of_tokens(task, name, tokens) for name in (ROUTING, TAPS))
+    routing, taps = (kept_of(task.model, name, tokens) for name in (ROUTING, TAPS))
     join = partial(factored_gradients, task.model.config)
     return jax.eval_shape(join, routing, taps)
 
@@ -179,17 +186,3 @@ def _join_tokens(parts: Array) -> Array:
     """Reshapes [parts, layers, T, ...] to [layers, parts * T, ...]."""
     joined = jnp.moveaxis(parts, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])
-
-
-def _zero_taps(task: Task, batch: Batch) -> Any:
-    """Returns zeros for the model's taps, which have shapes that depend on the batch."""
-    shapes = _of_tokens(task, TAPS, batch["inputs"].size)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _of_tokens(task: Task, collection: str, tokens: int) -> Any:
-    """Returns the shapes of "routing" or "taps" for a number of tokens."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tokens, *leaf.shape[2:]), leaf.dtype),
-        kept_shapes(task.model)[collection],
-    )

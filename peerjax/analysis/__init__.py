@@ -1,0 +1,1 @@
+"""What each expert does in a trained model."""
