@@ -9,7 +9,10 @@ BENCHMARKS = {
     "memory": "bytes of an expert parameter in training, and memory of the compiled step",
     "step_time": "time of a training step of a million experts, compared with PEER-pytorch",
     "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
+    "quickstart_step": "time of a step of the quickstart, compared with an earlier commit",
     "lookup": "time of the lookup, compared with gather + einsum",
+    "sampling": "tokens a second, compared with a Llama of equal active bytes (llama-cpp-python)",
+    "reference": "configs/reference.py and its dense twin, tuned, three seeds (hours)",
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",
     "kernels": "time of lookup and update on this device, compared with a copy",
     "device_step": "time and memory of the recipe for one accelerator, executed on this device",
@@ -37,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.name is None:
         for name, description in BENCHMARKS.items():
-            print(f"{name:15} {description}")
+            print(f"{name:16} {description}")
         return
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
     publish(arguments.name, run(arguments.quick), arguments.quick)

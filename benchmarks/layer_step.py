@@ -30,24 +30,36 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield x, target
 
 
-def _layer(storage: str) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """Returns a PEER layer, its pool, and a function that draws the params of its router."""
+def _layer(storage: str) -> tuple[Callable[..., Any], Any, Callable[[Any], Any]]:
+    """Returns a PEER layer, its pool, and a function that draws the params of its router.
+
+    The layer is a function of variables, x and the pool. It returns its output and its choice.
+    """
     import jax
     import jax.numpy as jnp
 
-    from peerjax.layers.peer import PEER
+    from peerjax.layers.peer import PeerConfig
+    from peerjax.layers.spec import Context, Sizes
     from peerjax.pool import initialize_pool
 
-    layer = PEER((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
+    config = PeerConfig((SIDE, SIDE), HEADS, PER_HEAD, KEY_WIDTH, query_norm="none")
+    layer = config.module(Sizes(width=D))
 
     def make_pool():
         return initialize_pool(jax.random.key(0), 1, SIDE**2, D, storage=storage)
 
+    def context(pool):
+        return Context(pools={"pool": pool}, layer=jnp.int32(0))
+
     def init(pool):
         x = jnp.zeros((1, TOKENS, D))
-        return layer.init(jax.random.key(1), x, pool.at_layer(jnp.int32(0)))["params"]
+        return layer.init(jax.random.key(1), x, context(pool))["params"]
 
-    return layer, jax.jit(make_pool)(), init
+    def apply(variables, x, pool):
+        (y, _), kept = layer.apply(variables, x, context(pool), mutable=["routing"])
+        return y, kept["routing"]["pool"]["choice"]
+
+    return apply, jax.jit(make_pool)(), init
 
 
 def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -74,9 +86,9 @@ def peerjax_step(packed: bool) -> Callable[[np.ndarray, np.ndarray], float]:
         pool = trained["pool"]
 
         def loss_of(params, tap):
-            variables = {"params": params, "taps": {"pool": tap}}
-            y, kept = layer.apply(variables, x, pool.at_layer(jnp.int32(0)), mutable=["routing"])
-            return jnp.mean((y - target) ** 2), kept["routing"]["ids"]
+            variables = {"params": params, "taps": {"pool": {"tap": tap}}}
+            y, choice = layer(variables, x, pool)
+            return jnp.mean((y - target) ** 2), choice.ids
 
         tap = Tap.zeros_for(jnp.zeros((TOKENS, HEADS * PER_HEAD), jnp.int32), x[0])
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
@@ -115,9 +127,8 @@ def router_step() -> Callable[[np.ndarray, np.ndarray], float]:
     def step(params, opt_state, x, target):
         def loss_of(params):
             # The lookup's result is not used, so XLA removes the lookup.
-            at_layer = pool.at_layer(jnp.int32(0))
-            _, kept = layer.apply({"params": params}, x, at_layer, mutable=["routing"])
-            gates = kept["routing"]["gates"]
+            _, choice = layer({"params": params}, x, pool)
+            gates = choice.gates
             return jnp.mean(gates * target[0, :, : gates.shape[1]])
 
         loss, gradient = jax.value_and_grad(loss_of)(params)

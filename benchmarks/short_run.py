@@ -17,6 +17,7 @@ def train(
     steps: int,
     settings: Mapping[str, Any] | None = None,
     inspect: Callable[[str], Any] = lambda workdir: None,
+    repository: Path = REPOSITORY,
 ) -> dict[str, Any]:
     """Trains, and measures time and memory.
 
@@ -25,6 +26,7 @@ def train(
         steps: number of steps. Their time does not include checkpoints and evaluation.
         settings: fields that differ from the recipe.
         inspect: called with the workdir, which is deleted afterwards.
+        repository: folder of the code that trains.
 
     Returns:
         "peak_bytes" of the process, "seconds_per_step", and the result of `inspect` as "found".
@@ -39,7 +41,8 @@ def train(
                 f"--workdir={workdir}",
                 *(f"--config.{field}={value}" for field, value in fields.items()),
             ],
-            cwd=REPOSITORY,
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(repository)},
             stdout=subprocess.DEVNULL,
         )
         _, status, usage = os.wait4(process.pid, 0)

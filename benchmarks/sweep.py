@@ -33,6 +33,7 @@ ROOT = REPOSITORY / "runs" / "benchmarks"
 COMPILED = ROOT / "compiled"
 LEDGER = FOLDER / "runs.jsonl"
 BACKENDS = ("cpu", "gpu", "tpu")
+OPTIONAL = ("series", "more")  # left out of the ledger where they are empty
 Settings = dict[str, Any]
 
 # Several runs share a GPU. JAX would otherwise reserve its memory for the first run.
@@ -68,6 +69,7 @@ class Run(NamedTuple):
         commit: commit of the code that trained it.
         device: device that trained it.
         series: all figures of each evaluation, if `train` was called with `keep_series`.
+        more: what `inspect` found, if `train` was called with it.
     """
 
     nats_per_token: float
@@ -76,10 +78,15 @@ class Run(NamedTuple):
     commit: str = ""
     device: str = ""
     series: list[dict[str, float]] = []  # noqa: RUF012, never changed
+    more: dict[str, Any] = {}  # noqa: RUF012, never changed
 
 
 def train(
-    recipe: str, settings: Settings, keep_series: bool = False, backend: str | None = None
+    recipe: str,
+    settings: Settings,
+    keep_series: bool = False,
+    backend: str | None = None,
+    inspect: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Run:
     """Trains, or looks up the results of an earlier call.
 
@@ -88,6 +95,7 @@ def train(
         settings: fields that differ from it, such as `{"pool.learning_rate": 1e-2}`.
         keep_series: whether to keep the figures of every evaluation.
         backend: backend of JAX ("cpu", "gpu", "tpu"). If given, results from others are ignored.
+        inspect: function that measures something in the folder of the finished run.
 
     Raises:
         RuntimeError: if training fails other than by divergence, or is stopped.
@@ -101,7 +109,8 @@ def train(
         report = json.loads((folder / "report.json").read_text())
         loss = report["validation"]["all"]["nats_per_token"]["after"]
         series = _series(folder) if keep_series else []
-        found = Run(loss, report["experts"], time.monotonic() - start, commit(), device(), series)
+        seconds, more = time.monotonic() - start, inspect(folder)
+        found = Run(loss, report["experts"], seconds, commit(), device(), series, more)
     else:
         found = Run(math.inf, {}, time.monotonic() - start, commit(), device())
     _write_down(recipe, settings, found)
@@ -135,7 +144,8 @@ def _series(folder: Path) -> list[dict[str, float]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         by_step.setdefault(record["step"], {}).update(record)
-    return [each for each in by_step.values() if any(key.startswith("codes/") for key in each)]
+    measured = "validation/all/nats_per_token"
+    return [each for each in by_step.values() if measured in each]
 
 
 def _write_down(recipe: str, settings: Settings, found: Run) -> None:
@@ -144,7 +154,7 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
     record = {
         "recipe": recipe,
         "settings": settings,
-        **{name: value for name, value in found._asdict().items() if name != "series" or value},
+        **{name: value for name, value in found._asdict().items() if value or name not in OPTIONAL},
         "nats_per_token": loss,
         "backend": jax.default_backend(),
     }
@@ -189,7 +199,7 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def from_seeds(
-    recipe: str, arms: Mapping[Any, Settings], seeds: Sequence[int]
+    recipe: str, arms: Mapping[Any, Settings], seeds: Sequence[int], **options: Any
 ) -> dict[Any, list[Run]]:
     """Trains every arm from every seed, as many at once as there are cores.
 
@@ -200,6 +210,7 @@ def from_seeds(
         recipe: the name of a file in `configs/`.
         arms: settings of each arm, by any key. Arms of equal settings are trained once.
         seeds: the seeds to train from.
+        **options: further arguments of `train`.
 
     Returns:
         The runs of each arm, in order of seeds, by the same keys.
@@ -215,7 +226,10 @@ def from_seeds(
         jax.default_backend(),
     )
     found = at_once(
-        [partial(train, recipe, settings, backend=backend) for settings in distinct.values()]
+        [
+            partial(train, recipe, settings, backend=backend, **options)
+            for settings in distinct.values()
+        ]
     )
     runs = dict(zip(distinct, found, strict=True))
     return {key: [runs[_name_of(settings)] for settings in of_arm] for key, of_arm in every.items()}
