@@ -60,4 +60,13 @@ INLINE Ints Code(Words words, int plane) {
   return (Ints)(words << (32 - kBits - kBits * plane)) >> (32 - kBits);
 }
 
+// The codes of a plane as floats, times `kCodeUnit`: at the top of a word, and not shifted down.
+template <int kBits>
+constexpr float kCodeUnit = (float)(1u << (32 - kBits));
+template <int kBits>
+INLINE Floats TopCode(Words words, int plane) {
+  constexpr uint32_t kMask = ~0u << (32 - kBits);
+  return ToFloats((Ints)((words << (32 - kBits - kBits * plane)) & kMask));
+}
+
 }  // namespace peer

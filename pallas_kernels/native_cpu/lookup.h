@@ -40,24 +40,26 @@ struct Gradients {
   float *gates, *c_down, *c_up, *down_scale, *up_scale;  // [T, K]
 };
 
-// A vector of D numbers by plane: each plane begins at a whole vector and ends in zeros.
+// A vector of D numbers by plane: each plane begins at a whole vector of lanes and ends in zeros.
+template <int kBits>
 class ByPlane {
  public:
-  ByPlane(int planes, int64_t words)
-      : planes_(planes), words_(words), stride_(RoundUp(words)), data_(planes * stride_) {}
+  explicit ByPlane(int64_t words)
+      : words_(words), stride_(RoundUp(words)), data_(kPlanes * stride_) {}
   void Read(const float* from) {
-    for (int plane = 0; plane < planes_; ++plane)
+    for (int plane = 0; plane < kPlanes; ++plane)
       std::memcpy(at(plane), from + plane * words_, 4 * words_);
   }
   void Write(float* to) const {
-    for (int plane = 0; plane < planes_; ++plane)
+    for (int plane = 0; plane < kPlanes; ++plane)
       std::memcpy(to + plane * words_, at(plane), 4 * words_);
   }
   float* at(int plane) { return data_.data() + plane * stride_; }
   const float* at(int plane) const { return data_.data() + plane * stride_; }
 
+  static constexpr int kPlanes = 32 / kBits;
+
  private:
-  int planes_;
   int64_t words_, stride_;
   std::vector<float> data_;
 };
@@ -97,25 +99,24 @@ struct Active {
 
 // The product of a vector's codes with x.
 template <int kBits, bool kWhole>
-INLINE float Dot(const int32_t* words, const ByPlane& x, int64_t count) {
-  constexpr int kPlanes = 32 / kBits;
+INLINE float Dot(const int32_t* words, const ByPlane<kBits>& x, int64_t count) {
   Floats sums[4] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     const Words packed = LoadWords<kWhole>(words + at, count - at);
 #pragma GCC unroll 16
-    for (int plane = 0; plane < kPlanes; ++plane)
-      sums[plane % 4] += ToFloats(Code<kBits>(packed, plane)) * LoadFloats(x.at(plane) + at);
+    for (int plane = 0; plane < x.kPlanes; ++plane)
+      sums[plane % 4] += TopCode<kBits>(packed, plane) * LoadFloats(x.at(plane) + at);
   }
-  return SumOfLanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return SumOfLanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / kCodeUnit<kBits>;
 }
 
 // y = sum_i mixing_i * (codes of vector i). Meanwhile it asks for `up` of the next token's experts.
 template <int kBits, bool kWhole>
-INLINE void Mix(const Active& active, int vector, ByPlane& y, const Pool& pool,
+INLINE void Mix(const Active& active, int vector, ByPlane<kBits>& y, const Pool& pool,
                 const Active& next) {
-  constexpr int kPlanes = 32 / kBits, kTogether = kPlanes < 8 ? kPlanes : 8;
+  constexpr int kTogether = y.kPlanes < 8 ? y.kPlanes : 8;
   const int64_t count = pool.vector_words;
-  for (int first = 0; first < kPlanes; first += kTogether)
+  for (int first = 0; first < y.kPlanes; first += kTogether)
     for (int64_t at = 0; at < count; at += kLanes) {
       Floats sums[kTogether] = {};
       for (int64_t i = 0; i < active.count; ++i) {
@@ -125,11 +126,11 @@ INLINE void Mix(const Active& active, int vector, ByPlane& y, const Pool& pool,
         const Floats factor = AllEqual(active.mixing[i]);
 #pragma GCC unroll 8
         for (int plane = 0; plane < kTogether; ++plane)
-          sums[plane] += factor * ToFloats(Code<kBits>(packed, plane));
+          sums[plane] += factor * TopCode<kBits>(packed, plane);
       }
 #pragma GCC unroll 8
       for (int plane = 0; plane < kTogether; ++plane)
-        Store(y.at(first + plane) + at, sums[plane]);
+        Store(y.at(first + plane) + at, sums[plane] / kCodeUnit<kBits>);
     }
 }
 
@@ -151,7 +152,7 @@ INLINE void ForTokens(const Pool& pool, const Tokens& in, int64_t first, int64_t
 
 template <int kBits, bool kWhole>
 void ForwardTokens(const Pool& pool, const Tokens& in, float* y, int64_t first, int64_t last) {
-  ByPlane x_planes(32 / kBits, pool.vector_words), y_planes = x_planes;
+  ByPlane<kBits> x_planes(pool.vector_words), y_planes = x_planes;
   ForTokens(pool, in, first, last, [&](int64_t token, Active& active, const Active& next) {
     x_planes.Read(in.x + token * in.width);
     for (int64_t i = 0; i < active.count; ++i) {
@@ -174,7 +175,7 @@ void ForwardTokens(const Pool& pool, const Tokens& in, float* y, int64_t first, 
 template <int kBits, bool kWhole>
 void BackwardTokens(const Pool& pool, const Tokens& in, const Gradients& out, int64_t first,
                     int64_t last) {
-  ByPlane x_planes(32 / kBits, pool.vector_words), dy_planes = x_planes, dx_planes = x_planes;
+  ByPlane<kBits> x_planes(pool.vector_words), dy_planes = x_planes, dx_planes = x_planes;
   const int64_t pairs = first * in.chosen, num_pairs = (last - first) * in.chosen;
   for (float* each : {out.gates, out.c_down, out.c_up, out.down_scale, out.up_scale})
     std::memset(each + pairs, 0, 4 * num_pairs);

@@ -181,19 +181,23 @@ inline void MoveVector(const Rule& rule, const float* gradient, int64_t width, i
   if (shift) Unpack(shift, accumulators, width, values, [](Ints v, Ints low) { return v + low; });
   std::fill(values + width, values + padded, 0);
 
+  // Copies, because the compiler must assume that stores of values change the rule.
+  const Ints low = Ints{} + rule.low, high = Ints{} + rule.high;
+  const Floats outer_limit = AllEqual(rule.outer);
+  const Floats shortest = AllEqual(-kLargestStep), longest = AllEqual(kLargestStep);
   Floats squares = {}, outer = {};
   Ints stops = {};
   for (int64_t c = 0; c < width; c += kLanes) {
     const Ints value = LoadInts(values + c);
     Floats step = -rate * LoadFloats(gradient + c) - decay * ToFloats(value);
-    step = step < -kLargestStep ? AllEqual(-kLargestStep) : step;
-    step = step > kLargestStep ? AllEqual(kLargestStep) : step;
+    step = step < shortest ? shortest : step;
+    step = step > longest ? longest : step;
     const Words random = Absorb(Words{} + state, column + (uint32_t)c);
     const Ints moved = value + RoundStochastically(step, random);
     const Floats square = ToFloats(moved) * ToFloats(moved);
     squares += square;
-    outer += square > rule.outer ? square : Floats{};
-    stops -= (moved < rule.low) | (moved > rule.high);
+    outer += square > outer_limit ? square : Floats{};
+    stops -= (moved < low) | (moved > high);
     Store(values + c, moved);
   }
   const float square_sum = SumOfLanes(squares), held = rule.held * square_sum;
@@ -210,7 +214,7 @@ inline void MoveVector(const Rule& rule, const float* gradient, int64_t width, i
       Store(values + c, RoundStochastically(value, (random << 24) + (1u << 23)));
     }
 
-  const Ints low = Ints{} + rule.low, high = Ints{} + rule.high, half = Ints{} + ((1 << shift) >> 1);
+  const Ints half = Ints{} + ((1 << shift) >> 1);
   auto inside = [&](Ints value) {
     value = value < low ? low : value;
     return value > high ? high : value;
