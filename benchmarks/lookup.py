@@ -47,6 +47,7 @@ def run(quick: bool) -> Result:
     make = jax.jit(lambda: initialize_pool(jax.random.key(0), 1, size, D, storage="int4"))
     pool = make().at_layer(jnp.int32(0))
     ids = jax.random.randint(jax.random.key(1), (T, K), 0, size)
+    quarter = jnp.where(jnp.arange(K) % 4 == 0, ids, size)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(2), (T, K)))
     x = jax.random.normal(jax.random.key(3), (T, D))
 
@@ -60,8 +61,7 @@ def run(quick: bool) -> Result:
         return lambda pool, ids, gates, x: jax.grad(loss, argnums=(0, 1))(gates, x, pool, ids)
 
     def a_quarter(pool, ids, gates, x):
-        active = jnp.arange(K) % 4 == 0
-        return lookup_by(None)(pool, jnp.where(active, ids, size), gates, x)
+        return lookup_by(None)(pool, quarter, gates, x)
 
     forward = {
         "lookup": lookup_by(None),

@@ -2,6 +2,7 @@
 // the shapes.
 #include <array>
 
+#include "huge_pages.h"
 #include "lookup.h"
 #include "product_keys.h"
 #include "threads.h"
@@ -38,6 +39,8 @@ Pool PoolOf(const S32& words, const F32& scales, const S32& layer, int64_t width
   const int64_t at = layer.typed_data()[0], num_experts = scales.dimensions().back();
   const auto shape = words.dimensions();
   const int64_t size = shape[shape.size() - 2] * shape[shape.size() - 1];
+  UseHugePages(words.typed_data(), words.size_bytes());
+  UseHugePages(scales.typed_data(), scales.size_bytes());
   return {words.typed_data() + at * size, scales.typed_data() + at * 2 * num_experts, num_experts,
           width * bits / 32};
 }
@@ -113,6 +116,10 @@ ffi::Error Update(ffi::ThreadPool threads, S32 words, F32 scales, S32 accumulato
   CopyUnlessAliased(scales, new_scales);
   CopyUnlessAliased(accumulators, new_accumulators);
   CopyUnlessAliased(moments, new_moments);
+  UseHugePages(new_words->typed_data(), words.size_bytes());
+  UseHugePages(new_scales->typed_data(), scales.size_bytes());
+  UseHugePages(new_accumulators->typed_data(), accumulators.size_bytes());
+  UseHugePages(new_moments->typed_data(), moments.size_bytes());
   const int64_t layers = ids.dimensions()[0], tokens = ids.dimensions()[1];
   const int64_t chosen = ids.dimensions()[2], width = x.dimensions()[2];
   const int64_t num_experts = scales.dimensions()[2], pairs = tokens * chosen;
@@ -154,6 +161,7 @@ ffi::Error Update(ffi::ThreadPool threads, S32 words, F32 scales, S32 accumulato
 // Reads rows at random places: what a lookup would cost if it did nothing else.
 ffi::Error ReadRows(ffi::ThreadPool threads, S32 words, S32 ids, S32Out sum, int64_t row_words) {
   constexpr int64_t kAhead = 16;
+  UseHugePages(words.typed_data(), words.size_bytes());
   const int64_t rows = ids.element_count(), piece = 4096;
   std::vector<int32_t> sums((rows + piece - 1) / piece);
   auto row_of = [&](int64_t i) { return words.typed_data() + ids.typed_data()[i] * row_words; };
