@@ -25,7 +25,7 @@ class NativeKernels(BuildHookInterface):
         spec.loader.exec_module(build)
         try:
             build.build()
-        except build.BuildError as error:
+        except (build.BuildError, OSError) as error:
             self.app.display_warning(f"native kernels are not compiled: {error}")
             return
         build_data["artifacts"].append(str(BUILD.with_name(build.LIBRARY.name)))

@@ -101,16 +101,21 @@ def build(to: pathlib.Path = LIBRARY) -> None:
         BuildError: if the platform is not supported, there is no compiler, or it fails.
     """
     check_platform()
+    import fcntl  # which only POSIX systems have
+
     digest = digest_of_sources()
-    if to.exists() and digest.encode() in to.read_bytes():
-        return
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        result = pathlib.Path(folder) / to.name
-        command = [
-            *compiler(), *FLAGS, "-isystem", str(headers()), f'-DPEER_SOURCES="{digest}"',
-            str(FOLDER / "handlers.cc"), "-o", str(result),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BuildError(f"{command[0]} failed: {done.stderr[-2000:]}")
-        os.replace(result, to)
+    # Environments that are made at the same time share the folder. The first one compiles.
+    with open(FOLDER / "handlers.cc") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if to.exists() and digest.encode() in to.read_bytes():
+            return
+        with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+            result = pathlib.Path(folder) / to.name
+            command = [
+                *compiler(), *FLAGS, "-isystem", str(headers()), f'-DPEER_SOURCES="{digest}"',
+                str(FOLDER / "handlers.cc"), "-o", str(result),
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BuildError(f"{command[0]} failed: {done.stderr[-2000:]}")
+            os.replace(result, to)

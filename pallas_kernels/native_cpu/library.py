@@ -26,7 +26,7 @@ FUNCTIONS = (
     "peer_read_rows",
 )
 REMEDY = "run `python -m pallas_kernels.native_cpu`"
-NEEDED_FLAGS = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}  # of the processor, in x86-64-v3
+NEEDED_FLAGS = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}  # of the processor, in x86-64-v3
 
 
 @functools.cache
