@@ -1,6 +1,6 @@
 """Compares the speed of sample.py with that of llama.cpp, one token at a time.
 
-The model is that of `configs/peer_1m_cpu.py`, after a step. The Llama has random weights in Q4_0,
+The model is that of `configs/peer_1m_cpu.py`, after four steps. The Llama has random weights in Q4_0,
 and its feed-forward width is chosen so that a token reads as many bytes of weights. It needs
 `pip install gguf llama-cpp-python`.
 """
@@ -64,7 +64,7 @@ def run(quick: bool) -> Result:
             theirs.append(json.loads(printed.splitlines()[-1]))
         return ours, theirs
 
-    ours, theirs = train(RECIPE, 1, inspect=sample)["found"]
+    ours, theirs = train(RECIPE, 4, inspect=sample)["found"]
     of_llama = [each["tokens_per_second"] for each in theirs]
     medians = statistics.median(ours), statistics.median(of_llama)
     sizes = num_bytes, theirs[0]["bytes"]
