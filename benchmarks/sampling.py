@@ -1,7 +1,7 @@
 """Compares the speed of sample.py with that of llama.cpp, one token at a time.
 
-The model is that of `configs/peer_1m_cpu.py`, after four steps. The Llama has random weights in Q4_0,
-and its feed-forward width is chosen so that a token reads as many bytes of weights. It needs
+The model is that of `configs/peer_1m_cpu.py`, after four steps. The Llama has random weights in
+Q4_0, and its feed-forward width is chosen so that a token reads as many bytes of weights. It needs
 `pip install gguf llama-cpp-python`.
 """
 

@@ -26,7 +26,8 @@ FUNCTIONS = (
     "peer_read_rows",
 )
 REMEDY = "run `python -m pallas_kernels.native_cpu`"
-NEEDED_FLAGS = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}  # of the processor, in x86-64-v3
+# What x86-64-v3 adds, as Linux names it.
+NEEDED_FLAGS = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 
 
 @functools.cache
