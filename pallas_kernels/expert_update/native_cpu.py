@@ -76,7 +76,8 @@ def _numbers(code: Code, bits: int, width: int) -> tuple[float, ...]:
     wanted = width * integer_step.spread(code, bits) ** 2
     rung = integer_step.RUNG
     small, large = wanted / rung**2, wanted * rung**2
-    return (low, high, small, large, (high / rung**2) ** 2, rung, integer_step.HELD)
+    limits = float(low), float(high)
+    return (*limits, small, large, (high / rung**2) ** 2, rung, integer_step.HELD)
 
 
 def _word(counter: Any) -> Array:

@@ -166,7 +166,7 @@ def test_a_library_that_does_not_fit_is_refused(tmp_path, monkeypatch):
         assert "of XLA's interface, but this jaxlib has 0.0" in reason
     with monkeypatch.context() as other:
         other.setattr(library, "_processor_flags", lambda: {"sse2", "fma"})
-        assert "but this processor lacks avx2" in library.why_not_load(build.LIBRARY)
+        assert "but this processor lacks abm, avx2" in library.why_not_load(build.LIBRARY)
     with monkeypatch.context() as other:
         other.setattr(build.platform, "machine", lambda: "arm64")
         assert "not for linux on arm64" in library.why_not_load(build.LIBRARY)
