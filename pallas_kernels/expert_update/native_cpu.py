@@ -11,7 +11,7 @@ from jaxtyping import Array
 from pallas_kernels.codes import CODES, Code
 from pallas_kernels.counter_hash import Purpose
 from pallas_kernels.expert_update import integer_step
-from pallas_kernels.expert_update.rule import Hyperparameters, Statistics
+from pallas_kernels.expert_update.rule import EPSILON, Hyperparameters, Statistics
 from pallas_kernels.expert_update.xla import Carry
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.native_cpu.library import call
@@ -77,7 +77,9 @@ def _numbers(code: Code, bits: int, width: int) -> tuple[float, ...]:
     rung = integer_step.RUNG
     small, large = wanted / rung**2, wanted * rung**2
     limits = float(low), float(high)
-    return (*limits, small, large, (high / rung**2) ** 2, rung, integer_step.HELD)
+    outer = (high / rung**2) ** 2
+    bounds = integer_step.LARGEST_STEP, EPSILON
+    return (*limits, small, large, outer, rung, integer_step.HELD, *bounds)
 
 
 def _word(counter: Any) -> Array:

@@ -1,6 +1,5 @@
 // Entry points for XLA: typed handlers that check nothing but formats. The Python side has checked
 // the shapes.
-#include <array>
 
 #include "huge_pages.h"
 #include "lookup.h"
@@ -28,11 +27,14 @@ constexpr int64_t kHitsOfPiece = 256, kRowsOfPiece = 64;
 template <class Run>
 ffi::Error ForFormat(int64_t bits, const Pool& pool, const Run& run) {
   const bool whole = pool.vector_words % kLanes == 0;
-  if (bits == 8) whole ? run.template operator()<8, true>() : run.template operator()<8, false>();
-  else if (bits == 4) whole ? run.template operator()<4, true>() : run.template operator()<4, false>();
-  else if (bits == 2) whole ? run.template operator()<2, true>() : run.template operator()<2, false>();
-  else return ffi::Error::InvalidArgument("codes have 8, 4 or 2 bits");
-  return ffi::Error::Success();
+  auto run_with = [&]<int kBits>() {
+    whole ? run.template operator()<kBits, true>() : run.template operator()<kBits, false>();
+    return ffi::Error::Success();
+  };
+  if (bits == 8) return run_with.template operator()<8>();
+  if (bits == 4) return run_with.template operator()<4>();
+  if (bits == 2) return run_with.template operator()<2>();
+  return ffi::Error::InvalidArgument("codes have 8, 4 or 2 bits");
 }
 
 Pool PoolOf(const S32& words, const F32& scales, const S32& layer, int64_t width, int64_t bits) {
@@ -49,8 +51,8 @@ ffi::Error Forward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S3
                    F32 x, F32 bias, F32Out y, int64_t bits, int64_t activation) {
   const int64_t chosen = ids.dimensions()[1], width = x.dimensions()[1];
   const Pool pool = PoolOf(words, scales, layer, width, bits);
-  const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(), bias.typed_data(),
-                  x.typed_data(), nullptr};
+  const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(),
+                  bias.typed_data(), x.typed_data(), nullptr};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {
     ForPieces(threads, ids.dimensions()[0], std::max<int64_t>(1, kPairsOfPiece / chosen),
               [&](int64_t first, int64_t last, int64_t) {
@@ -64,8 +66,8 @@ ffi::Error Backward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S
                     F32Out d_down_scale, F32Out d_up_scale, int64_t bits, int64_t activation) {
   const int64_t chosen = ids.dimensions()[1], width = x.dimensions()[1];
   const Pool pool = PoolOf(words, scales, layer, width, bits);
-  const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(), bias.typed_data(),
-                  x.typed_data(), dy.typed_data()};
+  const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(),
+                  bias.typed_data(), x.typed_data(), dy.typed_data()};
   const Gradients out{dx->typed_data(), d_gates->typed_data(), c_down->typed_data(),
                       c_up->typed_data(), d_down_scale->typed_data(), d_up_scale->typed_data()};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {
@@ -125,7 +127,8 @@ ffi::Error Update(ffi::ThreadPool threads, S32 words, F32 scales, S32 accumulato
   const int64_t num_experts = scales.dimensions()[2], pairs = tokens * chosen;
   const float* three = rule.typed_data();
   const Rule how{three[0], three[1], three[2], (int)bits, (int)accumulator_bits, (int32_t)numbers[0], (int32_t)numbers[1],
-                 numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
+                 numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
+                 numbers[8]};
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Trained pool{
         new_words->typed_data() + layer * (words.element_count() / layers),

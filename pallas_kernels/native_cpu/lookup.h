@@ -6,23 +6,29 @@
 
 #include "activations.h"
 #include "lanes.h"
+#include "layout.h"
 
 namespace peer {
 
-// The packed experts of one layer. An expert is 2 W words, `down` before `up`.
+// The packed experts of one layer.
 struct Pool {
   const int32_t* words;
   const float* scales;  // [2, N]
   int64_t num_experts;
   int64_t vector_words;  // W
 
-  const int32_t* Expert(int64_t id) const { return words + id * 2 * vector_words; }
+  const int32_t* Vector(int64_t id, int vector) const {
+    return words + VectorPlace(id, vector) * vector_words;
+  }
+  const float* Scale(int64_t id, int vector) const {
+    return scales + NumberPlace(num_experts, id, vector);
+  }
   bool Holds(int32_t id) const { return id >= 0 && id < num_experts; }
-  // Asks for what a lookup reads of an expert: its `down` (0) or `up` (1), and the scale.
+  // Asks for what a lookup reads of a vector of an expert, and its scale.
   void Prefetch(int64_t id, int vector) const {
-    const int32_t* from = Expert(id) + vector * vector_words;
+    const int32_t* from = Vector(id, vector);
     for (int64_t word = 0; word < vector_words; word += 16) __builtin_prefetch(from + word);
-    __builtin_prefetch(scales + vector * num_experts + id);
+    __builtin_prefetch(Scale(id, vector));
   }
 };
 
@@ -67,12 +73,13 @@ class ByPlane {
 // The experts of one token that are in the pool, and numbers of each.
 struct Active {
   explicit Active(int64_t chosen)
-      : place(chosen), id(chosen), expert(chosen), code_x(chosen), code_dy(chosen), mixing(chosen) {
+      : place(chosen), id(chosen), code_x(chosen), code_dy(chosen), mixing(chosen) {
+    for (auto* each : {&vectors[kDown], &vectors[kUp]}) each->resize(chosen);
     for (auto* each : {&gate, &bias, &down_scale, &up_scale}) each->resize(chosen);
   }
   int64_t count = 0;
   std::vector<int32_t> place, id;
-  std::vector<const int32_t*> expert;
+  std::vector<const int32_t*> vectors[2];
   std::vector<float> code_x, code_dy, mixing, gate, bias, down_scale, up_scale;
 
   void Find(const Pool& pool, const int32_t* ids, int64_t chosen) {
@@ -88,9 +95,10 @@ struct Active {
   }
   void ReadNumbers(const Pool& pool, const float* gates, const float* biases) {
     for (int64_t i = 0; i < count; ++i) {
-      expert[i] = pool.Expert(id[i]);
-      down_scale[i] = pool.scales[id[i]];
-      up_scale[i] = pool.scales[pool.num_experts + id[i]];
+      vectors[kDown][i] = pool.Vector(id[i], kDown);
+      vectors[kUp][i] = pool.Vector(id[i], kUp);
+      down_scale[i] = *pool.Scale(id[i], kDown);
+      up_scale[i] = *pool.Scale(id[i], kUp);
       gate[i] = gates[place[i]];
       bias[i] = biases[place[i]];
     }
@@ -120,8 +128,8 @@ INLINE void Mix(const Active& active, int vector, ByPlane<kBits>& y, const Pool&
     for (int64_t at = 0; at < count; at += kLanes) {
       Floats sums[kTogether] = {};
       for (int64_t i = 0; i < active.count; ++i) {
-        if (first == 0 && at == 0 && i < next.count) pool.Prefetch(next.id[i], 1);
-        const int32_t* words = active.expert[i] + vector * count;
+        if (first == 0 && at == 0 && i < next.count) pool.Prefetch(next.id[i], kUp);
+        const int32_t* words = active.vectors[vector][i];
         const Words packed = LoadWords<kWhole>(words + at, count - at) >> (kBits * first);
         const Floats factor = AllEqual(active.mixing[i]);
 #pragma GCC unroll 8
@@ -140,8 +148,8 @@ INLINE void ForTokens(const Pool& pool, const Tokens& in, int64_t first, int64_t
                       const OneToken& one_token) {
   Active active(in.chosen), next(in.chosen);
   next.Find(pool, in.ids + first * in.chosen, in.chosen);
-  next.PrefetchFrom(pool, 0, 0);
-  next.PrefetchFrom(pool, 0, 1);
+  next.PrefetchFrom(pool, 0, kDown);
+  next.PrefetchFrom(pool, 0, kUp);
   for (int64_t token = first; token < last; ++token) {
     std::swap(active, next);
     next.Find(pool, in.ids + (token + 1) * in.chosen, token + 1 < last ? in.chosen : 0);
@@ -156,18 +164,18 @@ void ForwardTokens(const Pool& pool, const Tokens& in, float* y, int64_t first, 
   ForTokens(pool, in, first, last, [&](int64_t token, Active& active, const Active& next) {
     x_planes.Read(in.x + token * in.width);
     for (int64_t i = 0; i < active.count; ++i) {
-      if (i < next.count) pool.Prefetch(next.id[i], 0);
-      active.code_x[i] = Dot<kBits, kWhole>(active.expert[i], x_planes, pool.vector_words);
+      if (i < next.count) pool.Prefetch(next.id[i], kDown);
+      active.code_x[i] = Dot<kBits, kWhole>(active.vectors[kDown][i], x_planes, pool.vector_words);
     }
-    next.PrefetchFrom(pool, active.count, 0);
+    next.PrefetchFrom(pool, active.count, kDown);
     WithKind(in.activation, [&](auto kind) {
       for (int64_t i = 0; i < active.count; ++i) {
         const float hidden = active.code_x[i] * active.down_scale[i] + active.bias[i];
         active.mixing[i] = active.gate[i] * Value(kind, hidden) * active.up_scale[i];
       }
     });
-    Mix<kBits, kWhole>(active, 1, y_planes, pool, next);
-    next.PrefetchFrom(pool, active.count, 1);
+    Mix<kBits, kWhole>(active, kUp, y_planes, pool, next);
+    next.PrefetchFrom(pool, active.count, kUp);
     y_planes.Write(y + token * in.width);
   });
 }
@@ -184,12 +192,12 @@ void BackwardTokens(const Pool& pool, const Tokens& in, const Gradients& out, in
     x_planes.Read(in.x + token * in.width);
     dy_planes.Read(in.dy + token * in.width);
     for (int64_t i = 0; i < active.count; ++i) {
-      if (i < next.count) pool.Prefetch(next.id[i], 0);
-      const int32_t *down = active.expert[i], *up = down + pool.vector_words;
+      if (i < next.count) pool.Prefetch(next.id[i], kDown);
+      const int32_t *down = active.vectors[kDown][i], *up = active.vectors[kUp][i];
       active.code_x[i] = Dot<kBits, kWhole>(down, x_planes, pool.vector_words);
       active.code_dy[i] = Dot<kBits, kWhole>(up, dy_planes, pool.vector_words);
     }
-    next.PrefetchFrom(pool, active.count, 0);
+    next.PrefetchFrom(pool, active.count, kDown);
     WithKind(in.activation, [&](auto kind) {
       for (int64_t i = 0; i < active.count; ++i) {
         const float hidden = active.code_x[i] * active.down_scale[i] + active.bias[i];
@@ -208,8 +216,8 @@ void BackwardTokens(const Pool& pool, const Tokens& in, const Gradients& out, in
       out.down_scale[pair] = c_down[i] * active.code_x[i];
       out.up_scale[pair] = c_up[i] * active.code_dy[i];
     }
-    Mix<kBits, kWhole>(active, 0, dx_planes, pool, next);
-    next.PrefetchFrom(pool, active.count, 1);
+    Mix<kBits, kWhole>(active, kDown, dx_planes, pool, next);
+    next.PrefetchFrom(pool, active.count, kUp);
     dx_planes.Write(out.dx + token * in.width);
   });
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "layout.h"
 
 namespace peer {
 
@@ -36,8 +37,8 @@ struct Rule {
   float too_small, too_large;    // of the sum of squares of values: bounds of the present scale
   float outer;                   // square of a value from which on it is an outer one
   float rung, held;              // factor of scales; share of squares that decides a scale
+  float largest_step, epsilon;   // bound of a step; number that is added to a root
 };
-constexpr float kEpsilon = 1e-12f, kLargestStep = 1048576.0f;
 
 // The arrays of one layer. Accumulators are null where they have no bits.
 struct Trained {
@@ -170,7 +171,7 @@ inline void MoveVector(const Rule& rule, const float* gradient, int64_t width, i
 
   const float fresh = *moment == 0 ? mean_square
                                    : rule.beta2 * *moment + (1 - rule.beta2) * mean_square;
-  const float factor = 1.0f / std::max(std::sqrt(fresh) + kEpsilon, std::sqrt(mean_square));
+  const float factor = 1.0f / std::max(std::sqrt(fresh) + rule.epsilon, std::sqrt(mean_square));
   const float rate = rule.learning_rate * factor / *scale * (float)(1 << shift);
   const float decay = rule.learning_rate * rule.weight_decay;
   Words column;
@@ -184,7 +185,7 @@ inline void MoveVector(const Rule& rule, const float* gradient, int64_t width, i
   // Copies, because the compiler must assume that stores of values change the rule.
   const Ints low = Ints{} + rule.low, high = Ints{} + rule.high;
   const Floats outer_limit = AllEqual(rule.outer);
-  const Floats shortest = AllEqual(-kLargestStep), longest = AllEqual(kLargestStep);
+  const Floats shortest = AllEqual(-rule.largest_step), longest = AllEqual(rule.largest_step);
   Floats squares = {}, outer = {};
   Ints stops = {};
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -243,13 +244,15 @@ inline void UpdateExperts(const Rule& rule, const Trained& pool, const Gradient&
   std::vector<int32_t> values(padded + kLanes);
   auto prefetch = [&](int64_t hit) {
     const int64_t expert = pairs.expert(hit);
-    for (int64_t at = 0; at < 2 * words; at += 16)
-      __builtin_prefetch(pool.words + expert * 2 * words + at, 1);
-    for (int64_t at = 0; at < 2 * accumulator_words; at += 16)
-      __builtin_prefetch(pool.accumulators + expert * 2 * accumulator_words + at, 1);
-    for (int vector = 0; vector < 2; ++vector) {
-      __builtin_prefetch(pool.scales + vector * pool.num_experts + expert, 1);
-      __builtin_prefetch(pool.moments + vector * pool.num_experts + expert, 1);
+    for (int vector : {kDown, kUp}) {
+      const int64_t at = VectorPlace(expert, vector);
+      for (int64_t word = 0; word < words; word += 16)
+        __builtin_prefetch(pool.words + at * words + word, 1);
+      for (int64_t word = 0; word < accumulator_words; word += 16)
+        __builtin_prefetch(pool.accumulators + at * accumulator_words + word, 1);
+      const int64_t place = NumberPlace(pool.num_experts, expert, vector);
+      __builtin_prefetch(pool.scales + place, 1);
+      __builtin_prefetch(pool.moments + place, 1);
     }
   };
   for (int64_t hit = first; hit < std::min(last, first + kAhead); ++hit) prefetch(hit);
@@ -267,8 +270,9 @@ inline void UpdateExperts(const Rule& rule, const Trained& pool, const Gradient&
     }
     const int64_t expert = pairs.expert(hit);
     statistics.experts += 1;
-    for (int vector = 0; vector < 2; ++vector) {
-      const int64_t place = vector * pool.num_experts + expert, at = expert * 2 + vector;
+    for (int vector : {kDown, kUp}) {
+      const int64_t place = NumberPlace(pool.num_experts, expert, vector);
+      const int64_t at = VectorPlace(expert, vector);
       MoveVector(
           rule, sums[vector].data(), width, pool.words + at * words,
           pool.accumulators + at * accumulator_words, pool.scales + place, pool.moments + place,

@@ -104,7 +104,7 @@ void LookUpAndUpdate(Case each, Threads& threads, Results& results) {
   const float high = 7 << each.accumulator_bits;
   const Rule rule{0.02f, 0.1f, 0.99f, kBits, each.accumulator_bits, (int32_t)-high, (int32_t)high,
                   each.width * 4.0f, each.width * high * high / 4, high * high / 2, 1.1892071f,
-                  0.5f};
+                  0.5f, 1048576.0f, 1e-12f};
   const Trained trained{each.words.data(), each.accumulators.data(), each.scales.data(),
                         each.moments.data(), each.num_experts, each.width};
   const SortedPairs pairs(gradient, each.num_experts);

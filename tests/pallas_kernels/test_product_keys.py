@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.product_keys import pair_scores, scores_at, top_k_pairs, xla
-from tests.pallas_kernels.on_cpus import on_cpus
+from tests.pallas_kernels.on_cpus import ON_CPUS, on_cpus
 
 
 @st.composite
@@ -66,13 +66,12 @@ def test_pair_scores_and_their_gradient():
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-@on_cpus
-@pytest.mark.parametrize("all_devices", [False, True])
-def test_the_gradient_of_scores_at_some_sub_keys(implementation, all_devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("implementation", "of_accelerators"), [*[(name, False) for name in ON_CPUS], ("xla", True)]
+)
+def test_the_gradient_of_scores_at_some_sub_keys(implementation, of_accelerators, monkeypatch):
     """Against autodiff of all products; sub-keys repeat, and so do those of a token."""
-    if all_devices:  # the way of accelerators
-        if implementation != "xla":
-            pytest.skip("native kernels are for CPUs")
+    if of_accelerators:
         monkeypatch.setattr(xla, "by_platform", lambda *a, cpu, default: default(*a))
     heads, tokens, num_keys, width, k = 3, 17, 40, 12, 5
     rng = np.random.default_rng(0)
