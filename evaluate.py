@@ -5,7 +5,12 @@ from absl import flags
 from pallas_kernels.dispatch import describe
 from peerjax import script
 from peerjax.atomic import make_folder
-from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
+from peerjax.inference.evaluating import (
+    SINK_PROBES,
+    evaluate_without,
+    print_evaluation,
+    write_evaluation,
+)
 from peerjax.inference.trained import open_run
 from peerjax.training.workdir import folder_of
 
@@ -22,6 +27,9 @@ REMOVE = flags.DEFINE_list(
 ROWS = flags.DEFINE_integer(
     "rows", None, "Number of rows to read of each domain, spread evenly. Default: all.", 1
 )
+SINKS = flags.DEFINE_bool(
+    "sinks", False, "Also measure attention sinks and large activations, by layer and head."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Output folder. Default: evaluation/ in the workdir.")
 
 
@@ -31,7 +39,8 @@ def main() -> None:
     print(describe())
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     make_folder(folder)
-    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value)
+    further = SINK_PROBES if SINKS.value else ()
+    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value, further)
     facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
     write_evaluation(folder, evaluation, facts, removals)
     print_evaluation(folder)

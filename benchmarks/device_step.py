@@ -8,6 +8,7 @@ executed, on batches of random tokens. JAX leaves a quarter of a GPU's memory un
 import math
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from peerjax.planning.targets import GIB
 from peerjax.pool import memory_report
 from peerjax.training.optimizer import make_optimizer
 from peerjax.training.state import create_state
-from peerjax.training.step import make_first_statistics
+from peerjax.training.step import set_by_first_batch
 
 # Recipe, and the wanted number of expert parameters.
 CHOICES = {
@@ -81,7 +82,7 @@ def execute(recipe: str, steps: int) -> dict[str, Any]:
             "segments": jnp.ones(shape, jnp.int32),
         }
 
-    state = jax.jit(make_first_statistics(config, task), donate_argnums=0)(state, batch(0))
+    state = jax.jit(partial(set_by_first_batch, task), donate_argnums=0)(state, batch(0))
     losses, seconds = [], []
     for number in range(1, steps + 1):
         start = time.perf_counter()

@@ -16,6 +16,8 @@ from pallas_kernels.storage import STORAGES
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
+from peerjax.layers.attention import ATTENTION_SINKS, AttentionConfig
+from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import FeedForward
 from peerjax.model import ModelConfig
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
@@ -74,10 +76,19 @@ def default_config() -> ml_collections.ConfigDict:
     model.width = 128  # D, features of the residual stream
     model.layers = (("dense", 1), ("peer", 1), ("dense", 1))  # stacks: (kind, number of blocks)
     model.heads = 4  # attention heads
+    # Heads of keys and values; consecutive attention heads share one. `None` means `model.heads`.
+    model.kv_heads = config_dict.placeholder(int)
+    # "logit" adds a learned logit to the softmax of each attention head, so that a head can attend
+    # to nothing. "gate" multiplies the output of each head by a sigmoid gate.
+    model.attention_sink = "none"
     model.max_length = 2048  # the longest sequence the model accepts, in tokens
     model.rope_base = 10_000.0
     model.dtype = "float32"  # dtype of activations, or "bfloat16"; parameters are float32
     model.remat = False  # recompute each block in the backward pass
+    # Hidden neurons of a small dense layer beside every sparse layer; 0 for none. It has one set of
+    # weights for all layers, or one for each with `shared_tied = False`.
+    model.shared_mlp = 0
+    model.shared_tied = True
     # Statistics for batch normalisation in routers during training. "running" uses statistics of
     # earlier steps. "in_batch" is the form in the papers, in which later tokens affect the experts
     # of earlier ones. Use it only for comparison.
@@ -170,6 +181,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require(config, "optimizer.final_fraction", lambda part: 0 <= part <= 1, "is not in [0, 1]")
     _require_choice(config, "data.source", ("packages", "files", "shards"))
     _require_choice(config, "model.dtype", ("float32", "bfloat16"))
+    _require_choice(config, "model.attention_sink", ATTENTION_SINKS)
+    _require_not_negative(config, "model.shared_mlp")
     _require_choice(config, "model.routing_statistics", (RUNNING, IN_BATCH))
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
@@ -203,6 +216,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"model.width={model.width} is not divisible by 2 * model.heads={2 * model.heads} "
             "(rotary positions rotate pairs of features)"
         )
+    if (kv_heads := model.kv_heads) is not None and (kv_heads < 1 or model.heads % kv_heads):
+        raise ConfigError(
+            f"model.kv_heads={kv_heads} is not a positive divisor of model.heads={model.heads}"
+        )
     _validate_layers(model.layers)
     layers = feed_forwards(config)
     for (kind, count), (spec, _) in zip(model.layers, layers, strict=True):
@@ -212,6 +229,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"model.layers has {count} blocks of {kind!r} in a row, which is not divisible by "
                 f"{spec.period}, the number of blocks that share a router"
             )
+    if model.shared_mlp and not any(spec.is_sparse for spec, _ in layers):
+        raise ConfigError(
+            f"model.shared_mlp={model.shared_mlp} is beside sparse layers, but model.layers has "
+            "none; set it to 0"
+        )
+    if not model.shared_tied and not model.shared_mlp:
+        raise ConfigError(
+            "model.shared_tied=False unties the weights of a shared path, but model.shared_mlp=0 "
+            "means that there is none; set model.shared_mlp to a width"
+        )
+    if not any(isinstance(spec, PeerConfig) for spec, _ in layers):
+        for name, default in (("gate", PeerConfig.gate), ("always_on", PeerConfig.always_on)):
+            if (value := config.peer[name]) != default:
+                raise ConfigError(
+                    f"peer.{name}={value!r} needs a PEER layer, but model.layers has none; set it "
+                    f"to {default!r}"
+                )
     if any(spec.pools for spec, _ in layers):
         _validate_pool(config)
     if config.checkpoint.keep < 2:
@@ -232,6 +266,13 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
     """Returns the part of a configuration that the model is built from."""
     fields = dict(config.model)
     del fields["max_length"], fields["routing_momentum"]
+    heads, kv_heads = fields.pop("heads"), fields.pop("kv_heads")
+    fields["attention"] = AttentionConfig(
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        rope_base=fields.pop("rope_base"),
+        sink=fields.pop("attention_sink"),
+    )
     fields["layers"] = feed_forwards(config)
     return ModelConfig(
         vocab_size=vocab_size,

@@ -6,6 +6,7 @@ Norms, activations, softmaxes, sorting and the padding of experts' blocks are no
 
 from collections import defaultdict
 
+from peerjax.layers.attention import GATE
 from peerjax.model import ModelConfig
 
 
@@ -23,10 +24,17 @@ def forward_flops(
     """
     keys = sequence_length if full_attention else (sequence_length + 1) / 2
     flops: dict[str, float] = defaultdict(float)
-    flops["attention projections"] = config.depth * 8 * config.width**2
+    attention = config.attention
+    of_keys_and_values = attention.kv_heads / attention.heads
+    projections = 4 * config.width**2 * (1 + of_keys_and_values)
+    if attention.sink == GATE:
+        projections += 2 * config.width * attention.heads
+    flops["attention projections"] = config.depth * projections
     flops["attention scores and mixing"] = config.depth * 4 * config.width * keys
     for spec, count in config.layers:
         for part, of_layer in spec.flops(config.width).items():
             flops[part] += count * of_layer
+        if spec.is_sparse and config.shared_mlp:
+            flops["shared path"] += count * 4 * config.width * config.shared_mlp
     flops["head"] = 2 * config.width * config.vocab_size
     return {part: float(each) for part, each in flops.items()}

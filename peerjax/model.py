@@ -12,12 +12,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peerjax.layers.attention import Attention, KVCache
+from peerjax.layers.attention import Attention, AttentionConfig, KVCache
 from peerjax.layers.look_up import TAPS
+from peerjax.layers.shared import NAME as SHARED
+from peerjax.layers.shared import SharedPath, apply_shared
 from peerjax.layers.spec import Context, FeedForward, Sizes
 from peerjax.pool import ExpertPool, initialize_pool
-from peerjax.routing.auxiliary import DECODE, EXPERT_IDS, LOSSES, REMOVED, ROUTING
-from peerjax.routing.running_norm import MOMENTS, RUNNING, STATS
+from peerjax.routing.auxiliary import (
+    DECODE,
+    EXPERT_IDS,
+    LOSSES,
+    REMOVED,
+    ROUTING,
+    SINKS,
+    sow_last,
+)
+from peerjax.routing.running import FIRST, MOMENTS, STATS
+from peerjax.routing.running_norm import RUNNING
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
@@ -31,11 +42,12 @@ class ModelConfig:
     vocab_size: int
     width: int
     layers: tuple[tuple[FeedForward, int], ...]
-    heads: int
-    rope_base: float
+    attention: AttentionConfig
     dtype: str
     remat: bool
     pool_storage: str
+    shared_mlp: int = 0  # hidden neurons of the shared path; 0 for no such path
+    shared_tied: bool = True  # whether all layers have one set of weights of the shared path
     routing_statistics: str = RUNNING  # statistics of routers with batch normalisation
     implementation: str | None = None  # implementation of lookups and mixtures
 
@@ -44,15 +56,20 @@ class ModelConfig:
         """Number of blocks."""
         return sum(count for _, count in self.layers)
 
-    def sizes(self, spec: FeedForward) -> Sizes:
-        """Returns the settings that layers of a kind share with all other layers.
+    @property
+    def residual_scale(self) -> float:
+        """Initial scale of a sub-layer's output.
 
-        The residual scale keeps the variance of the residual stream at O(1) over all sub-layers.
+        It keeps the variance of the residual stream at O(1) over all sub-layers.
         """
+        return (2 * self.depth) ** -0.5
+
+    def sizes(self, spec: FeedForward) -> Sizes:
+        """Returns the settings that layers of a kind share with all other layers."""
         same = (each for each in self.layers if each[0].section == spec.section)
         return Sizes(
             width=self.width,
-            residual_scale=(2 * self.depth) ** -0.5,
+            residual_scale=self.residual_scale,
             dtype=self.dtype,
             statistics=self.routing_statistics,
             implementation=self.implementation,
@@ -96,7 +113,11 @@ class Place(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and a pre-norm feed-forward layer, each added to the residual stream."""
+    """Pre-norm attention and a pre-norm feed-forward layer, each added to the residual stream.
+
+    The shared path reads the same input as the feed-forward layer. If the collection "sinks" is
+    mutable, the block sows the `largest` magnitude of its output and the `median` [B] into it.
+    """
 
     config: ModelConfig
     feed_forward: FeedForward
@@ -109,11 +130,7 @@ class Block(nn.Module):
         x_BLD, cache = carry
         config, sizes = self.config, self.config.sizes(self.feed_forward)
         attention = Attention(
-            config.heads,
-            config.rope_base,
-            sizes.residual_scale,
-            jnp.dtype(config.dtype),
-            name="attention",
+            config.attention, sizes.residual_scale, jnp.dtype(config.dtype), name="attention"
         )
         normed = nn.RMSNorm(dtype=config.dtype, name="attention_norm")(x_BLD)
         mixed, cache = attention(normed, context, cache)
@@ -121,7 +138,17 @@ class Block(nn.Module):
         normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
         layer = self.feed_forward.module(sizes, name=self.feed_forward.section)
         y_BLD, routed = layer(normed, context, routed)
-        return (x_BLD + y_BLD, cache), routed
+        x_BLD = x_BLD + y_BLD
+        if config.shared_mlp and self.feed_forward.is_sparse:
+            weights = context.shared
+            if not config.shared_tied:
+                weights = _shared_path(config)(config.width)
+            x_BLD = x_BLD + apply_shared(weights, normed, jnp.dtype(config.dtype))
+        if self.is_mutable_collection(SINKS):
+            magnitudes_BN = jnp.abs(x_BLD.reshape(x_BLD.shape[0], -1).astype(jnp.float32))
+            sow_last(self, SINKS, "largest", jnp.max(magnitudes_BN, axis=-1))
+            sow_last(self, SINKS, "median", jnp.median(magnitudes_BN, axis=-1))
+        return (x_BLD, cache), routed
 
 
 class Group(nn.Module):
@@ -163,7 +190,7 @@ class Stack(nn.Module):
         grouped = self.feed_forward.period > 1
         unit = Group if grouped else _unit(Block, self.config)
         length = self.length // self.feed_forward.period
-        kept = ("params", STATS, MOMENTS, TAPS, ROUTING, LOSSES, REMOVED, DECODE)
+        kept = ("params", STATS, MOMENTS, FIRST, TAPS, ROUTING, LOSSES, SINKS, REMOVED, DECODE)
         units = nn.scan(
             unit,
             variable_axes=dict.fromkeys(kept, 0),
@@ -187,6 +214,10 @@ class Stack(nn.Module):
         )
 
 
+def _shared_path(config: ModelConfig) -> SharedPath:
+    return SharedPath(config.shared_mlp, config.residual_scale, name=SHARED)
+
+
 def _unit(block: type[Block], config: ModelConfig) -> type[Block]:
     """Returns a block class that is recomputed in the backward pass if `config.remat` is set."""
     if not config.remat:
@@ -201,9 +232,9 @@ class Decoder(nn.Module):
     The collection "params" has float leaves. The collection "pools" has the stacked `ExpertPool`s
     of stack i at `run_<i>/<name>`. These modules document the other collections:
 
-    - `peerjax.routing.running_norm`: "stats" and "moments"
+    - `peerjax.routing.running`: "stats", "moments" and "first"
     - `peerjax.layers.look_up`: "taps"
-    - `peerjax.routing.auxiliary`: "routing", "losses", "removed" and "decode"
+    - `peerjax.routing.auxiliary`: "routing", "losses", "sinks", "removed" and "decode"
 
     Arrays of a stack have a leading axis of its blocks or of its periods. `ModelConfig.place`
     returns their layer numbers.
@@ -259,6 +290,7 @@ class Decoder(nn.Module):
             budget=budget_BL,
             seed=None if seed is None else jnp.asarray(seed),
             step=None if step is None else jnp.asarray(step),
+            shared=_shared_path(config)(config.width) if self._has_tied_path else None,
         )
         caches = {}
         for index, (feed_forward, length) in enumerate(config.layers):
@@ -272,6 +304,10 @@ class Decoder(nn.Module):
             return x_BLD
         logits_BLV = Head(config, name=HEAD)(x_BLD)
         return logits_BLV if cache is None else (logits_BLV, caches)
+
+    @property
+    def _has_tied_path(self) -> bool:
+        return bool(self.config.shared_mlp) and self.config.shared_tied
 
 
 class Head(nn.Module):
@@ -326,8 +362,8 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:
 
     Layers add their own state to it when they first read tokens.
     """
-    per_head = (config.heads, config.width // config.heads)
-    zeros = partial(KVCache.zeros, batch=batch, size=size, heads=per_head[0], dim=per_head[1])
+    heads, dim = config.attention.kv_heads, config.width // config.attention.heads
+    zeros = partial(KVCache.zeros, batch=batch, size=size, heads=heads, dim=dim)
     dtype = jnp.dtype(config.dtype)
     keys_and_values = {
         f"run_{index}": zeros(layers=length, dtype=dtype)

@@ -104,6 +104,68 @@ def plot_expert_usage(path: epath.Path, usage: Mapping[str, Mapping[str, Any]]) 
     _save(figure, path)
 
 
+def plot_active_experts(
+    path: epath.Path,
+    of_all: Mapping[str, Mapping[str, Any]],
+    by_text: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> None:
+    """Draws the number of active experts a token: by layer and text, and its distribution.
+
+    Args:
+        path: the PNG to write.
+        of_all: results of the probe `ActiveExperts` on all text, by layer.
+        by_text: results by text, then by layer.
+    """
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    means, shares = figure.subplots(1, 2)
+    layers = list(of_all)
+    for number, (text, found) in enumerate(by_text.items()):
+        places = np.arange(len(layers)) + 0.1 * (number - (len(by_text) - 1) / 2)
+        values = [[found[layer][each] for layer in layers] for each in ("mean", "deviation")]
+        means.errorbar(places, values[0], values[1], label=text, fmt="o", capsize=3)
+    means.set_xticks(range(len(layers)), [layer.replace("_", " ") for layer in layers])
+    means.set(title="Mean and deviation", ylabel="active experts a token")
+    for layer, found in of_all.items():
+        distribution: Any = found["distribution"]
+        numbers, at_most = np.arange(len(distribution)), np.cumsum(distribution)
+        shares.step(numbers, at_most, where="post", label=layer.replace("_", " "))
+    shares.set(
+        title="Tokens with at most so many", xlabel="active experts", ylabel="share of tokens"
+    )
+    for axes in (means, shares):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_sinks(
+    path: epath.Path,
+    sinks: Mapping[str, Mapping[str, Any]],
+    activations: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Draws alpha_1 of every head, and large activations, by layer.
+
+    Args:
+        path: the PNG to write.
+        sinks: results of the probe `Sinks`, by layer and head.
+        activations: results of the probe `LargeActivations`, by layer.
+    """
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    heads, ratios = figure.subplots(1, 2)
+    names = [layer.replace("_", " ") for layer in activations]
+    values = [found["alpha_1"] for row, found in sinks.items() if ".head_" in row]
+    shares = np.reshape(values, (len(names), -1))
+    image = heads.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=heads)
+    heads.set_yticks(range(len(names)), names)
+    heads.set_xticks(range(shares.shape[1]))
+    heads.set(title="alpha_1, the attention to the first token", xlabel="head")
+    ratios.bar(names, [found["ratio"] for found in activations.values()])
+    ratios.set(title="Largest activation over the median", yscale="log")
+    ratios.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -> None:
     """Draws packed pools over steps: hit experts, step size, saturated rows, shares of codes.
 

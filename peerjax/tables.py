@@ -7,7 +7,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from peerjax.evaluation import ALL, PROBES
+from peerjax.evaluation import ALL, FURTHER_PROBES, PROBES
 
 
 def print_table(
@@ -25,7 +25,8 @@ def print_table(
 def print_probes(console: rich.console.Console, texts: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints a table for each probe that has results.
 
-    Figures of texts have one row per text. Figures of layers are for all texts together.
+    Figures of texts have one row per text. Figures of layers have one row per layer, for all texts
+    together. If the probe is `by_text`, they have one for each text.
 
     Args:
         console: the console to print to.
@@ -34,17 +35,29 @@ def print_probes(console: rich.console.Console, texts: Mapping[str, Mapping[str,
     for name, of_all in texts[ALL].items():
         if not of_all:
             continue
-        by_row = all(isinstance(value, Mapping) for value in of_all.values())
-        found = of_all if by_row else {text: found[name] for text, found in texts.items()}
-        _print_probe(console, name, "layer" if by_row else "text", found)
+        probe = {**PROBES, **FURTHER_PROBES}[name]
+        if not all(isinstance(value, Mapping) for value in of_all.values()):
+            found, first = {text: found[name] for text, found in texts.items()}, "text"
+        elif not probe.by_text:
+            found, first = of_all, "layer"
+        else:
+            found, first = {}, "layer, text"
+            for layer in of_all:
+                found |= {f"{layer}, {text}": each[name][layer] for text, each in texts.items()}
+        _print_probe(console, name, probe.columns, first, found)
 
 
 def _print_probe(
-    console: rich.console.Console, name: str, first: str, found: Mapping[str, Mapping[str, Any]]
+    console: rich.console.Console,
+    name: str,
+    columns: Mapping[str, tuple[str, str]],
+    first: str,
+    found: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    figures = list(next(iter(found.values())))
-    columns = PROBES[name].columns or {
-        figure: (figure.replace("_", " "), ".4g") for figure in figures
+    columns = columns or {
+        figure: (figure.replace("_", " "), ".4g")
+        for figure, value in next(iter(found.values())).items()
+        if not isinstance(value, Mapping)
     }
     rows = [
         [row, *(format(of_row[figure], form) for figure, (_, form) in columns.items())]

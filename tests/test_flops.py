@@ -14,6 +14,7 @@ from configs import dense_small, moe_small, peer_small
 from peerjax.config import model_config
 from peerjax.flops import forward_flops
 from peerjax.layers import FEED_FORWARDS
+from peerjax.layers.attention import AttentionConfig
 from peerjax.layers.dense import DenseConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.model import Decoder
@@ -27,7 +28,7 @@ TINY = dataclasses.replace(
     CONFIG,
     vocab_size=512,
     width=64,
-    heads=2,
+    attention=AttentionConfig(heads=2, kv_heads=2, rope_base=10_000.0),
     implementation="xla",
 )
 DENSE = DenseConfig(hidden=256, activation="relu")

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.layers.attention import rotate
+from peerjax.layers.attention import AttentionConfig, rotate
 from peerjax.layers.dense import DenseConfig
 from peerjax.layers.moe import MoeConfig
 from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.model import Decoder, ModelConfig
+from peerjax.routing.running import FIRST, with_first
 
 VOCAB, LENGTH = 61, 24
 DENSE = DenseConfig(hidden=64)
@@ -26,8 +27,7 @@ CONFIG = ModelConfig(
     vocab_size=VOCAB,
     width=32,
     layers=((DENSE, 1), (PEER, 2), (DENSE, 1)),
-    heads=4,
-    rope_base=10_000.0,
+    attention=AttentionConfig(heads=4, kv_heads=4, rope_base=10_000.0),
     dtype="float32",
     remat=False,
     pool_storage="float32",
@@ -48,6 +48,18 @@ VARIANTS = {
     "remat": dataclasses.replace(CONFIG, remat=True),
     "moe": with_layers((MOE, 2), (DENSE, 1)),
     "moe, bfloat16": with_layers((MOE, 2), dtype="bfloat16"),
+    "jumprelu": with_layers(
+        (dataclasses.replace(PEER, gate="jumprelu", target=5.0, always_on=3), 2),
+        attention=AttentionConfig(4, 2, 10_000.0, "logit"),
+        shared_mlp=8,
+        remat=True,
+    ),
+    "threshold": with_layers(
+        (dataclasses.replace(PEER, gate="threshold", target=5.0), 2),
+        attention=AttentionConfig(4, 1, 10_000.0, "gate"),
+        shared_mlp=8,
+        shared_tied=False,
+    ),
 }
 
 
@@ -58,6 +70,10 @@ def make(config):
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
     segments = jnp.zeros_like(tokens)
     variables = jax.jit(model.init)(jax.random.key(1), tokens, positions, segments)
+    sown = model.apply(variables, tokens, positions, segments, mutable=[FIRST])[1]
+    for collection in ("params", "stats"):
+        given = variables.get(collection, {})
+        variables = {**variables, collection: with_first(given, sown.get(FIRST, {}))}
     return model, variables, (tokens, positions, segments)
 
 
@@ -77,7 +93,8 @@ def train_and_eval(config):
 
     def loss(params, *inputs):
         trained = {**readable, "params": params, "taps": variables.get("taps", {})}
-        logits, _ = model.apply(trained, *inputs, mutable=["routing", "moments", "losses"])
+        kept = ["routing", "moments", "losses"]
+        logits, _ = model.apply(trained, *inputs, step=0, mutable=kept)
         return jnp.sum(logits**2), logits
 
     differentiate = jax.jit(jax.grad(loss, has_aux=True))

@@ -43,6 +43,8 @@ def effective_experts(
     gradients, routing = jax.grad(any_loss, has_aux=True)(taps)
     choices, found = by_module(routing), {}
     for path, tap in by_module(gradients).items():
+        if not choices[path][CHOICE].is_routed:
+            continue
         pool, ids = variables["pools"][path[0]][path[-1]], choices[path][CHOICE].ids
         for index, layer in enumerate(model.config.place(path).layers):
             in_stack = layer - model.config.place((path[0], "block")).layers[0]

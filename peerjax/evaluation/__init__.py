@@ -1,16 +1,20 @@
 """Evaluation of a model: probes, and the pass over text that runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from peerjax.data.tokenizer import Tokenizer
+from peerjax.evaluation.activations import LargeActivations
+from peerjax.evaluation.active import ActiveExperts
 from peerjax.evaluation.codes import Codes
 from peerjax.evaluation.evaluate import evaluate
 from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.probe import ALL, Evaluation, Probe, figures_of
+from peerjax.evaluation.sinks import Sinks
 from peerjax.evaluation.usage import Usage
 
 __all__ = [
     "ALL",
+    "FURTHER_PROBES",
     "PROBES",
     "Evaluation",
     "Probe",
@@ -20,9 +24,17 @@ __all__ = [
 ]
 
 # Probes of training and `evaluate.py`, in the order of their tables. To add a probe, add a line.
-PROBES: dict[str, type[Probe]] = {"loss": Loss, "experts": Usage, "codes": Codes}
+PROBES: dict[str, type[Probe]] = {
+    "loss": Loss,
+    "experts": Usage,
+    "active": ActiveExperts,
+    "codes": Codes,
+}
+# Probes that `evaluate.py` adds if a flag asks for them.
+FURTHER_PROBES: dict[str, type[Probe]] = {"sinks": Sinks, "activations": LargeActivations}
 
 
-def probes_for(tokenizer: Tokenizer) -> Mapping[str, Probe]:
-    """Returns all probes, for text of a tokenizer."""
-    return {name: probe.of(tokenizer) for name, probe in PROBES.items()}
+def probes_for(tokenizer: Tokenizer, further: Sequence[str] = ()) -> Mapping[str, Probe]:
+    """Returns all probes, and some of the further ones, for text of a tokenizer."""
+    chosen = {**PROBES, **{name: FURTHER_PROBES[name] for name in further}}
+    return {name: probe.of(tokenizer) for name, probe in chosen.items()}

@@ -28,8 +28,10 @@ class Probe:
         keeps: collections that the model keeps for the probe, such as "routing".
         of_model: whether the probe reads only the weights. It then has one result, for all texts
             together.
+        by_text: whether tables show the figures of layers for each text. Otherwise they show them
+            for all texts together.
         columns: label and format of the values that tables show. By default, tables show all
-            values.
+            numbers.
 
     Attributes:
         given: further collections that the model reads, such as experts to leave out. Probes with
@@ -38,6 +40,7 @@ class Probe:
 
     keeps: ClassVar[tuple[str, ...]] = ()
     of_model: ClassVar[bool] = False
+    by_text: ClassVar[bool] = False
     columns: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     given: Mapping[str, Any] = dataclasses.field(

@@ -36,8 +36,12 @@ class Router(NamedTuple):
 
 @functools.cache
 def routers(model: Decoder) -> tuple[Router, ...]:
-    """Returns the modules of a model that sow their choices, in the order of their layers."""
-    found = by_module(kept_shapes(model)[ROUTING])
+    """Returns the modules of a model that sow a router's choices, in the order of their layers."""
+    found = {
+        path: sown
+        for path, sown in by_module(kept_shapes(model)[ROUTING]).items()
+        if getattr(sown[CHOICE], "is_routed", True)
+    }
     places = {path: model.config.place(path) for path in found}
     owners = [layer for place in places.values() for layer in place.layers]
     result = []

@@ -26,7 +26,7 @@ from flax.traverse_util import unflatten_dict
 from peerjax.atomic import make_folder, write_atomically
 from peerjax.errors import UserError
 from peerjax.exchange.files import named_leaves, write_tensors
-from peerjax.routing.running_norm import STATS, Moments
+from peerjax.routing.running import STATS, Moments
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Default values of the fields of `config.json`.

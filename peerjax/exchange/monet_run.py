@@ -24,7 +24,7 @@ from peerjax.exchange.monet import HORIZONTAL, VERTICAL, read_hf, write_hf
 from peerjax.inference.trained import Run, open_run, restore
 from peerjax.optim import dequantize
 from peerjax.routing.monet import keys_per_side
-from peerjax.routing.running_norm import STATS
+from peerjax.routing.running import STATS
 from peerjax.sharding import make_mesh
 from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.state import PARAMS

@@ -20,13 +20,22 @@ from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.probe import only_numbers
 from peerjax.evaluation.removal import Removal, checked_domains, remove_domains
 from peerjax.inference.trained import Run, restore
-from peerjax.plots import plot_expert_usage, plot_losses_by_domain, plot_removals
+from peerjax.plots import (
+    plot_active_experts,
+    plot_expert_usage,
+    plot_losses_by_domain,
+    plot_removals,
+    plot_sinks,
+)
 from peerjax.sharding import make_mesh
 from peerjax.tables import print_probes, print_table
 from peerjax.training.report import USAGE_PLOT
 from peerjax.training.workdir import check_data, check_trained_here
 
 FILE, LOSS_PLOT, REMOVAL_PLOT = "evaluation.json", "losses.png", "removals.png"
+ACTIVE_PLOT, SINKS_PLOT = "active_experts.png", "sinks.png"
+# Probes of `evaluate.py --sinks`.
+SINK_PROBES = ("sinks", "activations")
 
 
 def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evaluation:
@@ -48,7 +57,11 @@ def evaluate_run(run: Run, pattern: str = "", rows: int | None = None) -> Evalua
 
 
 def evaluate_without(
-    run: Run, domains: Sequence[str], pattern: str = "", rows: int | None = None
+    run: Run,
+    domains: Sequence[str],
+    pattern: str = "",
+    rows: int | None = None,
+    further: Sequence[str] = (),
 ) -> tuple[Evaluation, list[Removal]]:
     """Evaluates a checkpoint, and again without the experts of each domain in turn.
 
@@ -58,6 +71,7 @@ def evaluate_without(
             domain.
         pattern: globs of the files to read, as in `evaluate_run`.
         rows: number of rows to read of each domain, as in `evaluate_run`.
+        further: names of `peerjax.evaluation.FURTHER_PROBES` to add.
 
     Raises:
         DataError: in the same cases as `evaluate_run`, and if a domain is unknown or there is
@@ -73,7 +87,7 @@ def evaluate_without(
         evaluate_on = partial(
             evaluate, run.model, variables, mesh=mesh, batch_size=run.config.data.batch_size
         )
-        whole = evaluate_on(texts, probes_for(run.tokenizer), rows=choose)
+        whole = evaluate_on(texts, probes_for(run.tokenizer, further), rows=choose)
         if not domains:
             return whole, []
         loss = Loss.of(run.tokenizer)
@@ -114,6 +128,11 @@ def write_evaluation(
     plot_losses_by_domain(folder / LOSS_PLOT, losses)
     if usage := evaluation[ALL]["experts"]:
         plot_expert_usage(folder / USAGE_PLOT, usage)
+    if active := evaluation[ALL]["active"]:
+        by_text = {text: found["active"] for text, found in evaluation.items()}
+        plot_active_experts(folder / ACTIVE_PLOT, active, by_text)
+    if "sinks" in evaluation[ALL]:
+        plot_sinks(folder / SINKS_PLOT, *(evaluation[ALL][name] for name in SINK_PROBES))
     if removals:
         plot_removals(
             folder / REMOVAL_PLOT, {removal.domain: removal.changes for removal in removals}

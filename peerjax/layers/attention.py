@@ -1,15 +1,18 @@
 """Causal self-attention that stays inside documents, with rotary positions and a cache."""
 
-from functools import partial
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.platforms import by_platform
+from peerjax.layers.attend import Seen, attend, attention_shares
 from peerjax.layers.spec import Context
+from peerjax.routing.auxiliary import SINKS, sow_last
+
+# What `AttentionConfig.sink` may be.
+NONE, LOGIT, GATE = ATTENTION_SINKS = ("none", "logit", "gate")
 
 
 def rotate(
@@ -30,11 +33,6 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def same_document(segments: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
-    """Returns the attention mask with which a token sees only its own document."""
-    return segments[:, None, :, None] == segments[:, None, None, :]
 
 
 class KVCache(NamedTuple):
@@ -66,73 +64,42 @@ class KVCache(NamedTuple):
         )
 
 
-def seen(positions: Int[Array, "B L"], size: int) -> Bool[Array, "B 1 L S"]:
-    """Returns the mask over a cache of `size` positions; no token sees positions after its own."""
-    return (jnp.arange(size) <= positions[:, :, None])[:, None]
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Settings of the attention of a model.
 
-
-def attend(
-    query: Float[Array, "B L heads dim"],
-    key: Float[Array, "B S heads dim"],
-    value: Float[Array, "B S heads dim"],
-    mask: Bool[Array, "B 1 L S"],
-    *,
-    is_causal: bool,
-) -> Float[Array, "B L heads dim"]:
-    """Computes softmax attention over the keys that a mask, and causality, let each token see.
-
-    On CPUs, every head is a product of matrices. XLA computes these about twice as fast there as
-    the products of `jax.nn.dot_product_attention`.
+    Attributes:
+        heads: number of heads, which must divide the width of the model.
+        kv_heads: number of heads of keys and values, which must divide `heads`. Consecutive heads
+            share one.
+        rope_base: base of the rotary frequencies.
+        sink: "none"; "logit" for a learned logit of each head, with which the shares of a token sum
+            to less than 1; or "gate" for a sigmoid gate of each head's output.
     """
-    return by_platform(
-        query,
-        key,
-        value,
-        mask,
-        cpu=partial(_attend_head_by_head, is_causal=is_causal),
-        default=partial(_attend, is_causal=is_causal),
-    )
 
-
-def _attend(query: Array, key: Array, value: Array, mask: Array, *, is_causal: bool) -> Array:
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
-
-
-def _attend_head_by_head(
-    query: Array, key: Array, value: Array, mask: Array, *, is_causal: bool
-) -> Array:
-    batch, length, heads, dim = query.shape
-    if is_causal:
-        mask = mask & jnp.tril(jnp.ones(mask.shape[-2:], bool))
-
-    def by_head(x: Array) -> Array:
-        return x.swapaxes(1, 2).reshape(batch * heads, -1, dim)
-
-    scores_NLS = jnp.einsum(
-        "nld,nsd->nls",
-        by_head(query) * dim**-0.5,
-        by_head(key),
-        preferred_element_type=jnp.float32,
-    )
-    scores_BHLS = scores_NLS.reshape(batch, heads, length, -1)
-    seen_BHLS = jnp.where(mask, scores_BHLS, jnp.finfo(jnp.float32).min)
-    shares_NLS = jax.nn.softmax(seen_BHLS).reshape(scores_NLS.shape).astype(value.dtype)
-    mixed_NLd = jnp.einsum("nls,nsd->nld", shares_NLS, by_head(value))
-    return mixed_NLd.reshape(batch, heads, length, dim).swapaxes(1, 2)
+    heads: int
+    kv_heads: int
+    rope_base: float
+    sink: str = "none"
 
 
 class Attention(nn.Module):
     """Multi-head causal self-attention.
 
+    If the collection "sinks" is mutable, the module sows `first_share` [B, heads, L] into it: the
+    share of a token's attention that goes to the first token of its document.
+
     Attributes:
-        heads: number of heads, which must divide the width of x.
-        rope_base: base of the rotary frequencies.
+        config: settings of the attention.
         residual_scale: scale of the output projection's initial values.
         dtype: compute dtype; parameters are float32.
+
+    References:
+        Qiu et al., "Gated Attention for Large Language Models", arXiv:2505.06708, section 2.2 (the
+        head-wise gate after attention).
     """
 
-    heads: int
-    rope_base: float
+    config: AttentionConfig
     residual_scale: float
     dtype: jnp.dtype
 
@@ -154,27 +121,39 @@ class Attention(nn.Module):
         Returns:
             The attention output, and the cache.
         """
-        width = x_BLD.shape[-1]
-        per_head = (self.heads, width // self.heads)
+        config, width = self.config, x_BLD.shape[-1]
+        dim = width // config.heads
         # If tokens had two axes, XLA on CPUs would copy transposes for the gradient of weights.
         x_TD = x_BLD.reshape(-1, width)
 
-        def project(name: str) -> Array:
-            dense = nn.DenseGeneral(per_head, use_bias=False, dtype=self.dtype, name=name)
-            return dense(x_TD).reshape(*x_BLD.shape[:2], *per_head)
+        def project(name: str, heads: int) -> Array:
+            dense = nn.DenseGeneral((heads, dim), use_bias=False, dtype=self.dtype, name=name)
+            return dense(x_TD).reshape(*x_BLD.shape[:2], heads, dim)
 
-        query_BLHd = rotate(project("query"), context.positions, self.rope_base)
-        key_BSHd = rotate(project("key"), context.positions, self.rope_base)
-        value_BSHd = project("value")
+        query_BLHd = rotate(project("query", config.heads), context.positions, config.rope_base)
+        key_BSHd = rotate(project("key", config.kv_heads), context.positions, config.rope_base)
+        value_BSHd = project("value", config.kv_heads)
         if cache is None:
-            mask = same_document(context.segments)
+            seen = Seen.in_documents(context.segments)
         else:
             cache = cache.written(context.layer, context.positions, key_BSHd, value_BSHd)
             key_BSHd, value_BSHd = cache.key[context.layer], cache.value[context.layer]
-            mask = seen(context.positions, key_BSHd.shape[1])
-        mixed_BLHd = attend(query_BLHd, key_BSHd, value_BSHd, mask, is_causal=cache is None)
+            seen = Seen(context.positions)
+        sink = None
+        if config.sink == LOGIT:
+            sink = self.param("sink", nn.initializers.zeros, (config.heads,))
+        mixed_BLHd = attend(query_BLHd, key_BSHd, value_BSHd, seen, sink)
+        if cache is None and self.is_mutable_collection(SINKS):
+            shares_BHLS = attention_shares(query_BLHd, key_BSHd, seen, sink)
+            first_BL = jnp.arange(x_BLD.shape[1]) - context.positions
+            first_share = jnp.take_along_axis(shares_BHLS, first_BL[:, None, :, None], axis=-1)
+            sow_last(self, SINKS, "first_share", first_share[..., 0])
+        mixed_THd = mixed_BLHd.reshape(-1, config.heads, dim)
+        if config.sink == GATE:
+            gate = nn.Dense(config.heads, use_bias=False, dtype=self.dtype, name="gate")
+            mixed_THd = mixed_THd * nn.sigmoid(gate(x_TD))[..., None]
         init = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "normal")
         out = nn.DenseGeneral(
             width, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="out"
         )
-        return out(mixed_BLHd.reshape(-1, *per_head)).reshape(x_BLD.shape), cache
+        return out(mixed_THd).reshape(x_BLD.shape), cache

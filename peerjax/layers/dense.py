@@ -21,6 +21,7 @@ class DenseConfig(FeedForward):
     """
 
     section: ClassVar[str] = "mlp"
+    is_sparse: ClassVar[bool] = False
 
     hidden: int = 512
     activation: str = "gelu"

@@ -16,8 +16,8 @@ TAPS, TAP = "taps", "tap"
 class LookUp(nn.Module):
     """Computes `sum_k gate_k * act(down_k . x + bias_k) * up_k` over the chosen experts of a pool.
 
-    The module reads the pool in `context.pools` that has its own name. A token uses at most
-    `context.budget` experts, and none that the collection "removed" marks.
+    The module reads the pool in `context.pools` that has its own name. Of the experts that a router
+    chose, a token uses at most `context.budget`, and none that the collection "removed" marks.
 
     The module sows the resulting choice into "routing". If the collection "taps" is given, its
     gradient is the factored gradient of the pool.
@@ -51,7 +51,7 @@ class LookUp(nn.Module):
                 f"the choice is among {choice.num_experts} experts, but the pool "
                 f"{self.name!r} has {pool.num_experts}"
             )
-        if context.budget is not None:
+        if context.budget is not None and choice.is_routed:
             choice = choice.limited(context.budget.reshape(-1))
         if (removed := removed_experts(self)) is not None:
             choice = choice.without(removed)

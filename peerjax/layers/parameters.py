@@ -11,8 +11,9 @@ from pallas_kernels.codes import CODES
 from peerjax.layers.spec import FeedForward
 from peerjax.optim import is_packed_matrix, pack
 
-# Names of parameters without weight decay in any module: norms, biases and embeddings.
-UNDECAYED = ("scale", "bias", "embedding")
+# Names of parameters without weight decay in any module: norms, biases, embeddings, sink logits and
+# thresholds.
+UNDECAYED = ("scale", "bias", "embedding", "sink", "threshold")
 Layers = Sequence[tuple[FeedForward, int]]
 
 

@@ -9,12 +9,24 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.activations import ACTIVATIONS
 from peerjax.layers.look_up import LookUp
-from peerjax.layers.spec import Context, FeedForward, Sizes, require_choice, require_positive
-from peerjax.routing.product_keys import SubKeys, sub_key_choice
-from peerjax.routing.running_norm import STATS, RunningNorm
+from peerjax.layers.spec import (
+    Context,
+    FeedForward,
+    Sizes,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
+from peerjax.routing.adaptive_gates import JumpReLU, RunningThreshold
+from peerjax.routing.auxiliary import sow_loss
+from peerjax.routing.choice import Choice
+from peerjax.routing.gates import GATES, SOFTMAX, Gate
+from peerjax.routing.product_keys import SubKeys, retrieve_by_sub_keys
+from peerjax.routing.running import STATS
+from peerjax.routing.running_norm import RunningNorm
 
 QUERY_NORMS = ("layernorm", "batchnorm", "none")
-POOL = "pool"
+POOL, ALWAYS_ON = "pool", "always_on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,13 @@ class PeerConfig(FeedForward):
         activation: "gelu" (exact), "relu" or "relu2".
         query_norm: normalisation of queries: "layernorm", "batchnorm" (over the tokens of earlier
             steps) or "none".
+        gate: rule for gates. "softmax" uses all retrieved experts. "jumprelu" uses those with a
+            score above a learned threshold of their head. "threshold" is the softmax over the
+            scores above a threshold that follows the number of active experts.
+        target: mean number of active experts a token, over all heads; not used by "softmax".
+        bandwidth: width of the window around a threshold of "jumprelu" whose scores give it a
+            gradient, in deviations of the scores of the first batch.
+        always_on: number of further experts, which every token uses; 0 for none.
     """
 
     section: ClassVar[str] = "peer"
@@ -39,17 +58,30 @@ class PeerConfig(FeedForward):
     key_width: int = 64
     activation: str = "gelu"
     query_norm: str = "layernorm"
+    gate: str = "softmax"
+    target: float = 32.0
+    bandwidth: float = 0.1
+    always_on: int = 0
 
     @property
     def pools(self) -> dict[str, int]:
-        """The one pool of the layer."""
-        return {POOL: self.num_experts[0] * self.num_experts[1]}
+        """The pool of the retrieved experts, and that of the experts that every token uses."""
+        pools = {POOL: self.num_experts[0] * self.num_experts[1]}
+        return {**pools, ALWAYS_ON: self.always_on} if self.always_on else pools
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the number of active experts differs between tokens."""
+        return self.gate != "softmax"
 
     def check(self, width: int) -> None:
         """Raises a ValueError if a field is out of range or k exceeds the number of experts."""
         require_positive(self, "heads", "experts_per_head", "key_width")
         require_choice(self, "activation", ACTIVATIONS)
         require_choice(self, "query_norm", QUERY_NORMS)
+        require_choice(self, "gate", GATES)
+        require_positive(self, "target", "bandwidth")
+        require_not_negative(self, "always_on")
         if len(self.num_experts) != 2 or not all(
             isinstance(size, int) and size >= 1 for size in self.num_experts
         ):
@@ -59,13 +91,27 @@ class PeerConfig(FeedForward):
                 f"peer.num_experts={self.num_experts} makes {self.pools[POOL]} experts, fewer than "
                 f"peer.experts_per_head={self.experts_per_head}"
             )
+        if self.is_adaptive:
+            self._check_target()
+
+    def _check_target(self) -> None:
+        # A threshold always passes the best expert of each head.
+        least = self.heads if self.gate == "threshold" else 0
+        most = self.heads * self.experts_per_head
+        if not least <= self.target < most:
+            raise ValueError(
+                f"peer.target={self.target:g} is not in [{least}, {most}), the possible means of "
+                f"peer.gate={self.gate!r} with peer.heads={self.heads} and "
+                f"peer.experts_per_head={self.experts_per_head}; 4 * peer.target / peer.heads "
+                "experts a head leave room to adapt"
+            )
 
     def module(self, sizes: Sizes, name: str | None = None) -> "PEER":
         """Builds the layer."""
         return PEER(self, sizes, name=name)
 
     def flops(self, width: int) -> dict[str, float]:
-        """Counts queries and their scores, the sums of retrieval, and the experts."""
+        """Counts queries and their scores, the sums of retrieval, and the active experts."""
         n1, n2 = self.num_experts
         queries = 2 * width * self.heads * 2 * self.key_width
         scores = 2 * self.heads * (n1 + n2) * self.key_width
@@ -73,19 +119,27 @@ class PeerConfig(FeedForward):
         return {
             "router": queries + scores,
             "retrieval": self.heads * pairs,
-            "lookup": 2 * self.heads * self.experts_per_head * 2 * width,
+            "lookup": 2 * self._active * 2 * width,
+            **({"always on": 6 * self.always_on * width} if self.always_on else {}),
         }
+
+    @property
+    def _active(self) -> float:
+        return self.target if self.is_adaptive else self.heads * self.experts_per_head
 
 
 class PEER(nn.Module):
-    """Computes `sum_h sum_k softmax(score)_hk * act(down_hk . x) * up_hk` over retrieved experts.
+    """Computes `sum_h sum_k gate_hk * act(down_hk . x) * up_hk` over retrieved experts.
 
     Queries are `norm(W_q x)` for each head. The two halves of a query score the two sets of
-    sub-keys. Each head retrieves its `experts_per_head` best experts of the product. Routing is
-    computed in float32.
+    sub-keys. Each head retrieves its `experts_per_head` best experts of the product, and the gate
+    decides which of them act. Routing is computed in float32.
 
     The pool is `context.pools["pool"]`. `LookUp` documents the collections that are read and
     written. Initialisation also records the norm of each sub-key in the collection "stats".
+
+    With `always_on`, the layer adds the experts of `context.pools["always_on"]`. Their gates are
+    `2 * sigmoid(x W) / sqrt(always_on)`, so the sum of their squares is about 1 in a fresh layer.
     """
 
     config: PeerConfig
@@ -96,13 +150,34 @@ class PEER(nn.Module):
         self, x_BLD: Float[Array, "B L D"], context: Context, routed: None = None
     ) -> tuple[Float[Array, "B L D"], None]:
         """Applies the layer to every token."""
+        config, implementation = self.config, self.sizes.implementation
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         sides = self._sub_keys(x_TD.astype(jnp.float32))
-        choice = sub_key_choice(
-            *sides, self.config.experts_per_head, implementation=self.sizes.implementation
-        )
-        look_up = LookUp(self.config.activation, self.sizes.implementation, name=POOL)
-        return look_up(x_TD, choice, context).reshape(x_BLD.shape), routed
+        retrieved = retrieve_by_sub_keys(*sides, config.experts_per_head, implementation)
+        gate = self._gate(retrieved.scores_HTk, training=context.step is not None)
+        choice, scores_HTk = retrieved.choose(gate)
+        if gate.penalty is not None:
+            sow_loss(self, "target", gate.penalty(scores_HTk))
+        y_TD = LookUp(config.activation, implementation, name=POOL)(x_TD, choice, context)
+        if config.always_on:
+            look_up = LookUp(config.activation, implementation, name=ALWAYS_ON)
+            y_TD = y_TD + look_up(x_TD, self._always_on(x_TD), context)
+        return y_TD.reshape(x_BLD.shape), routed
+
+    def _gate(self, scores_HTk: Array, training: bool) -> Gate:
+        config = self.config
+        if config.gate == "jumprelu":
+            return JumpReLU(config.target, config.bandwidth, name="gate")(scores_HTk, training)
+        if config.gate == "threshold":
+            return RunningThreshold(config.target, name="gate")(scores_HTk)
+        return SOFTMAX
+
+    def _always_on(self, x_TD: Array) -> Choice:
+        count = self.config.always_on
+        gate = nn.Dense(count, use_bias=False, name="always_on_gate")
+        gates_TK = 2 * nn.sigmoid(gate(x_TD.astype(jnp.float32))) / count**0.5
+        ids_TK = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), gates_TK.shape)
+        return Choice(ids_TK, gates_TK, count, is_routed=False)
 
     def _sub_keys(self, x_TD: Array) -> tuple[SubKeys, SubKeys]:
         config = self.config

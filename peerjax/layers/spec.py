@@ -52,7 +52,7 @@ class Context(NamedTuple):
         seed: seed of the run, an integer, for random draws of layers in training. It is `None`
             outside of training.
         step: number of the training step, an integer; `None` outside of training.
-        shared: arrays that all blocks share; a plain function applies them.
+        shared: `peerjax.layers.shared.SharedWeights` if all blocks have the same; else `None`.
     """
 
     pools: Any = {}  # noqa: RUF012  # a mapping that is never changed
@@ -72,15 +72,17 @@ class FeedForward:
     Class attributes:
         section: name of the kind's section in the configuration, and of its module in parameter
             paths.
-        undecayed: leaf names of parameters without weight decay. Parameters named "scale", "bias"
-            or "embedding" never have any.
+        undecayed: leaf names of parameters without weight decay, in addition to those in
+            `peerjax.layers.parameters.UNDECAYED`.
         packable: leaf names of parameters that are packed if the field `storage` names a format of
             `pallas_kernels.codes`.
+        is_sparse: whether a token uses a part of the layer, so that a shared path can be beside it.
     """
 
     section: ClassVar[str]
     undecayed: ClassVar[tuple[str, ...]] = ()
     packable: ClassVar[tuple[str, ...]] = ()
+    is_sparse: ClassVar[bool] = True
 
     @property
     def period(self) -> int:
@@ -91,6 +93,11 @@ class FeedForward:
     def pools(self) -> dict[str, int]:
         """Number of experts of each pool of a layer, by the pool's name."""
         return {}
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the number of active experts differs between tokens."""
+        return False
 
     @property
     def packed_storage(self) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from peerjax.layers.parameters import packed
 from peerjax.model import Decoder
-from peerjax.routing.running_norm import STATS
+from peerjax.routing.running import STATS
 
 Batch = dict[str, Array]
 # (logits_BLV, kept, batch, frozen, step) -> nats_BL

@@ -23,12 +23,15 @@ class Choice:
         gates: weights of the experts, float32 [*layers, T, K].
         num_experts: N, number of experts to choose from.
         hidden_bias: bias that is added to the experts' hidden values, like the gates; or `None`.
+        is_routed: whether a router chose. Otherwise all tokens use the same experts. Budgets,
+            removal and figures of usage do not apply to these.
     """
 
     ids: Any  # `Any`, because JAX also makes trees of shapes
     gates: Any
     num_experts: int = dataclasses.field(metadata={"static": True})
     hidden_bias: Any = None
+    is_routed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def limited(self, budget: Int[Array, "*S T"]) -> Choice:
         """Returns the choice with only the first `budget` experts of each token."""

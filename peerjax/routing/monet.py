@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peerjax.routing.running_norm import RUNNING, STATS, RunningNorm
+from peerjax.routing.running import STATS
+from peerjax.routing.running_norm import RUNNING, RunningNorm
 
 # The uniformity loss raises smaller mean gates to this before it takes their logarithm.
 LEAST_MEAN_GATE = 1e-9

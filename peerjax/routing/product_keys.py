@@ -37,14 +37,49 @@ class SubKeys(NamedTuple):
         return jnp.einsum("thd,hnd->htn", self.query_THd, self.keys_HNd)
 
 
-def sub_key_choice(
-    first: SubKeys,
-    second: SubKeys,
-    k: int,
-    gate: Gate = SOFTMAX,
-    implementation: str | None = None,
-) -> Choice:
-    """Does the same as `product_key_choice` with the scores of both sides.
+class Retrieved(NamedTuple):
+    """The experts with the largest scores for every token and head, best first.
+
+    Attributes:
+        ids_HTk: numbers of the experts.
+        scores_HTk: their scores, without a gradient.
+        scores_of: function from numbers of experts to their scores, with a gradient.
+        num_experts: N, number of experts to choose from.
+    """
+
+    ids_HTk: Int[Array, "H T k"]
+    scores_HTk: Float[Array, "H T k"]
+    scores_of: Callable[[Array], Array]
+    num_experts: int
+
+    def choose(self, gate: Gate = SOFTMAX) -> tuple[Choice, Float[Array, "H T k"]]:
+        """Applies a gate.
+
+        Returns:
+            A choice of K = H k experts for each token, head by head, and the scores that the gate
+            weighed. No gradient flows through the ids. Rematerialisation saves the ids after
+            experts that are not kept are left out.
+        """
+        ids_HTk, none = self.ids_HTk, self.num_experts
+        if gate.is_kept is not None:
+            ids_HTk = jnp.where(gate.is_kept(self.scores_HTk), ids_HTk, none)
+        ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
+        scores_HTk = self.scores_of(jnp.minimum(ids_HTk, none - 1))
+        if gate.is_kept is not None:
+            lowest = jnp.finfo(scores_HTk.dtype).min
+            scores_HTk = jnp.where(ids_HTk == none, lowest, scores_HTk)
+        gates_HTk = gate.weigh(scores_HTk)
+        if gate.is_kept is not None:
+            gates_HTk = jnp.where(ids_HTk == none, 0, gates_HTk)
+        ids_TK = ids_HTk.swapaxes(0, 1).reshape(ids_HTk.shape[1], -1)
+        gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
+        return Choice(ids_TK, gates_TK, none), scores_HTk
+
+
+def retrieve_by_sub_keys(
+    first: SubKeys, second: SubKeys, k: int, implementation: str | None = None
+) -> Retrieved:
+    """Does the same as `retrieve` with the scores of both sides.
 
     On CPUs, the gradient goes from the chosen scores straight to queries and sub-keys.
     """
@@ -55,7 +90,30 @@ def sub_key_choice(
         of_first = sharded_scores_at(*first, scores1, ids_HTk // num_keys, implementation)
         return of_first + sharded_scores_at(*second, scores2, ids_HTk % num_keys, implementation)
 
-    return _choose(scores1, scores2, k, gate, scores_of, implementation)
+    return _retrieve(scores1, scores2, k, scores_of, implementation)
+
+
+def retrieve(
+    scores1_HTN: Float[Array, "H T N1"],
+    scores2_HTM: Float[Array, "H T N2"],
+    k: int,
+    implementation: str | None = None,
+) -> Retrieved:
+    """Retrieves the k experts with the largest scores for every token and head.
+
+    Args:
+        scores1_HTN: scores of the first sub-keys, by head.
+        scores2_HTM: scores of the second sub-keys, by head.
+        k: number of experts that each head retrieves.
+        implementation: implementation of `pallas_kernels.product_keys`; `None` chooses by the
+            platform.
+
+    Raises:
+        ValueError: if there are fewer than k experts.
+    """
+    fixed = jax.lax.stop_gradient((scores1_HTN, scores2_HTM))
+    scores_of = partial(pair_scores, scores1_HTN, scores2_HTM)
+    return _retrieve(*fixed, k, scores_of, implementation)
 
 
 def product_key_choice(
@@ -65,48 +123,18 @@ def product_key_choice(
     gate: Gate = SOFTMAX,
     implementation: str | None = None,
 ) -> Choice:
-    """Chooses the k experts with the largest scores for every token and head.
-
-    Args:
-        scores1_HTN: scores of the first sub-keys, by head.
-        scores2_HTM: scores of the second sub-keys, by head.
-        k: number of experts that each head chooses.
-        gate: rule that turns scores into gates.
-        implementation: implementation of `pallas_kernels.product_keys`; `None` chooses by the
-            platform.
-
-    Returns:
-        A choice of K = H k experts out of N1 * N2 for each token, head by head. No gradient flows
-        through the ids. Rematerialisation saves the ids after experts that are off are left out.
-
-    Raises:
-        ValueError: if there are fewer than k experts.
-    """
-    fixed = jax.lax.stop_gradient((scores1_HTN, scores2_HTM))
-    scores_of = partial(pair_scores, scores1_HTN, scores2_HTM)
-    return _choose(*fixed, k, gate, scores_of, implementation)
+    """Retrieves experts as `retrieve` does, and applies a gate to their scores."""
+    return retrieve(scores1_HTN, scores2_HTM, k, implementation).choose(gate)[0]
 
 
-def _choose(
+def _retrieve(
     scores1_HTN: Array,
     scores2_HTM: Array,
     k: int,
-    gate: Gate,
     scores_of: Callable[[Array], Array],
     implementation: str | None,
-) -> Choice:
-    """Chooses by scores without a gradient, and takes gates of `scores_of(ids)`, with one."""
-    num_experts = scores1_HTN.shape[-1] * scores2_HTM.shape[-1]
+) -> Retrieved:
     ids_HTk = sharded_top_k_pairs(scores1_HTN, scores2_HTM, k, implementation)
-    if gate.is_on is not None:
-        is_on_HTk = gate.is_on(pair_scores(scores1_HTN, scores2_HTM, ids_HTk))
-        ids_HTk = jnp.where(is_on_HTk, ids_HTk, num_experts)
-    ids_HTk = checkpoint_name(ids_HTk, EXPERT_IDS)
-    # "No expert" has no score. Any will do, because its gate becomes 0.
-    scored_HTk = jnp.minimum(ids_HTk, num_experts - 1)
-    gates_HTk = gate.weigh(scores_of(scored_HTk))
-    if gate.is_on is not None:
-        gates_HTk = jnp.where(ids_HTk == num_experts, 0, gates_HTk)
-    ids_TK = ids_HTk.swapaxes(0, 1).reshape(ids_HTk.shape[1], -1)
-    gates_TK = gates_HTk.swapaxes(0, 1).reshape(ids_TK.shape)
-    return Choice(ids_TK, gates_TK, num_experts)
+    scores_HTk = pair_scores(scores1_HTN, scores2_HTM, ids_HTk)
+    num_experts = scores1_HTN.shape[-1] * scores2_HTM.shape[-1]
+    return Retrieved(ids_HTk, scores_HTk, scores_of, num_experts)

@@ -13,7 +13,7 @@ from peerjax.model import HEAD, ModelConfig, kept_of, zero_taps
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import dequantize
 from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
-from peerjax.routing.running_norm import MOMENTS, pooled
+from peerjax.routing.running import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
 from peerjax.training.head_loss import mean_loss
 
@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
     Attributes:
         params: a tree like the params.
         pools: a tree like the pools, with the factored gradient of each stack of pools.
-        moments: moments of the batch for routers; see `peerjax.routing.running_norm`.
+        moments: moments of the batch for routers; see `peerjax.routing.running`.
         losses: the terms that layers add to the loss; see `loss_terms`.
     """
 

@@ -22,7 +22,7 @@ from peerjax.flops import forward_flops
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language
 from peerjax.pool import count_expert_parameters, memory_report
-from peerjax.routing.running_norm import has_moments
+from peerjax.routing.running import needs_first_batch
 from peerjax.sharding import make_mesh, state_shardings
 from peerjax.sharding.batches import put_batch
 from peerjax.training import report
@@ -34,7 +34,7 @@ from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
 from peerjax.training.start import Source
 from peerjax.training.state import TrainState, create_state
-from peerjax.training.step import make_first_statistics, make_train_step
+from peerjax.training.step import make_train_step, set_by_first_batch
 from peerjax.training.workdir import (
     check_config,
     check_data,
@@ -114,11 +114,11 @@ def _train_in(
         else:
             state = jax.jit(fresh_state, out_shardings=shardings)()
             batches = train_batches(config, train_rows)
-            if has_moments(shapes.stats):
+            if needs_first_batch(shapes.stats):
                 first = next(batches)
                 batches = itertools.chain([first], batches)
-                first_statistics = jax.jit(make_first_statistics(config, task), donate_argnums=0)
-                state = first_statistics(state, put_batch(mesh, first))
+                set_first = jax.jit(partial(set_by_first_batch, task), donate_argnums=0)
+                state = set_first(state, put_batch(mesh, first))
         record(folder, config, corpus.tokenizer, corpus.identity)
         kernels = dispatch.chosen(implementation_of(config))
         kernels_before = record_kernels(folder, kernels)

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from peerjax.objectives.task import Task
-from peerjax.routing.running_norm import STATS
+from peerjax.routing.running import STATS
 
 PARAMS, POOLS = "params", "pools"
 

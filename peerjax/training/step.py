@@ -1,6 +1,5 @@
 """One training step: a pure function of state and batch."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,12 @@ import optax
 from jaxtyping import Array, Bool
 
 from pallas_kernels.expert_update import UpdateState
-from peerjax.model import Decoder, ModelConfig
+from peerjax.model import ModelConfig
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
-from peerjax.routing.running_norm import IN_BATCH, MOMENTS, pooled, updated
-from peerjax.sharding.batches import split_rows
+from peerjax.routing.auxiliary import by_module
+from peerjax.routing.running import FIRST, Active, updated, with_first
 from peerjax.training.gradients import all_finite, loss_and_gradients, only_if
 from peerjax.training.optimizer import learning_rate_schedule
 from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState
@@ -59,6 +58,7 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             "learning_rate": schedule(state.step - state.skipped.total),
             **{f"losses/{name}": term for name, term in terms.items()},
+            **active_metrics(task.model.config, moments),
             **update_metrics(task.model.config, state.pools, opt_state),
         }
         new_state = state._replace(
@@ -94,26 +94,33 @@ def _accept(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=is_of_pool)
 
 
-def make_first_statistics(
-    config: ml_collections.ConfigDict, task: Task
-) -> Callable[[TrainState, Batch], TrainState]:
-    """Builds the function that sets the running statistics of routers from the first batch.
+def set_by_first_batch(task: Task, state: TrainState, batch: Batch) -> TrainState:
+    """Returns the state with the values that routers take from the first batch.
 
-    Every router is normalised by the batch itself, so that later routers read the inputs that they
-    will read in training.
+    These are running statistics, and thresholds and scales of gates. In the pass that computes
+    them, every router already uses its own. So later routers read the inputs that they will read in
+    training.
+
+    The whole batch is computed together. Its values then do not depend on microbatches. A forward
+    pass without logits takes less memory than the backward pass of a microbatch.
     """
-    in_batch = Decoder(dataclasses.replace(task.model.config, routing_statistics=IN_BATCH))
+    variables = dequantize(state.variables)
+    sown = task.model.apply(variables, *inputs_of(batch), mutable=[FIRST], with_head=False)[1]
+    first = sown.get(FIRST, {})
+    return state._replace(
+        params=with_first(state.params, first), stats=with_first(state.stats, first)
+    )
 
-    def first_statistics(state: TrainState, batch: Batch) -> TrainState:
-        def moments_of(part: Batch) -> Any:
-            variables = dequantize(state.variables)
-            return in_batch.apply(variables, *inputs_of(part), mutable=[MOMENTS])[1]
 
-        parts = jax.lax.map(moments_of, split_rows(batch, config.optimizer.microbatches))
-        moments = pooled(parts).get(MOMENTS, {})
-        return state._replace(stats=updated(state.stats, moments, momentum=1.0))
-
-    return first_statistics
+def active_metrics(config: ModelConfig, moments: Any) -> Metrics:
+    """Returns the mean number of active experts a token of layers with adaptive gates, by stack."""
+    metrics = {}
+    for path, values in by_module(moments).items():
+        for counts in values.values():
+            if isinstance(counts, Active):
+                by_layer = jnp.sum(counts.experts, axis=-1) / counts.tokens
+                metrics[f"active/{config.stack_name(path[0])}"] = jnp.mean(by_layer)
+    return metrics
 
 
 def update_metrics(config: ModelConfig, pools: Any, opt_state: Any) -> Metrics:

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from peerjax.errors import UserError
 from peerjax.exchange.monet import layout, read_hf, write_hf
-from peerjax.layers.attention import Attention
+from peerjax.layers.attention import Attention, AttentionConfig
 from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
 from peerjax.layers.spec import Context, Sizes
 
@@ -306,7 +306,10 @@ def logits_of(config, tree, tokens):
     positions = jnp.tile(jnp.arange(length), (batch, 1))
     experts = config["moe_experts"] ** 2
     heads, top_k = config["moe_heads"], config["moe_topk"]
-    attention = Attention(config["num_attention_heads"], config["rope_theta"], 1.0, float32)
+    of_attention = config["num_attention_heads"]
+    attention = Attention(
+        AttentionConfig(of_attention, of_attention, config["rope_theta"]), 1.0, float32
+    )
     layer_type = MonetHDConfig if config["moe_decompose"] == "horizontal" else MonetVDConfig
     monet = layer_type(experts, config["moe_dim"], heads, top_k).module(
         Sizes(config["hidden_size"])

@@ -130,3 +130,121 @@ def test_initial_sub_key_norms_are_recorded():
     for name in ("keys1", "keys2"):
         norms = np.linalg.norm(variables["params"][name], axis=-1)
         np.testing.assert_allclose(variables["stats"][f"initial_norm_{name}"], norms, rtol=1e-6)
+
+
+def naive_jump_relu(params, weights, x, target, bandwidth, mean_active):
+    """A layer with the gate jumprelu by sums over all experts; the surrogate is written out."""
+    query = (x.reshape(-1, D) @ params["query"]["kernel"]).reshape(-1, HEADS, 2 * KEY_WIDTH)
+    s1 = jnp.einsum("thd,hnd->thn", query[..., :KEY_WIDTH], params["keys1"])
+    s2 = jnp.einsum("thd,hnd->thn", query[..., KEY_WIDTH:], params["keys2"])
+    scores = (s1[..., :, None] + s2[..., None, :]).reshape(*s1.shape[:2], -1)
+    retrieved = scores >= jnp.sort(scores, axis=-1)[..., -K_PER_HEAD, None]
+    threshold = (params["gate"]["threshold"] * mean_active)[None, :, None]
+    fixed = jax.lax.stop_gradient(threshold)
+    is_near = retrieved & (jnp.abs(scores - fixed) < bandwidth / 2)
+    slope = -jnp.where(is_near, 1 / bandwidth, 0) * (threshold - fixed)
+    is_active = retrieved & (scores > fixed)
+    gates = (jnp.where(is_active, scores, 0) + fixed * slope) * HEADS / (mean_active * target)
+    hidden = jax.nn.gelu(x.reshape(-1, D) @ weights[:, 0].T, approximate=False)
+    y = (gates.sum(1) * hidden) @ weights[:, 1]
+    count = jnp.sum(is_active + slope) / len(query)
+    return y, (count / target - 1) ** 2, is_active, is_near
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_jump_relu_equals_the_sum_over_all_experts_with_its_surrogate(remat):
+    target, width = 5.0, 0.8
+    _, pool, x, params = make(query_norm="none")
+    config = PeerConfig(
+        (KEYS, KEYS), HEADS, K_PER_HEAD, KEY_WIDTH, query_norm="none",
+        gate="jumprelu", target=target, bandwidth=width,
+    )  # fmt: skip
+    layer = config.module(Sizes(D))
+    context = of(pool)._replace(step=jnp.int32(3))
+    stats = layer.init(jax.random.key(2), x, context)["stats"]
+    first = layer.apply(
+        {"params": {**params, "gate": {"threshold": jnp.zeros(HEADS)}}, "stats": stats},
+        x, of(pool), mutable=["first"],
+    )[1]["first"]["gate"]  # fmt: skip
+    params = {**params, "gate": {"threshold": first["threshold"]}}
+    stats = {**stats, "gate": {"scale": first["scale"]}}
+    bandwidth = width * first["scale"].deviation
+    weights = jax.random.normal(jax.random.key(7), (len(x.reshape(-1, D)), D))
+
+    def loss(params, pool_weights, x):
+        given = context._replace(pools={"pool": ExpertPool.of_floats(pool_weights)})
+
+        def apply(params, x):
+            variables = {"params": params, "stats": stats}
+            (y, _), sown = layer.apply(variables, x, given, mutable=["losses", "routing"])
+            return y.reshape(-1, D), sown["losses"]["target"], sown["routing"]
+
+        saved = jax.checkpoint_policies.save_only_these_names("expert_ids")
+        y, penalty, kept = (jax.checkpoint(apply, policy=saved) if remat else apply)(params, x)
+        return jnp.sum(weights * y) + 10 * penalty, (y, penalty, kept)
+
+    def naive(params, pool_weights, x):
+        y, penalty, *rest = naive_jump_relu(
+            params, pool_weights, x, target, bandwidth, first["scale"].mean_active
+        )
+        return jnp.sum(weights * y) + 10 * penalty, (y, penalty, *rest)
+
+    operands = (params, pool.weights, x)
+    (_, (y, penalty, kept)), found = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*operands)
+    (_, (expected, expected_penalty, is_active, is_near)), gradients = jax.value_and_grad(
+        naive, (0, 1, 2), has_aux=True
+    )(*operands)
+    assert relative_error(y, expected) <= 1e-5
+    assert penalty == pytest.approx(float(expected_penalty), rel=1e-4, abs=1e-9)
+    # Some experts are skipped, some act, and some are there for the threshold alone.
+    below = np.sum(is_near & ~is_active)
+    assert below > 0
+    assert np.sum(kept["pool"]["choice"].ids < KEYS**2) == np.sum(is_active) + below
+    assert np.sum(is_active) < is_active.shape[0] * HEADS * K_PER_HEAD - below
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, one), other in zip(leaves, jax.tree.leaves(found), strict=True):
+        assert relative_error(other, one) <= 1e-4, path
+
+
+@pytest.mark.parametrize("gate", ["jumprelu", "threshold"])
+def test_a_fresh_layer_meets_the_target_at_the_scale_of_the_softmax(gate):
+    heads, k, keys, target = 4, 32, 64, 24.0
+    x = jax.random.normal(jax.random.key(0), (8, 128, D))
+    pool = ExpertPool.of_floats(initialize_pool(jax.random.key(2), 1, keys**2, D).weights[0])
+
+    def output(gate, k):
+        config = PeerConfig((keys, keys), heads, k, 64, gate=gate, target=target)
+        layer = config.module(Sizes(D))
+        variables = layer.init(jax.random.key(3), x, of(pool))
+        given = {name: variables[name] for name in ("params", "stats")}
+        (y, _), sown = layer.apply(given, x, of(pool), mutable=["first", "routing"])
+        return y, sown["routing"]["pool"]["choice"]
+
+    y, choice = output(gate, k)
+    active = np.sum(choice.ids < keys**2, axis=-1)
+    np.testing.assert_allclose(active.mean(), target, rtol=0.01)
+    assert active.std() > 1
+    np.testing.assert_allclose(np.sum(choice.gates, axis=-1).mean(), heads, rtol=1e-3)
+    softmax, _ = output("softmax", int(target / heads))
+    # Tokens with few experts have larger outputs, so the scale is not exactly the same.
+    assert 0.6 < float(jnp.std(y) / jnp.std(softmax)) < 1.8
+
+
+def test_experts_that_are_always_on_are_added_with_their_gates():
+    count = 5
+    config = PeerConfig((KEYS, KEYS), HEADS, K_PER_HEAD, KEY_WIDTH, always_on=count)
+    _, pool, x, _ = make()
+    further = ExpertPool.of_floats(initialize_pool(jax.random.key(9), 1, count, D).weights[0])
+    context = of(pool)._replace(
+        pools={"pool": pool, "always_on": further}, budget=jnp.full(x.shape[:2], 3)
+    )
+    layer = config.module(Sizes(D))
+    params = layer.init(jax.random.key(2), x, context)["params"]
+    y, _ = layer.apply({"params": params}, x, context)
+    alone = {name: each for name, each in params.items() if name != "always_on_gate"}
+    plain = PeerConfig((KEYS, KEYS), HEADS, K_PER_HEAD, KEY_WIDTH).module(Sizes(D))
+    expected, _ = plain.apply({"params": alone}, x, context)
+    gates = 2 * jax.nn.sigmoid(x @ params["always_on_gate"]["kernel"]) / count**0.5
+    hidden = jax.nn.gelu(x @ further.weights[:, 0].T, approximate=False)
+    expected += (gates * hidden) @ further.weights[:, 1]
+    assert relative_error(y, expected) <= 1e-5

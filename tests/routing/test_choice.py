@@ -67,7 +67,7 @@ def test_gate_sums_are_those_of_a_loop():
 
 def test_an_expert_that_a_gate_turns_off_is_no_expert():
     scores1, scores2 = jax.random.normal(jax.random.key(0), (2, 2, TOKENS, 6))
-    gate = Gate(weigh=lambda scores: scores, is_on=lambda scores: scores > 1.5)
+    gate = Gate(weigh=lambda scores: scores, is_kept=lambda scores: scores > 1.5)
     choice = product_key_choice(scores1, scores2, 4, gate)
     for token, own in enumerate(pairs_of(choice)):
         sums = [(s1[token][:, None] + s2[token]).ravel() for s1, s2 in zip(scores1, scores2)]  # noqa: B905

@@ -17,7 +17,8 @@ from peerjax.routing.monet import (
     threshold,
     uniformity,
 )
-from peerjax.routing.running_norm import IN_BATCH, MOMENTS, RUNNING, STATS, Moments
+from peerjax.routing.running import MOMENTS, STATS, Moments
+from peerjax.routing.running_norm import IN_BATCH, RUNNING
 
 HEADS, TOKENS = 8, 256
 

@@ -3,16 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.routing.running_norm import (
-    IN_BATCH,
-    MOMENTS,
-    RUNNING,
-    STATS,
-    Moments,
-    RunningNorm,
-    pooled,
-    updated,
-)
+from peerjax.routing.running import MOMENTS, STATS, Moments, pooled, updated
+from peerjax.routing.running_norm import IN_BATCH, RUNNING, RunningNorm
 
 SHAPE = (3, 40, 5)  # heads, tokens, keys
 

@@ -130,6 +130,31 @@ def test_a_wrong_flag_of_the_data_scripts_is_one_line(flags, message, tmp_path):
         ({"optimizer.microbatches": 3}, "not divisible by optimizer.microbatches=3"),
         ({"pool.clip_norm": -1.0}, "pool.clip_norm=-1.0 is negative"),
         ({"checkpoint.keep": 1}, "checkpoint.keep=1 is less than 2"),
+        ({"peer.gate": "relu"}, "peer.gate='relu' is unknown; choose from softmax, jumprelu"),
+        (
+            {"peer.gate": "jumprelu", "peer.target": 8.0},
+            "peer.target=8 is not in [0, 8), the possible means of peer.gate='jumprelu' with "
+            "peer.heads=2 and peer.experts_per_head=4; 4 * peer.target / peer.heads experts a head",
+        ),
+        ({"peer.gate": "threshold", "peer.target": 1.5}, "peer.target=1.5 is not in [2, 8)"),
+        ({"peer.gate": "jumprelu", "peer.bandwidth": 0.0}, "peer.bandwidth=0.0 is not positive"),
+        ({"peer.always_on": -1}, "peer.always_on=-1 is negative"),
+        (
+            {"peer.gate": "threshold", "model.layers": (("moe", 1),)},
+            "peer.gate='threshold' needs a PEER layer, but model.layers has none",
+        ),
+        (
+            {"peer.always_on": 4, "model.layers": (("monet_hd", 2),)},
+            "peer.always_on=4 needs a PEER layer",
+        ),
+        ({"model.kv_heads": 3}, "model.kv_heads=3 is not a positive divisor of model.heads=2"),
+        ({"model.attention_sink": "bias"}, "model.attention_sink='bias' is unknown; choose from"),
+        ({"model.shared_mlp": -8}, "model.shared_mlp=-8 is negative"),
+        (
+            {"model.shared_mlp": 8, "model.layers": (("dense", 2),)},
+            "model.shared_mlp=8 is beside sparse layers, but model.layers has none",
+        ),
+        ({"model.shared_tied": False}, "model.shared_mlp=0 means that there is none"),
     ],
 )
 def test_an_invalid_configuration_names_the_field(changes, message, corpus):

@@ -19,7 +19,7 @@ from peerjax.sharding import make_mesh
 from peerjax.training.checkpoint import count_parameters
 from peerjax.training.gradients import loss_and_gradients
 from peerjax.training.loop import train
-from peerjax.training.step import make_first_statistics, make_train_step
+from peerjax.training.step import make_train_step, set_by_first_batch
 from tests.training.test_resume import assert_resumes, metrics_file
 from tests.training.test_step import assert_close, make, make_batch
 from tests.training.tiny import tiny_config
@@ -97,7 +97,7 @@ def test_gates_of_all_experts_are_summed_from_those_of_their_halves():
 
 def test_statistics_of_every_router_start_at_the_first_batch():
     config, task, _, state = make(**CHANGES)
-    stats = jax.jit(make_first_statistics(config, task))(state, make_batch()).stats
+    stats = jax.jit(set_by_first_batch, static_argnums=0)(task, state, make_batch()).stats
     router = stats["run_0"]["group"]["block_0"]["monet"]["router"]
     for side in ("norm1", "norm2"):
         moments = router[side]["moments"]

@@ -16,7 +16,7 @@ from peerjax.training.loop import train
 from peerjax.training.optimizer import make_optimizer
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.state import create_state
-from peerjax.training.step import make_first_statistics, make_train_step
+from peerjax.training.step import make_train_step, set_by_first_batch
 from tests.training.tiny import tiny_config
 
 VOCABULARY, ROWS, LENGTH = 61, 8, 32
@@ -83,7 +83,7 @@ def test_running_statistics_start_at_the_first_batch_and_follow_the_steps(microb
         return loss_and_gradients(task, state.variables, batch)[1].moments
 
     expected = jax.jit(moments_of)(state, batches[0])
-    state = jax.jit(make_first_statistics(config, task))(state, batches[0])
+    state = jax.jit(set_by_first_batch, static_argnums=0)(task, state, batches[0])
     stats = state.stats["run_1"]["block"]["peer"]
     assert stats.keys() == {"query_norm", "initial_norm_keys1", "initial_norm_keys2"}
     # The only router is behind no other: whatever normalises it, its queries are the same.
