@@ -172,12 +172,22 @@ def _mix_backward(kept: Any, d_mixed_NMd: Array) -> tuple[Array, Array, None, Ar
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _by_splash(query: Array, key: Array, value: Array, seen: Seen, sink: Array | None) -> Array:
+def _by_splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    seen: Seen,
+    sink: Array | None,
+    interpret: bool = False,
+) -> Array:
     def local(query: Array, key: Array, value: Array, documents: Any, sink: Any) -> Array:
         length, heads, dim = query.shape[1:]
         causal = splash_attention.CausalMask((length, length))
         kernel = splash_attention.make_splash_mha(
-            splash_attention.MultiHeadMask([causal] * heads), head_shards=1, q_seq_shards=1
+            splash_attention.MultiHeadMask([causal] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
         )
 
         def of_sequence(query: Array, key: Array, value: Array, documents: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peerjax.layers.attend import Seen, attend
+from peerjax.layers.attend import Seen, _by_matrices, _by_splash, attend
 from peerjax.layers.attention import ATTENTION_SINKS, Attention, AttentionConfig, KVCache
 from peerjax.layers.spec import Context
 
@@ -157,3 +157,25 @@ def test_a_gate_scales_the_output_of_each_head():
     np.testing.assert_allclose(
         layers[1].apply({"params": params}, x, context)[0], expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_the_kernel_for_tpus_computes_the_same(with_sink):
+    length, dim, kv_heads = 256, 32, 2
+    keys = jax.random.split(jax.random.key(7), 5)
+    query = jax.random.normal(keys[0], (2, length, HEADS, dim))
+    key, value = (jax.random.normal(k, (2, length, kv_heads, dim)) for k in keys[1:3])
+    documents = jnp.sort(jax.random.randint(keys[3], (2, length), 0, 5), axis=1)
+    seen, sink = Seen.in_documents(documents), jnp.array([-1.0, 0.5, 2.0, 0.0])
+    weights = jax.random.normal(keys[4], query.shape)
+
+    def differentiate(function):
+        def loss(query, key, value, sink):
+            return jnp.sum(weights * function(query, key, value, seen, sink if with_sink else None))
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3))(query, key, value, sink)
+
+    found = differentiate(partial(_by_splash, interpret=True))
+    expected = differentiate(_by_matrices)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
