@@ -11,6 +11,8 @@ BENCHMARKS = {
     "peer_1m": "peak memory and step time of configs/peer_1m_cpu.py and peer_1m.py (16 GB)",
     "quickstart_step": "time of a step of the quickstart, compared with an earlier commit",
     "lookup": "time of the lookup, compared with gather + einsum",
+    "active_experts": "time of lookup and update against the number of active experts",
+    "gates": "losses of the gates of PEER at equal numbers of active experts, tuned (hours)",
     "sampling": "tokens a second, compared with a Llama of equal active bytes (llama-cpp-python)",
     "reference": "configs/reference.py and its dense twin, tuned, three seeds (hours)",
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",

@@ -5,16 +5,13 @@ with native kernels, another program only reads the experts' words, at the same 
 all cores. Its speed is the bandwidth that the lookup is compared with.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.result import Figure, Result
+from benchmarks.timing import medians_in_turns
 from pallas_kernels.dispatch import chosen
 from pallas_kernels.expert_lookup import lookup
 from pallas_kernels.native_cpu.library import call
@@ -82,7 +79,10 @@ def run(quick: bool) -> Result:
     difference = jnp.max(
         jnp.abs(compiled["lookup"](*arguments) - compiled["gather + einsum"](*arguments))
     )
-    medians = _medians(compiled, arguments, repeats=3 if quick else 25)
+    medians = medians_in_turns(
+        {name: partial(program, *arguments) for name, program in compiled.items()},
+        repeats=3 if quick else 25,
+    )
     temp = {name: each.memory_analysis().temp_size_in_bytes for name, each in compiled.items()}
     rows = [[name, f"{1e3 * medians[name]:.2f}", f"{temp[name] / 2**20:.1f}"] for name in programs]
     slow, fast = medians["gather + einsum"], medians["lookup"]
@@ -108,21 +108,3 @@ def run(quick: bool) -> Result:
         figures=figures,
         details={"kernels": chosen(), "seconds": medians, "temp_bytes": temp},
     )
-
-
-def _medians(
-    programs: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], repeats: int
-) -> dict[str, float]:
-    """Times the programs in turns. Each turn begins with a call that is not timed.
-
-    Otherwise a program would find the caches as a program with much larger arrays left them.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            jax.block_until_ready(program(*arguments))
-            for _ in range(3):
-                start = time.perf_counter()
-                jax.block_until_ready(program(*arguments))
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -33,6 +33,22 @@ def domain_experts(
     return found
 
 
+def mutual_information(sums: Mapping[str, Float[np.ndarray, " N"]]) -> float:
+    """Returns the mutual information of expert and domain, in nats.
+
+    A domain is drawn uniformly, then an expert in proportion to its gates in that domain. 0 means
+    that all domains use the experts alike. The logarithm of the number of domains means that no two
+    domains share an expert.
+
+    Args:
+        sums: sum of the gates of every expert of a layer, by domain; none is all zero.
+    """
+    shares = np.stack([each / each.sum(dtype=np.float64) for each in sums.values()])
+    mean = shares.mean(axis=0)
+    ratios = np.divide(shares, mean, out=np.ones_like(shares), where=shares > 0)
+    return float(np.sum(shares * np.log(ratios)) / len(shares))
+
+
 def random_experts(
     used: Bool[np.ndarray, " N"], count: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " N"]:

@@ -1,0 +1,234 @@
+"""Compares the gates of PEER: losses at equal mean numbers of active experts, and at equal time.
+
+The quickstart is trained with every gate and number. Learning rates are tuned for each gate at the
+middle number. A layer's mutual information of expert and domain is compared with that of groups of
+rows drawn at random.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+
+from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, START, STEPS
+from benchmarks.result import REPOSITORY, Figure, Result
+from benchmarks.sweep import ROOT, Run, Settings, from_seeds, made_by, paired, tune_rates
+from peerjax.data.pipeline import load_corpus, validation_rows
+from peerjax.evaluation import evaluate
+from peerjax.evaluation.domains import mutual_information
+from peerjax.evaluation.usage import GateSums
+from peerjax.inference.trained import open_run, restore
+from peerjax.routing.gates import GATES
+from peerjax.sharding import make_mesh
+
+HEADS = 4
+NUMBERS, MIDDLE = (16, 32, 64), 32
+LAYERS = ("layer_1", "layer_2")
+ROWS, DRAWS = 96, 5
+QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
+
+
+def settings_of(gate: str, number: int) -> Settings:
+    """Returns the fields of an arm. Adaptive gates retrieve four times as many experts."""
+    if gate == "softmax":
+        return {"peer.experts_per_head": number // HEADS}
+    return {"peer.gate": gate, "peer.target": float(number), "peer.experts_per_head": number}
+
+
+def run(quick: bool) -> Result:
+    """Tunes every gate, trains every arm, and compares them."""
+    steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
+    numbers = (MIDDLE,) if quick else NUMBERS
+    common = {**EVALUATION, "eval.every": steps, **(QUICK if quick else {})}
+    rates, arms = {}, {}
+    for gate in GATES:
+        settings = {**common, **settings_of(gate, MIDDLE)}
+        rates[gate] = tune_rates(RECIPE, settings, START, steps)
+        for number in numbers:
+            tuned = {**common, **settings_of(gate, number), "steps": steps, **rates[gate][0]}
+            arms[gate, number] = tuned
+    runs = from_seeds(RECIPE, arms, seeds, keep_series=True, inspect=_information)
+    plot(runs, ROOT / "gates" if quick else REPOSITORY / "docs" / "gates")
+    return Result(
+        columns=(
+            "gate, target", "rates", "nats/token", "active", "no expert", "cut off", "minutes",
+            "information", "at random",
+        ),
+        rows=[_row(*arm, rates[arm[0]][0], each) for arm, each in runs.items()],
+        figures=_figures(runs),
+        details={
+            "tuning": {gate: tables for gate, (_, tables) in rates.items()},
+            "arms": [
+                {
+                    "gate": gate, "target": number, "rates": rates[gate][0],
+                    "losses": _losses(each), "active": _active(each, "mean"),
+                    "none": _active(each, "none"), "cut_off": _active(each, "cut_off"),
+                    "seconds": [run.seconds for run in each],
+                    "information": [run.more for run in each], "made_by": made_by(each),
+                }
+                for (gate, number), each in runs.items()
+            ],
+        },
+    )  # fmt: skip
+
+
+Runs = Mapping[tuple[str, int], Sequence[Run]]
+
+
+def _numbers(runs: Runs) -> list[int]:
+    return sorted({number for _, number in runs})
+
+
+def _losses(runs: Sequence[Run]) -> list[float]:
+    return [run.nats_per_token for run in runs]
+
+
+def _active(runs: Sequence[Run], figure: str) -> list[float] | None:
+    """Returns a figure of active experts after the last step, as a mean over layers."""
+    names = [f"active/{layer}/{figure}" for layer in LAYERS]
+    if names[0] not in runs[0].series[-1]:
+        return None
+    return [float(np.mean([run.series[-1][name] for name in names])) for run in runs]
+
+
+def _mean_active(number: int, runs: Sequence[Run]) -> float:
+    return float(np.mean(_active(runs, "mean") or [number]))
+
+
+def _row(gate: str, number: int, rates: Mapping[str, float], runs: Sequence[Run]) -> list[str]:
+    def percent(figure: str) -> str:
+        found = _active(runs, figure)
+        return "" if found is None else f"{np.mean(found):.1%}"
+
+    return [
+        f"{gate}, {number}",
+        " ".join(f"{rate:g}" for rate in rates.values()),
+        f"{np.mean(_losses(runs)):.4f}",
+        f"{_mean_active(number, runs):.1f}",
+        percent("none"),
+        percent("cut_off"),
+        f"{np.median([run.seconds for run in runs]) / 60:.1f}",
+        f"{_mean_information(runs, 'domains'):.4f}",
+        f"{_mean_information(runs, 'random'):.4f}",
+    ]
+
+
+def _mean_information(runs: Sequence[Run], kind: str) -> float:
+    return float(np.mean([run.more[layer][kind] for run in runs for layer in LAYERS]))
+
+
+def _figures(runs: Runs) -> list[Figure]:
+    figures = []
+    for number in _numbers(runs):
+        softmax = runs["softmax", number]
+        for gate in GATES[1:]:
+            own, name = runs[gate, number], f"{gate} - softmax, {number} active"
+            difference = paired(_losses(own), _losses(softmax))
+            figures += difference.figures(f"{name} (nats/token)")
+            figures.append(
+                Figure.at_most(
+                    f"{gate}, {number}: |active / target - 1|",
+                    abs(_mean_active(number, own) / number - 1),
+                    0.05,
+                )
+            )
+            information = [
+                [np.mean([run.more[layer]["domains"] for layer in LAYERS]) for run in each]
+                for each in (own, softmax)
+            ]
+            figures += paired(*information).figures(f"{name}: information (nats)")
+            gap = float(np.mean(_losses(own))) - _softmax_at(runs, _minutes(own))
+            figures.append(Figure(f"{gate} - softmax in the same time, {number} active", gap))
+    return figures
+
+
+def _minutes(runs: Sequence[Run]) -> float:
+    return float(np.median([run.seconds for run in runs])) / 60
+
+
+def _softmax_at(runs: Runs, minutes: float) -> float:
+    """Returns the softmax's loss in a time, between those of its numbers of active experts."""
+    points = sorted(
+        (_minutes(runs["softmax", number]), np.mean(_losses(runs["softmax", number])))
+        for number in _numbers(runs)
+    )
+    return float(np.interp(minutes, *zip(*points, strict=True)))
+
+
+def _information(folder: Path) -> dict[str, Any]:
+    """Returns the mutual information by layer. Another process computes it."""
+    command = [sys.executable, "-m", "benchmarks.gates", str(folder)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def information_of(workdir: str) -> dict[str, dict[str, float]]:
+    """Returns each layer's mutual information of expert and domain, and of expert and groups.
+
+    The groups are of as many rows as the domains have, drawn at random from all of them.
+    """
+    trained, mesh = open_run(workdir), make_mesh()
+    texts = {
+        name: [text[number] for number in validation_rows(text, ROWS)]
+        for name, text in load_corpus(trained.config).validation.items()
+    }
+    with jax.set_mesh(mesh):
+        variables = restore(trained, mesh)
+        measure = partial(
+            evaluate, trained.model, variables, probes={"gates": GateSums()}, mesh=mesh,
+            rows=lambda text: range(len(text)), batch_size=trained.config.data.batch_size,
+        )  # fmt: skip
+
+        def information(texts: Mapping[str, Any]) -> dict[str, float]:
+            found = measure(texts=texts)
+            return {
+                layer: mutual_information({name: found[name]["gates"][layer] for name in texts})
+                for layer in LAYERS
+            }
+
+        of_domains, every = information(texts), [row for text in texts.values() for row in text]
+        of_groups = []
+        for rng in np.random.default_rng(0).spawn(DRAWS):
+            order, begin, groups = rng.permutation(len(every)), 0, {}
+            for name, text in texts.items():
+                groups[name] = [every[place] for place in order[begin : begin + len(text)]]
+                begin += len(text)
+            of_groups.append(information(groups))
+    return {
+        layer: {
+            "domains": of_domains[layer],
+            "random": float(np.mean([each[layer] for each in of_groups])),
+        }
+        for layer in LAYERS
+    }
+
+
+def plot(runs: Runs, folder: Path) -> None:
+    """Draws losses against active experts and against time."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for gate in GATES:
+        numbers = _numbers(runs)
+        arms = [runs[gate, number] for number in numbers]
+        losses = [np.mean(_losses(each)) for each in arms]
+        active = [_mean_active(number, each) for number, each in zip(numbers, arms, strict=True)]
+        left.plot(active, losses, marker="o", label=gate)
+        right.plot([_minutes(each) for each in arms], losses, marker="o", label=gate)
+    left.set(xscale="log", xlabel="active experts a token", ylabel="validation loss, nats/token")
+    right.set(xlabel="minutes of training on one core")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "losses.png", dpi=100)
+
+
+if __name__ == "__main__":
+    print(json.dumps(information_of(sys.argv[1])))
