@@ -46,8 +46,8 @@ def test_the_vector_of_the_definition():
 def test_surrogates_are_central_differences_over_the_window(threshold, bandwidth, seed):
     # Over many scores, the step function's count is nearly smooth. Its central difference with half
     # a bandwidth to each side is the surrogate.
-    z = np.random.default_rng(seed).normal(threshold, 1, 5000).astype(np.float32)
-    threshold, bandwidth = np.float32(threshold), np.float32(bandwidth)
+    z = jnp.asarray(np.random.default_rng(seed).normal(threshold, 1, 5000), jnp.float32)
+    threshold, bandwidth = jnp.float32(threshold), jnp.float32(bandwidth)
     low, high = threshold - bandwidth / 2, threshold + bandwidth / 2
     in_window = (z > low) & (z < high)
 
@@ -57,7 +57,7 @@ def test_surrogates_are_central_differences_over_the_window(threshold, bandwidth
     difference = (np.sum(z > high) - np.sum(z > low)) / bandwidth
     np.testing.assert_allclose(sum_of(step_function), difference, rtol=1e-5, atol=1.1 / bandwidth)
     # jump_relu has the threshold in place of z, from which it differs by half a bandwidth at most.
-    difference = (z[z > high].sum(dtype=np.float64) - z[z > low].sum(dtype=np.float64)) / bandwidth
+    difference = -float(jnp.sum(z, where=in_window)) / bandwidth
     error = abs(sum_of(jump_relu) - difference)
     assert error <= 0.5 * in_window.sum() + 1.1 * high / bandwidth
 
@@ -82,7 +82,7 @@ def test_training_keeps_the_scores_within_the_window():
     scores = draw_scores()
     threshold, bandwidth = jnp.array([4.5, 5.0, 5.5]), jnp.float32(0.4)
     kept = [
-        np.asarray(jump_relu_gate(threshold, jnp.float32(5), bandwidth, 4, each).is_kept(scores))
+        np.asarray(jump_relu_gate(threshold, jnp.float32(5), bandwidth, 4.0, each).is_kept(scores))
         for each in (False, True)
     ]
     below = np.asarray(scores) > np.asarray(threshold)[:, None, None] - 0.2
@@ -92,7 +92,7 @@ def test_training_keeps_the_scores_within_the_window():
 
     def gradient(scores):
         def weighed(threshold):
-            gate = jump_relu_gate(threshold, jnp.float32(5), bandwidth, 4, training=True)
+            gate = jump_relu_gate(threshold, jnp.float32(5), bandwidth, 4.0, training=True)
             return jnp.sum(jnp.sin(gate.weigh(scores))) + gate.penalty(scores)
 
         return jax.grad(weighed)(threshold)
