@@ -95,6 +95,16 @@ def chosen(implementation: str | None = None) -> str:
     return next((name for name in here if cannot_run(name) is None), "xla")
 
 
+def identity(implementation: str | None = None) -> str:
+    """Returns the implementation that this process uses, with all that its results depend on.
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`, or `None` as in `dispatch`.
+    """
+    name = chosen(implementation)
+    return f"{name} ({library.processor()})" if name == "native_cpu" else name
+
+
 def describe(implementation: str | None = None) -> str:
     """Returns a line about the implementation that this process uses, and how to get another.
 
@@ -103,7 +113,7 @@ def describe(implementation: str | None = None) -> str:
     """
     name = chosen(implementation)
     if name != "xla":
-        return f"kernels: {name} ('xla' leaves everything to XLA)"
+        return f"kernels: {identity(implementation)}; 'xla' leaves everything to XLA"
     if implementation == "xla":
         return "kernels: xla, as chosen"
     reasons = [cannot_run(name) for name, platform in PLATFORMS.items() if is_here(platform)]

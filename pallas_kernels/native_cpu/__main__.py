@@ -2,10 +2,10 @@
 
 import sys
 
-from pallas_kernels.native_cpu.build import LIBRARY, BuildError, build
+from pallas_kernels.native_cpu.build import FOLDER, BuildError, build
 
 try:
     build()
 except BuildError as error:
     sys.exit(str(error))
-print(f"native kernels for CPUs are in {LIBRARY}")
+print(f"native kernels for CPUs are in {FOLDER}")

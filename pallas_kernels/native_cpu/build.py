@@ -1,6 +1,7 @@
-"""Compiles the library of native kernels with the C++ compiler that is installed.
+"""Compiles the libraries of native kernels with the C++ compiler that is installed.
 
-`python -m pallas_kernels.native_cpu` compiles it where it is loaded from. Building a wheel of the
+There is one for each kind of processor. `python -m pallas_kernels.native_cpu` compiles them where
+they are loaded from. Building a wheel of the
 project runs this file too, so it imports nothing but the standard library.
 """
 
@@ -14,14 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 FOLDER = pathlib.Path(__file__).parent
-LIBRARY = FOLDER / "native_cpu.so"
 # AVX2, FMA and BMI: processors since 2013 (Intel) and 2015 (AMD).
-PROCESSOR = "x86-64-v3"
+OLDER = "x86-64-v3"
+# AVX-512: server processors since 2017 (Intel) and 2022 (AMD).
+NEWER = "x86-64-v4"
+PROCESSORS = (NEWER, OLDER)
 FLAGS = (
-    "-std=c++20", "-O3", f"-march={PROCESSOR}", "-fno-math-errno", "-fno-trapping-math",
-    "-shared", "-fPIC", "-pthread",
+    "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
 VERSION_OF_HEADERS = re.compile(r"#define XLA_FFI_API_M(?:AJOR|INOR) (\d+)")
 
@@ -30,8 +34,13 @@ class BuildError(Exception):
     """A reason why the library cannot be compiled, and the remedy."""
 
 
+def library_for(processor: str) -> pathlib.Path:
+    """Returns the path of the library for a kind of processor."""
+    return FOLDER / f"{processor}.so"
+
+
 def digest_of_sources() -> str:
-    """Returns a digest of everything that the library is compiled from."""
+    """Returns a digest of everything that the libraries are compiled from."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sorted(p for p in FOLDER.iterdir() if p.suffix in (".h", ".cc")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -85,17 +94,23 @@ def check_platform() -> None:
         )
 
 
-def platform_of(library: pathlib.Path) -> str:
-    """Returns the platform of a wheel with a library: that of the newest C library it needs."""
-    versions = map(int, re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes()))
+def platform_of(libraries: Iterable[pathlib.Path]) -> str:
+    """Returns the platform of a wheel with libraries: that of the newest C library they need."""
+    versions = [
+        int(version)
+        for library in libraries
+        for version in re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
+    ]
     return f"manylinux_2_{max(17, *versions)}_x86_64"
 
 
-def build(to: pathlib.Path = LIBRARY) -> None:
-    """Compiles the library, unless it was compiled from the same sources.
+def build() -> list[pathlib.Path]:
+    """Compiles the libraries, except those that were compiled from the same sources.
 
-    The finished library replaces the old one at once. A process that has loaded the old one keeps
-    it.
+    A finished library replaces the old one at once. A process that has loaded the old one keeps it.
+
+    Returns:
+        The paths of the libraries.
 
     Raises:
         BuildError: if the platform is not supported, there is no compiler, or it fails.
@@ -103,19 +118,25 @@ def build(to: pathlib.Path = LIBRARY) -> None:
     check_platform()
     import fcntl  # which only POSIX systems have
 
-    digest = digest_of_sources()
     # Environments that are made at the same time share the folder. The first one compiles.
     with open(FOLDER / "handlers.cc") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if to.exists() and digest.encode() in to.read_bytes():
-            return
-        with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-            result = pathlib.Path(folder) / to.name
-            command = [
-                *compiler(), *FLAGS, "-isystem", str(headers()), f'-DPEER_SOURCES="{digest}"',
-                str(FOLDER / "handlers.cc"), "-o", str(result),
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise BuildError(f"{command[0]} failed: {done.stderr[-2000:]}")
-            os.replace(result, to)
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(_compile, PROCESSORS))
+
+
+def _compile(processor: str) -> pathlib.Path:
+    digest, library = digest_of_sources(), library_for(processor)
+    if library.exists() and digest.encode() in library.read_bytes():
+        return library
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        result = pathlib.Path(folder) / library.name
+        command = [
+            *compiler(), *FLAGS, f"-march={processor}", "-isystem", str(headers()),
+            f'-DPEER_SOURCES="{digest}"', str(FOLDER / "handlers.cc"), "-o", str(result),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError(f"{command[0]} failed: {done.stderr[-2000:]}")
+        os.replace(result, library)
+    return library

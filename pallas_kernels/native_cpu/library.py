@@ -1,4 +1,4 @@
-"""The library of native kernels: loading it, and calling its functions from JAX.
+"""The libraries of native kernels: loading the best that fits, and calling it from JAX.
 
 XLA refuses a library that was compiled for a newer version of its interface, and then the CPU
 backend does not start. So everything is checked before a function is registered.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,16 +27,39 @@ FUNCTIONS = (
     "peer_read_rows",
 )
 REMEDY = "run `python -m pallas_kernels.native_cpu`"
-# What x86-64-v3 adds, as Linux names it.
-NEEDED_FLAGS = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+# What each kind of processor adds to the older ones, as Linux names it.
+OF_OLDER = {"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+OF_NEWER = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+NEEDED_FLAGS = {build.OLDER: OF_OLDER, build.NEWER: OF_OLDER | OF_NEWER}
+# A variable of the environment that selects the library of an older kind of processor.
+VARIABLE = "PEERJAX_PROCESSOR"
+
+
+@functools.cache
+def processor() -> str:
+    """Returns the kind of processor whose library this process uses.
+
+    It is the newest kind that this processor is of, or the one in `$PEERJAX_PROCESSOR`. Kinds add
+    floats in different orders, so results differ between them in their last digits.
+
+    Raises:
+        ValueError: if the variable names no kind.
+    """
+    if name := os.environ.get(VARIABLE):
+        if name not in build.PROCESSORS:
+            raise ValueError(f"{VARIABLE}={name} is none of {', '.join(build.PROCESSORS)}")
+        return name
+    flags = _processor_flags()
+    return next((each for each in build.PROCESSORS if NEEDED_FLAGS[each] <= flags), build.OLDER)
 
 
 @functools.cache
 def why_not() -> str | None:
     """Returns why native kernels cannot be used, or `None` if they can. Loads them at first."""
-    reason = why_not_load(build.LIBRARY)
+    path = build.library_for(processor())
+    reason = why_not_load(path)
     if reason is None:
-        library = ctypes.CDLL(str(build.LIBRARY))
+        library = ctypes.CDLL(str(path))
         for name in FUNCTIONS:
             jax.ffi.register_ffi_target(
                 name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
@@ -51,8 +75,8 @@ def why_not_load(path: pathlib.Path) -> str | None:
         return str(error)
     if not path.exists():
         return f"they are not compiled; {REMEDY}"
-    if missing := NEEDED_FLAGS - _processor_flags():
-        return f"they need {build.PROCESSOR}, but this processor lacks {', '.join(sorted(missing))}"
+    if missing := NEEDED_FLAGS[processor()] - _processor_flags():
+        return f"they need {processor()}, but this processor lacks {', '.join(sorted(missing))}"
     try:
         library = ctypes.CDLL(str(path))
         sources = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "peer_sources")))
@@ -97,6 +121,7 @@ def call(
     return function(*operands, **constants)
 
 
+@functools.cache
 def _processor_flags() -> set[str]:
     """Returns what the processor supports, as Linux lists it."""
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():

@@ -120,7 +120,7 @@ def _train_in(
                 set_first = jax.jit(partial(set_by_first_batch, task), donate_argnums=0)
                 state = set_first(state, put_batch(mesh, first))
         record(folder, config, corpus.tokenizer, corpus.identity)
-        kernels = dispatch.chosen(implementation_of(config))
+        kernels = dispatch.identity(implementation_of(config))
         kernels_before = record_kernels(folder, kernels)
 
         # ---- Step, probes and output ----

@@ -150,8 +150,8 @@ def test_the_library_is_there_wherever_it_can_be_compiled():
 
 @needs_native
 def test_a_library_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    remedy = "run `python -m pallas_kernels.native_cpu`"
-    assert library.why_not_load(build.LIBRARY) is None
+    remedy, path = "run `python -m pallas_kernels.native_cpu`", build.library_for(build.OLDER)
+    assert library.why_not_load(path) is None
     missing = tmp_path / "missing.so"
     assert library.why_not_load(missing) == f"they are not compiled; {remedy}"
     broken = tmp_path / "broken.so"
@@ -159,17 +159,18 @@ def test_a_library_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     assert "cannot be loaded" in library.why_not_load(broken)
     with monkeypatch.context() as other:
         other.setattr(build, "digest_of_sources", lambda: "0123456789abcdef")
-        assert "was compiled from other sources" in library.why_not_load(build.LIBRARY)
+        assert "was compiled from other sources" in library.why_not_load(path)
     with monkeypatch.context() as other:
         other.setattr(build, "version_of", lambda headers: (0, 0))
-        reason = library.why_not_load(build.LIBRARY)
+        reason = library.why_not_load(path)
         assert "of XLA's interface, but this jaxlib has 0.0" in reason
     with monkeypatch.context() as other:
         other.setattr(library, "_processor_flags", lambda: {"sse2", "fma"})
-        assert "but this processor lacks abm, avx2" in library.why_not_load(build.LIBRARY)
+        other.setattr(library, "processor", library.processor.__wrapped__)
+        assert "but this processor lacks abm, avx2" in library.why_not_load(path)
     with monkeypatch.context() as other:
         other.setattr(build.platform, "machine", lambda: "arm64")
-        assert "not for linux on arm64" in library.why_not_load(build.LIBRARY)
+        assert "not for linux on arm64" in library.why_not_load(path)
 
 
 def test_xla_computes_where_the_library_is_refused(monkeypatch):
@@ -194,3 +195,17 @@ def test_native_kernels_are_chosen_on_cpus():
     ids, gates, x, _ = make_inputs(20, 6, 8, 64)
     text = jax.jit(lambda x: lookup(pool, ids, gates, x, activation="gelu")).lower(x).as_text()
     assert "peer_lookup_forward" in text
+
+
+def test_the_variable_names_a_kind_of_processor(monkeypatch):
+    find = library.processor.__wrapped__
+    monkeypatch.setenv("PEERJAX_PROCESSOR", build.OLDER)
+    assert find() == build.OLDER
+    monkeypatch.setenv("PEERJAX_PROCESSOR", "z80")
+    with pytest.raises(ValueError, match="PEERJAX_PROCESSOR=z80 is none of x86-64-v4, x86-64-v3"):
+        find()
+    monkeypatch.delenv("PEERJAX_PROCESSOR")
+    for flags, kind in ((library.OF_OLDER | library.OF_NEWER, build.NEWER),
+                        (library.OF_OLDER, build.OLDER), (set(), build.OLDER)):  # fmt: skip
+        monkeypatch.setattr(library, "_processor_flags", lambda flags=flags: flags)
+        assert find() == kind

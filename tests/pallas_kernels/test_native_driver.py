@@ -20,6 +20,7 @@ def test_no_access_is_out_of_bounds_undefined_or_a_race(sanitizers, tmp_path):
         pytest.skip(str(error))
     program = tmp_path / "driver"
     flags = [each for each in build.FLAGS if each not in ("-O3", "-shared")]
+    flags.append(f"-march={build.OLDER}")
     command = [
         *compiler, *flags, "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all",
         str(DRIVER), "-o", str(program),
