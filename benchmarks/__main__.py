@@ -13,6 +13,7 @@ BENCHMARKS = {
     "lookup": "time of the lookup, compared with gather + einsum",
     "active_experts": "time of lookup and update against the number of active experts",
     "gates": "losses of the gates of PEER at equal numbers of active experts, tuned (hours)",
+    "attention_sink": "attention sinks of PEER and Monet with a shared path and without (a night)",
     "sampling": "tokens a second, compared with a Llama of equal active bytes (llama-cpp-python)",
     "reference": "configs/reference.py and its dense twin, tuned, three seeds (hours)",
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",
