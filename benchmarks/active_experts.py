@@ -33,7 +33,7 @@ def run(quick: bool) -> Result:
     seconds: dict[str, dict[str, list[float]]] = {}
     for implementation in implementations:
         found = medians_in_turns(
-            _programs(N // 64 if quick else N, implementation), repeats=2 if quick else 9
+            _programs(N // 64 if quick else N, implementation), repeats=1 if quick else 3
         )
         seconds[implementation] = {
             name: [found[f"{name}, {active}"] for active in ACTIVE] for name in PROGRAMS

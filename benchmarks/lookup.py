@@ -80,7 +80,7 @@ def run(quick: bool) -> Result:
     )
     medians = medians_in_turns(
         {name: partial(program, *operands[name]) for name, program in compiled.items()},
-        repeats=3 if quick else 25,
+        repeats=1 if quick else 9,
     )
     temp = {name: each.memory_analysis().temp_size_in_bytes for name, each in compiled.items()}
     rows = [[name, f"{1e3 * medians[name]:.2f}", f"{temp[name] / 2**20:.1f}"] for name in programs]

@@ -9,12 +9,12 @@ import jax
 
 
 def medians_in_turns(
-    programs: Mapping[str, Callable[[], Any]], repeats: int, timed: int = 3
+    programs: Mapping[str, Callable[[], Any]], repeats: int, timed: int = 9
 ) -> dict[str, float]:
     """Returns the median time of each program in seconds.
 
-    Each turn begins with a call that is not timed. Otherwise a program would find the caches as a
-    program with much larger arrays left them.
+    Each turn begins with a call that is not timed, and has many that are. Otherwise the time of a
+    program would depend on what the program before it left in the caches.
 
     Args:
         programs: functions that start programs and return arrays.

@@ -44,6 +44,8 @@ FIELDS = {
     "moe_topk": "monet.top_k",
     "moe_groups": "monet.group",
 }
+# Fields of parts that published models lack, with the values that leave the parts out.
+NOT_PUBLISHED = {"model.kv_heads": None, "model.attention_sink": "none", "model.shared_mlp": 0}
 RUN = "run_0"
 DTYPES = ("float32", "bfloat16")
 
@@ -99,7 +101,8 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
         dtype: type of the tensors, "float32" or "bfloat16".
 
     Raises:
-        ConfigError: if not all layers are Monet layers of one decomposition.
+        ConfigError: if not all layers are Monet layers of one decomposition, or the model has parts
+            that the layout lacks.
         UserError: if the folder cannot be made or written to.
     """
     kinds = {kind: name for name, kind in KINDS.items()}
@@ -108,6 +111,12 @@ def write_run(run: Run, target: str, dtype: str = DTYPES[0]) -> None:
         raise ConfigError(
             f"model.layers={layers}, but a published Monet has layers of one decomposition only"
         )
+    for name, value in NOT_PUBLISHED.items():
+        if (own := attrgetter(name)(run.config)) != value:
+            raise ConfigError(
+                f"{name}={own!r}, but a published Monet has no such part; only runs with "
+                f"{name}={value!r} can be written"
+            )
     (kind, depth), monet = layers[0], run.config.monet
     published = {
         **{name: attrgetter(field)(run.config) for name, field in FIELDS.items()},

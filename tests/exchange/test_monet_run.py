@@ -126,6 +126,9 @@ def test_a_run_of_ones_own_is_written_and_read_again(corpus, tmp_path):
     tokens = np.random.default_rng(0).integers(own.tokenizer.vocab_size, size=(2, 9))
     found, expected = (logits(run, tokens) for run in (again, own))
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+    own.config.model.attention_sink = "logit"
+    with pytest.raises(ConfigError, match="attention_sink='logit', but a published Monet has no"):
+        write_run(own, str(tmp_path / "other"))
 
 
 @pytest.mark.slow
