@@ -22,9 +22,11 @@ from peerjax.routing.auxiliary import (
     DECODE,
     EXPERT_IDS,
     LOSSES,
+    OUTPUTS,
     REMOVED,
     ROUTING,
     SINKS,
+    by_module,
     sow_last,
 )
 from peerjax.routing.running import FIRST, MOMENTS, STATS
@@ -96,6 +98,14 @@ class ModelConfig:
         number = int(path[2].removeprefix(f"{BLOCK}_"))
         return Place(stack, range(first + number, first + count, spec.period), path[3:])
 
+    def in_order(self, collection: Any, name: str) -> Float[Array, "layers ..."]:
+        """Returns what blocks sowed by a name, in the order of layers."""
+        found: dict[int, Array] = {}
+        for path, values in by_module(collection).items():
+            if name in values:
+                found |= dict(zip(self.place(path).layers, values[name], strict=True))
+        return jnp.stack([found[layer] for layer in sorted(found)])
+
 
 class Place(NamedTuple):
     """Location of a module in the model.
@@ -115,8 +125,9 @@ class Place(NamedTuple):
 class Block(nn.Module):
     """Pre-norm attention and a pre-norm feed-forward layer, each added to the residual stream.
 
-    The shared path reads the same input as the feed-forward layer. If the collection "sinks" is
-    mutable, the block sows the `largest` magnitude of its output and the `median` [B] into it.
+    The shared path reads the same input as the feed-forward layer. If the collection "outputs" is
+    mutable, the block sows `feed_forward` [B, L, D] into it, the sum of both. If "sinks" is, the
+    block sows the `largest` magnitude of its output and the `median` [B] into it.
     """
 
     config: ModelConfig
@@ -143,7 +154,10 @@ class Block(nn.Module):
             weights = context.shared
             if not config.shared_tied:
                 weights = _shared_path(config)(config.width)
-            x_BLD = x_BLD + apply_shared(weights, normed, jnp.dtype(config.dtype))
+            shared_BLD = apply_shared(weights, normed, jnp.dtype(config.dtype))
+            x_BLD, y_BLD = x_BLD + shared_BLD, y_BLD + shared_BLD
+        if self.is_mutable_collection(OUTPUTS):
+            sow_last(self, OUTPUTS, "feed_forward", y_BLD)
         if self.is_mutable_collection(SINKS):
             magnitudes_BN = jnp.abs(x_BLD.reshape(x_BLD.shape[0], -1).astype(jnp.float32))
             sow_last(self, SINKS, "largest", jnp.max(magnitudes_BN, axis=-1))
@@ -190,10 +204,11 @@ class Stack(nn.Module):
         grouped = self.feed_forward.period > 1
         unit = Group if grouped else _unit(Block, self.config)
         length = self.length // self.feed_forward.period
-        kept = ("params", STATS, MOMENTS, FIRST, TAPS, ROUTING, LOSSES, SINKS, REMOVED, DECODE)
+        given = ("params", STATS, TAPS, REMOVED, DECODE)
+        sown = (MOMENTS, FIRST, ROUTING, LOSSES, OUTPUTS, SINKS)
         units = nn.scan(
             unit,
-            variable_axes=dict.fromkeys(kept, 0),
+            variable_axes=dict.fromkeys((*given, *sown), 0),
             split_rngs={"params": True},
             # Pools are closed over. As scanned inputs they would be copied layer by layer.
             in_axes=(Context(*[nn.broadcast] * len(Context._fields))._replace(layer=0),),
@@ -234,7 +249,8 @@ class Decoder(nn.Module):
 
     - `peerjax.routing.running`: "stats", "moments" and "first"
     - `peerjax.layers.look_up`: "taps"
-    - `peerjax.routing.auxiliary`: "routing", "losses", "sinks", "removed" and "decode"
+    - `peerjax.routing.auxiliary`: "routing", "losses", "outputs", "sinks", "removed" and
+      "decode"
 
     Arrays of a stack have a leading axis of its blocks or of its periods. `ModelConfig.place`
     returns their layer numbers.

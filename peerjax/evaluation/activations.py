@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peerjax.evaluation.probe import ALL, Probe
-from peerjax.evaluation.sinks import of_layers
 from peerjax.model import Decoder
 from peerjax.routing.auxiliary import SINKS
 
@@ -64,7 +63,7 @@ class LargeActivations(Probe):
         """Adds a batch to the sums."""
         weight_B = batch["weight"]
         largest_NB, median_NB = (
-            of_layers(model, kept[SINKS], name) for name in ("largest", "median")
+            model.config.in_order(kept[SINKS], name) for name in ("largest", "median")
         )
         return ActivationSums(
             largest=jnp.maximum(sums.largest, jnp.max(largest_NB * weight_B, axis=1)),

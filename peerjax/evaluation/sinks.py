@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from peerjax.evaluation.probe import ALL, Probe
 from peerjax.model import Decoder
-from peerjax.routing.auxiliary import SINKS, by_module
+from peerjax.routing.auxiliary import SINKS
 
 # A head has a sink in a context if its mean attention to the first token is above this share.
 SINK_ABOVE = 0.3
@@ -81,7 +81,7 @@ class Sinks(Probe):
         self, model: Decoder, sums: SinkSums, logits_BLV: Array, kept: Any, batch: dict[str, Array]
     ) -> SinkSums:
         """Adds a batch to the sums."""
-        shares_NHBL = of_layers(model, kept[SINKS], "first_share").swapaxes(1, 2)
+        shares_NHBL = model.config.in_order(kept[SINKS], "first_share").swapaxes(1, 2)
         positions_BL = batch["positions"]
         context_BL, counts = self._contexts(batch)
         early_NHBL = shares_NHBL * (positions_BL < self.length)
@@ -130,12 +130,3 @@ class Sinks(Probe):
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> Mapping[str, float]:
         """Returns the figures on all text, as `sinks/all/<layer>/...`."""
         return super().figures(name, text, result) if text == ALL else {}
-
-
-def of_layers(model: Decoder, sown: Any, name: str) -> Float[Array, "layers ..."]:
-    """Returns the values of a name in the collection "sinks", in the order of layers."""
-    found: dict[int, Array] = {}
-    for path, values in by_module(sown).items():
-        if name in values:
-            found |= dict(zip(model.config.place(path).layers, values[name], strict=True))
-    return jnp.stack([found[layer] for layer in sorted(found)])

@@ -18,6 +18,8 @@ LOSSES, ROUTING = "losses", "routing"
 REMOVED = "removed"
 # Small state that a layer keeps between tokens in decoding, also stacked over blocks.
 DECODE = "decode"
+# A collection that distillation makes mutable: outputs of feed-forward layers.
+OUTPUTS = "outputs"
 # A collection that evaluation makes mutable: figures of attention sinks and large activations.
 SINKS = "sinks"
 # Names within collections.
