@@ -3,7 +3,10 @@
 `pallas_kernels.storage` defines the memory layout of a pool. All other code uses `ExpertPool`.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +24,10 @@ from pallas_kernels.storage import (
     array_forms,
     experts_per_row,
     pack_experts,
+    read_floats,
 )
 
-EXPERTS_PER_DRAW, FEWEST_PER_DRAW = 4096, 256
+EXPERTS_PER_PORTION, FEWEST_PER_PORTION = 4096, 256
 
 
 def initialize_pool(
@@ -65,37 +69,85 @@ def initialize_pool(
     Raises:
         ValueError: if the width does not fill whole words of codes, or the storage is unknown.
     """
-    form = array_forms(storage, num_experts, width)["weights"].shape
     std = jnp.array([[0.0], [0.0]])
     std = std.at[DOWN].set(width**-0.5)
     std = std.at[UP].set(residual_scale * width**-0.5)
-    packed = storage in CODES
-    together = experts_per_row(width, storage) if packed else 1
-    # Unused places in the last row of words are drawn too, but never read.
-    places = -(-num_experts // together) * together
-    per_draw = math.gcd(places, EXPERTS_PER_DRAW)
-    if per_draw < FEWEST_PER_DRAW:  # avoids many small draws; surplus experts are cut off
-        per_draw = EXPERTS_PER_DRAW
-    draws = -(-places // per_draw)
-    keys = jax.random.split(key, num_layers * draws)
+    portions = _Portions.of(num_experts, width, storage)
+    keys = jax.random.split(key, num_layers * portions.per_pool)
 
-    def draw_floats(key: Array) -> Array:
-        return std * jax.random.normal(key, (per_draw, 2, width))
+    def draw(key: Array) -> Array:
+        return std * jax.random.normal(key, (portions.size, 2, width))
 
-    if not packed:
-        dtype = FLOAT_DTYPES[storage]
-        weights = jax.lax.map(lambda key: draw_floats(key).astype(dtype), keys)
-        weights = weights.reshape(num_layers, -1, *form[1:])[:, : form[0]]
-        return ExpertPool.of_floats(weights)
+    return portions.pool(draw, keys, num_layers)
 
-    def draw_packed(key: Array) -> tuple[Array, Array]:
-        codes, scales = nearest(draw_floats(key), CODES[storage])
-        return pack_experts(codes, storage), scales
 
-    words, scales = jax.lax.map(draw_packed, keys)
-    words = words.reshape(num_layers, -1, *form[1:])[:, : form[0]]
-    scales = jnp.moveaxis(scales.reshape(num_layers, -1, 2), 2, 1)[:, :, :num_experts]
-    return ExpertPool(words, scales, None, storage, num_experts, width)
+def stored_as(pool: ExpertPool, storage: str) -> ExpertPool:
+    """Returns a stack of pools in another storage, a few experts at a time.
+
+    Codes are rounded to nearest. Each vector gets the scale that training aims at.
+
+    Args:
+        pool: a stack of pools of any storage.
+        storage: as in `initialize_pool`.
+    """
+    num_layers = pool.weights.shape[0]
+    portions = _Portions.of(pool.num_experts, pool.width, storage)
+    places = jnp.arange(num_layers * portions.per_pool)
+
+    def read(place: Array) -> Array:
+        layer, portion = place // portions.per_pool, place % portions.per_pool
+        ids = portion * portions.size + jnp.arange(portions.size)
+        return read_floats(pool.at_layer(layer), ids)
+
+    return portions.pool(read, places, num_layers)
+
+
+class _Portions(NamedTuple):
+    """Equal portions in which pools are made, so that few experts are in memory as floats.
+
+    Attributes:
+        num_experts: N, experts of a pool.
+        width: D, length of their vectors.
+        storage: storage of the pools.
+        size: experts of a portion.
+        per_pool: portions of a pool. Surplus experts of the last one are cut off.
+    """
+
+    num_experts: int
+    width: int
+    storage: str
+    size: int
+    per_pool: int
+
+    @staticmethod
+    def of(num_experts: int, width: int, storage: str) -> _Portions:
+        together = experts_per_row(width, storage) if storage in CODES else 1
+        # Unused places in the last row of words are filled too, but never read.
+        places = -(-num_experts // together) * together
+        size = math.gcd(places, EXPERTS_PER_PORTION)
+        if size < FEWEST_PER_PORTION:  # avoids many small portions
+            size = EXPERTS_PER_PORTION
+        return _Portions(num_experts, width, storage, size, -(-places // size))
+
+    def pool(
+        self, floats_of: Callable[[Array], Array], arguments: Array, num_layers: int
+    ) -> ExpertPool:
+        """Makes a stack of pools from the floats [size, 2, D] of each portion of each layer."""
+        form = array_forms(self.storage, self.num_experts, self.width)["weights"].shape
+        if self.storage not in CODES:
+            dtype = FLOAT_DTYPES[self.storage]
+            weights = jax.lax.map(lambda each: floats_of(each).astype(dtype), arguments)
+            weights = weights.reshape(num_layers, -1, *form[1:])[:, : form[0]]
+            return ExpertPool.of_floats(weights)
+
+        def packed(argument: Array) -> tuple[Array, Array]:
+            codes, scales = nearest(floats_of(argument), CODES[self.storage])
+            return pack_experts(codes, self.storage), scales
+
+        words, scales = jax.lax.map(packed, arguments)
+        words = words.reshape(num_layers, -1, *form[1:])[:, : form[0]]
+        scales = jnp.moveaxis(scales.reshape(num_layers, -1, 2), 2, 1)[:, :, : self.num_experts]
+        return ExpertPool(words, scales, None, self.storage, self.num_experts, self.width)
 
 
 def count_expert_parameters(pools: Any) -> int:

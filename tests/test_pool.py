@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import UpdateState
-from peerjax.pool import initialize_pool, memory_report
+from pallas_kernels.expert_update.integer_step import nearest
+from pallas_kernels.storage import read_floats
+from peerjax.pool import initialize_pool, memory_report, stored_as
 from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.test_expert_update import make_gradient
 
@@ -76,3 +79,26 @@ def test_numbers_of_experts_that_share_no_factor_with_a_draw_are_drawn_together(
     rows = np.asarray(weights).reshape(-1, *weights.shape[-2:])
     assert len(np.unique(rows, axis=0)) == len(rows)
     assert make(storage, 64, 4099).num_experts == 4099
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4", "int3", "ternary"])
+@pytest.mark.parametrize("before", ["float32", "int8"])
+@pytest.mark.parametrize("num_experts", [37, 4096 + 5])
+def test_a_pool_is_stored_as_rounding_its_floats_says(before, storage, num_experts):
+    width = 32
+    pool = make(before, width, num_experts)
+    found = jax.jit(stored_as, static_argnums=1)(pool, storage)
+    assert (found.storage, found.num_experts, found.width) == (storage, num_experts, width)
+    assert found.weights.shape == make(storage, width, num_experts).weights.shape
+    for layer in range(2):
+        floats, expected = (
+            np.asarray(read_floats(each.at_layer(jnp.int32(layer)), jnp.arange(num_experts)))
+            for each in (found, pool)
+        )
+        if storage in CODES:
+            codes, scales = nearest(expected, CODES[storage])
+            expected = codes * scales[..., None]
+            # Few codes are so near to a half that another program rounds them to the other side.
+            assert np.mean(np.abs(floats - expected) > 1e-5) < 1e-4
+        else:
+            np.testing.assert_array_equal(floats, expected)
