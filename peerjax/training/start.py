@@ -11,15 +11,16 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import UpdateState
+from pallas_kernels.storage import ExpertPool
 from peerjax.config import feed_forwards, model_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
 from peerjax.layers.parameters import packed
 from peerjax.model import Decoder
 from peerjax.objectives.task import Task, drawn_variables
-from peerjax.optim import is_packed_matrix
+from peerjax.optim import dequantize, is_packed_matrix
+from peerjax.pool import stored_as
 from peerjax.sharding import state_shardings
 from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
 from peerjax.training.state import TrainState, state_of
@@ -59,15 +60,14 @@ class Source:
         """Checks that the weights fit the new run.
 
         Raises:
-            ConfigError: if the tokenizer, the vocabulary, the layers, the width, a storage or the
-                shape of an array differs. The message names the first difference.
+            ConfigError: if the tokenizer, the vocabulary, the layers, the width or the shape of an
+                array differs. The message names the first difference. Storages may differ.
         """
         for name, old, new in (
             ("tokenizer", tokenizer_digest(self._workdir), tokenizer.digest),
             ("vocabulary", vocabulary_size(self._workdir), model.config.vocab_size),
             ("model.layers", tuple(self._old.model.layers), tuple(self._new.model.layers)),
             ("model.width", self._old.model.width, self._new.model.width),
-            *self._storages(model),
         ):
             if old != new:
                 hint = f"set data.tokenizer={self._workdir / TOKENIZER}"
@@ -85,34 +85,44 @@ class Source:
                     f"and {new} here; set the fields of the layers to the values of that run"
                 )
 
-    def _storages(self, model: Decoder) -> list[tuple[str, str, str]]:
-        """Returns storages that must agree: int4 and int3, for example, have arrays alike."""
-        found = []
-        if any(spec.pools for spec, _ in model.config.layers):
-            found.append(("pool.storage", self._old.pool.storage, self._new.pool.storage))
-        for (old, _), (new, _) in zip(feed_forwards(self._old), model.config.layers, strict=False):
-            if old.packed_storage in CODES:  # floats are packed as the new run packs them
-                found.append((f"{new.section}.storage", old.packed_storage, new.packed_storage))
-        return found
-
     def state(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
         """Returns the state of a run before its first step, with the checkpoint's weights.
 
-        Parameters, pools and running statistics are those of the checkpoint. Accumulators are too,
-        if both runs have the same `pool.rule`, `pool.storage` and `pool.accumulator_bits`. Moments,
-        the step and the schedule start anew.
+        Parameters, pools and running statistics are those of the checkpoint. They are rounded to
+        nearest if the new run stores them otherwise. Accumulators are taken too, if both runs have
+        the same `pool.rule`, `pool.storage` and `pool.accumulator_bits`. Moments, the step and the
+        schedule start anew.
         """
         shapes = self._drawn()
         wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
         read = restore_part(self._checkpoint, abstract(wanted, state_shardings(mesh, wanted)))
+
+        def make(variables: dict[str, Any]) -> TrainState:
+            return state_of(self._as_stored(task.model, variables), optimizer)
+
         variables = {**shapes, **read}
-        variables["params"] = packed(task.model.config.layers, variables["params"])
-        make = partial(state_of, optimizer=optimizer)
         shardings = state_shardings(mesh, jax.eval_shape(make, variables))
         state = jax.jit(make, out_shardings=shardings)(variables)
         if any(self._old.pool[name] != self._new.pool[name] for name in OF_ACCUMULATORS):
             return state
         return state._replace(opt_state=self._with_accumulators(state.opt_state, mesh))
+
+    def _as_stored(self, model: Decoder, variables: dict[str, Any]) -> dict[str, Any]:
+        """Returns variables of the checkpoint in the storages of the new run."""
+        params, new = variables["params"], model.config.layers
+        storages = [
+            tuple(spec.packed_storage for spec, _ in layers)
+            for layers in (feed_forwards(self._old), new)
+        ]
+        if storages[0] != storages[1]:
+            params = dequantize(params)
+        storage = self._new.pool.storage
+        pools = jax.tree.map(
+            lambda pool: pool if pool.storage == storage else stored_as(pool, storage),
+            variables["pools"],
+            is_leaf=_is_pool,
+        )
+        return {**variables, "params": packed(new, params), "pools": pools}
 
     def _with_accumulators(self, opt_state: Any, mesh: Mesh) -> Any:
         """Returns an optimizer state with the accumulators of the checkpoint, if it has any."""
@@ -143,12 +153,24 @@ def _drawn(model: Decoder) -> dict[str, Any]:
 
 
 def _shapes(variables: dict[str, Any]) -> dict[str, str]:
-    """Returns the shape of every array by path. A packed matrix has the shape of the matrix."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_packed_matrix)
+    """Returns the shape of every array by path. Packed matrices and pools have those of floats."""
+
+    def shape(leaf: Any) -> list[int]:
+        if _is_pool(leaf):
+            return [leaf.weights.shape[0], leaf.num_experts, 2, leaf.width]
+        return list(leaf.shape)
+
+    leaves = jax.tree_util.tree_leaves_with_path(
+        variables, is_leaf=lambda node: is_packed_matrix(node) or _is_pool(node)
+    )
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): str(list(leaf.shape))
+        jax.tree_util.keystr(path, simple=True, separator="/"): str(shape(leaf))
         for path, leaf in leaves
     }
+
+
+def _is_pool(node: Any) -> bool:
+    return isinstance(node, ExpertPool)
 
 
 def _is_update_state(node: Any) -> bool:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from peerjax.errors import CheckpointError, ConfigError
+from peerjax.inference.trained import open_run, restore
+from peerjax.pool import stored_as
+from peerjax.sharding import make_mesh
 from peerjax.training.loop import train
 from tests.conftest import config_of_finished
 from tests.training.test_resume import saved_arrays
@@ -71,13 +74,29 @@ def test_weights_and_fitting_accumulators_are_taken_and_all_else_starts_anew(
     assert state.step == 0
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8", "ternary"])
+def test_pools_are_rounded_to_another_storage(storage, finished, tmp_path, monkeypatch):
+    config = config_of_finished(write_corpus(tmp_path / "other"))
+    config.init_from = f"{finished}/checkpoints/{SAVE_EVERY}"
+    config.pool.storage = storage
+    state = first_state(config, tmp_path, monkeypatch)
+    old = restore(open_run(str(finished), SAVE_EVERY), make_mesh())
+    expected = jax.jit(stored_as, static_argnums=1)(old["pools"]["run_1"]["pool"], storage)
+    assert jax.tree.structure(state.pools["run_1"]["pool"]) == jax.tree.structure(expected)
+    for one, other in zip(
+        jax.tree.leaves(state.pools["run_1"]["pool"]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(*map(jax.tree.leaves, (state.params, old["params"])), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.width": 24}, r"another model.width \(16\) than this run \(24\)"),
         ({"model.layers": (("dense", 2),)}, "another model.layers"),
         ({"peer.heads": 4}, r"params/run_1/block/peer/keys1 is \[1, 2, 8, 8\] there and \[1, 4"),
-        ({"pool.storage": "int3"}, r"another pool.storage \(int4\) than this run \(int3\)"),
         ({"init_from": "/nowhere"}, "holds no run"),
     ],
 )
