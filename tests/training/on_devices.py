@@ -1,6 +1,7 @@
 """Trains a few steps of a mixture, beside a pool, whose rows are spread over all devices.
 
-It is evaluated with all experts, and without every second one. A pool under AdamW is trained too.
+It is evaluated with all experts, and without every second one. Pools under AdamW are trained too,
+with a threshold gate and a shared path.
 
 python -m tests.training.on_devices OUTPUT.npz
 """
@@ -18,7 +19,7 @@ from peerjax.evaluation.usage import GateSums
 from peerjax.sharding import make_mesh
 from peerjax.sharding.batches import put_batch
 from peerjax.training.gradients import loss_and_gradients
-from peerjax.training.step import make_train_step
+from peerjax.training.step import make_train_step, set_by_first_batch
 from tests.training.test_step import ROWS, VOCABULARY, as_rows, make, make_batch
 
 STEPS = 3
@@ -62,12 +63,18 @@ def main(output: str) -> None:
             **found["gates"],
         }
         config, task, optimizer, state = make(
-            "float32", "adamw", **{"model.layers": (("peer", 1),), "optimizer.warmup_steps": 1}
-        )
+            "float32", "adamw", **{
+                "model.layers": (("peer", 1),), "model.shared_mlp": 8, "peer.always_on": 3,
+                "peer.gate": "threshold", "peer.target": 5.0, "optimizer.warmup_steps": 1,
+            }
+        )  # fmt: skip
+        state = jax.jit(set_by_first_batch, static_argnums=0)(task, state, batches[0])
         step = jax.jit(make_train_step(config, task, optimizer))
+        thresholds = []
         for batch in batches:
             state, _ = step(state, batch)
-    everything = (gradients.params, steps, sums, state.pools)
+            thresholds.append(state.stats["run_0"]["block"]["peer"]["gate"]["active"].value)
+    everything = (gradients.params, steps, sums, state.pools, thresholds)
     leaves = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(everything)

@@ -77,6 +77,11 @@ def test_one_and_eight_devices_train_the_same_mixture(tmp_path):
     for name, one in found[1].items():
         bound = 1e-5 if name.startswith("[0]") else 1e-4  # gradients; figures after steps
         assert np.abs(found[8][name] - one).max() <= bound * np.abs(one).max(), name
+    # Thresholds follow counts, which are integers.
+    thresholds = [name for name in found[1] if name.startswith("[4]")]
+    assert len(thresholds) == 3
+    for name in thresholds:
+        np.testing.assert_allclose(found[8][name], found[1][name], rtol=1e-6)
     # Each mixture's gates sum to 1, and each of the two heads of a pool's.
     of_mixture, of_pool = (found[1][f"[2]['layer_{layer}']"] for layer in (0, 1))
     assert (of_mixture.shape, of_pool.shape) == ((8,), (64,))
