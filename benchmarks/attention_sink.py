@@ -224,7 +224,7 @@ def measured(workdir: str) -> dict[str, Any]:
 def without_path(model: Decoder, variables: Any) -> Any:
     """Returns variables without the shared path and experts that are always on, if there are any.
 
-    The second matrices of shared paths become 0. The scales of the always-on pools do, too.
+    The second matrices of shared paths become 0. Always-on pools do, too.
     """
     spec: Any = model.config.layers[0][0]
     has_pool = ALWAYS_ON in spec.pools
@@ -238,9 +238,8 @@ def without_path(model: Decoder, variables: Any) -> Any:
     params = jax.tree_util.tree_map_with_path(zero_path, variables["params"])
     pools = {
         stack: {
-            name: dataclasses.replace(pool, scales=jnp.zeros_like(pool.scales))
-            if name == ALWAYS_ON
-            else pool
+            # Zeros are experts without an output in every storage.
+            name: jax.tree.map(jnp.zeros_like, pool) if name == ALWAYS_ON else pool
             for name, pool in of_stack.items()
         }
         for stack, of_stack in variables["pools"].items()

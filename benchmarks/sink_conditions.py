@@ -14,11 +14,8 @@ from peerjax.data.documents import TEXT_PACKAGES, read_packages
 RECIPE = "quickstart"
 PIECES = ROOT / "pieces"
 LEAST_RATE = 0.1  # of the pairs (head, context) that begin a document
-# The quickstart's rows, at half of its width; all feed-forward layers are sparse.
-SIZES: Settings = {
-    "model.width": 64, "peer.num_experts": (64, 64), "peer.heads": 2, "peer.key_width": 32,
-    "peer.query_norm": "batchnorm", "checkpoint.every": 500, "eval.rows": 96,
-}  # fmt: skip
+# The quickstart's sizes and rates. All feed-forward layers are sparse.
+COMMON: Settings = {"peer.query_norm": "batchnorm", "checkpoint.every": 500, "eval.rows": 96}
 
 
 class Condition(NamedTuple):
@@ -42,7 +39,7 @@ class Condition(NamedTuple):
             pattern = ";".join(f"{domain}={PIECES / domain}.jsonl" for domain in TEXT_PACKAGES)
             text = {"data.source": "files", "data.pattern": pattern}
         return {
-            **SIZES, **text, "model.layers": ((kind, self.depth),), "steps": self.steps,
+            **COMMON, **text, "model.layers": ((kind, self.depth),), "steps": self.steps,
             "eval.every": self.steps,
         }  # fmt: skip
 

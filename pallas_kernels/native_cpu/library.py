@@ -56,7 +56,10 @@ def processor() -> str:
 @functools.cache
 def why_not() -> str | None:
     """Returns why native kernels cannot be used, or `None` if they can. Loads them at first."""
-    path = build.library_for(processor())
+    try:
+        path = build.library_for(processor())
+    except ValueError as error:
+        return str(error)
     reason = why_not_load(path)
     if reason is None:
         library = ctypes.CDLL(str(path))

@@ -204,6 +204,8 @@ def test_the_variable_names_a_kind_of_processor(monkeypatch):
     monkeypatch.setenv("PEERJAX_PROCESSOR", "z80")
     with pytest.raises(ValueError, match="PEERJAX_PROCESSOR=z80 is none of x86-64-v4, x86-64-v3"):
         find()
+    monkeypatch.setattr(library, "processor", find)
+    assert library.why_not.__wrapped__().startswith("PEERJAX_PROCESSOR=z80 is none of")
     monkeypatch.delenv("PEERJAX_PROCESSOR")
     for flags, kind in ((library.OF_OLDER | library.OF_NEWER, build.NEWER),
                         (library.OF_OLDER, build.OLDER), (set(), build.OLDER)):  # fmt: skip
