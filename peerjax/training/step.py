@@ -101,8 +101,9 @@ def set_by_first_batch(task: Task, state: TrainState, batch: Batch) -> TrainStat
     them, every router already uses its own. So later routers read the inputs that they will read in
     training.
 
-    The whole batch is computed together. Its values then do not depend on microbatches. A forward
-    pass without logits takes less memory than the backward pass of a microbatch.
+    The whole batch is computed together, so that the values do not depend on microbatches. Nothing
+    is kept for a backward pass, and no logits are computed. With very many microbatches, a step can
+    still take less memory than this pass.
     """
     variables = dequantize(state.variables)
     sown = task.model.apply(variables, *inputs_of(batch), mutable=[FIRST], with_head=False)[1]
