@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,23 @@ def run(quick: bool) -> Result:
     tuned = dict(
         zip(
             STARTS,
-            at_once(
-                [
-                    lambda recipe=recipe: tune_rates(recipe, more, STARTS[recipe], steps)
-                    for recipe in STARTS
-                ]
-            ),
+            at_once([partial(tune_rates, each, more, STARTS[each], steps) for each in STARTS]),
             strict=True,
         )
     )
-    runs = {
-        recipe: from_seeds(
+
+    def from_every_seed(recipe: str) -> list[Run]:
+        return from_seeds(
             recipe,
             {recipe: {**more, "steps": steps, **tuned[recipe][0]}},
             seeds,
             keep_series=True,
+            keep_checkpoints=True,  # other benchmarks start from them
             inspect=_effective if recipe == PEER else lambda folder: {},
         )[recipe]
-        for recipe in STARTS
-    }
+
+    trained = at_once([partial(from_every_seed, recipe) for recipe in STARTS])
+    runs = dict(zip(STARTS, trained, strict=True))
     losses = {recipe: [run.nats_per_token for run in each] for recipe, each in runs.items()}
     difference = paired(losses[PEER], losses[DENSE])
     plot(runs, ROOT / "reference" if quick else REPOSITORY / "docs" / "reference")

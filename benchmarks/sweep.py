@@ -87,6 +87,7 @@ def train(
     keep_series: bool = False,
     backend: str | None = None,
     inspect: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    keep_checkpoints: bool = False,
 ) -> Run:
     """Trains, or looks up the results of an earlier call.
 
@@ -96,13 +97,14 @@ def train(
         keep_series: whether to keep the figures of every evaluation.
         backend: backend of JAX ("cpu", "gpu", "tpu"). If given, results from others are ignored.
         inspect: function that measures something in the folder of the finished run.
+        keep_checkpoints: whether the finished run keeps its checkpoints.
 
     Raises:
         RuntimeError: if training fails other than by divergence, or is stopped.
     """
     if (found := _look_up(recipe, settings, backend)) is not None:
         return found
-    folder = ROOT / recipe / _name_of(settings)
+    folder = folder_of(recipe, settings)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if _train(recipe, settings, folder):
@@ -114,8 +116,14 @@ def train(
     else:
         found = Run(math.inf, {}, time.monotonic() - start, commit(), device())
     _write_down(recipe, settings, found)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
+
+
+def folder_of(recipe: str, settings: Settings) -> Path:
+    """Returns the folder of a run, which exists if this machine trained it."""
+    return ROOT / recipe / _name_of(settings)
 
 
 def _name_of(settings: Settings) -> str:
