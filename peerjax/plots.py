@@ -58,6 +58,44 @@ def plot_losses_by_domain(path: epath.Path, bits_per_byte: Mapping[str, float]) 
     _save(figure, path)
 
 
+def plot_distillation(
+    path: epath.Path,
+    records: Sequence[Mapping[str, float | int]],
+    texts: Mapping[str, Mapping[str, float]],
+    starts: Sequence[Mapping[str, Any]],
+    tokens_per_step: int,
+) -> None:
+    """Draws a student's loss over tokens, with the stages of its start, and the gap by text.
+
+    Args:
+        path: the PNG to write.
+        records: lines of `metrics.jsonl`.
+        texts: the comparison of student and teacher, by text.
+        starts: the stages, each with a title and its losses.
+        tokens_per_step: tokens in a step.
+    """
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    over_tokens, by_text = figure.subplots(1, 2)
+    name = "validation/all/nats_per_token"
+    points = [(each["step"] * tokens_per_step, each[name]) for each in records if name in each]
+    over_tokens.plot(*zip(*points, strict=True), marker=".", label="student")
+    for number, stage in enumerate(starts):
+        loss = stage["nats_per_token"]["all"]
+        over_tokens.axhline(loss, color=f"C{number + 1}", linestyle=":", label=stage["title"])
+    over_tokens.set(xlabel="tokens", ylabel="validation loss, nats/token")
+    over_tokens.grid(alpha=0.3)
+    over_tokens.legend()
+    gaps = np.array([found["gap"] for found in texts.values()])
+    ends = np.array([[found["gap_low"], found["gap_high"]] for found in texts.values()]).T
+    errors = np.abs(ends - gaps)
+    by_text.errorbar(gaps, range(len(texts)), xerr=errors, fmt="o", capsize=3)
+    by_text.axvline(0, color="grey", linestyle=":")
+    by_text.set_yticks(range(len(texts)), list(texts))
+    by_text.invert_yaxis()
+    by_text.set(xlabel="student - teacher, nats/token, with 95% intervals over rows")
+    _save(figure, path)
+
+
 def plot_removals(path: epath.Path, changes: Mapping[str, Mapping[str, float]]) -> None:
     """Draws the change of the loss on each domain without the experts of one domain.
 

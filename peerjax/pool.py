@@ -81,14 +81,18 @@ def initialize_pool(
     return portions.pool(draw, keys, num_layers)
 
 
-def stored_as(pool: ExpertPool, storage: str) -> ExpertPool:
+def stored_as(
+    pool: ExpertPool, storage: str, scales_of: Callable[[Array, Array], Array] | None = None
+) -> ExpertPool:
     """Returns a stack of pools in another storage, a few experts at a time.
 
-    Codes are rounded to nearest. Each vector gets the scale that training aims at.
+    Codes are rounded to nearest.
 
     Args:
         pool: a stack of pools of any storage.
         storage: as in `initialize_pool`.
+        scales_of: function from weights [n, 2, D] and the number of their layer to scales [n, 2].
+            By default, each vector gets the scale that training aims at.
     """
     num_layers = pool.weights.shape[0]
     portions = _Portions.of(pool.num_experts, pool.width, storage)
@@ -99,7 +103,10 @@ def stored_as(pool: ExpertPool, storage: str) -> ExpertPool:
         ids = portion * portions.size + jnp.arange(portions.size)
         return read_floats(pool.at_layer(layer), ids)
 
-    return portions.pool(read, places, num_layers)
+    def scales(weights: Array, place: Array) -> Array | None:
+        return None if scales_of is None else scales_of(weights, place // portions.per_pool)
+
+    return portions.pool(read, places, num_layers, scales)
 
 
 class _Portions(NamedTuple):
@@ -130,7 +137,11 @@ class _Portions(NamedTuple):
         return _Portions(num_experts, width, storage, size, -(-places // size))
 
     def pool(
-        self, floats_of: Callable[[Array], Array], arguments: Array, num_layers: int
+        self,
+        floats_of: Callable[[Array], Array],
+        arguments: Array,
+        num_layers: int,
+        scales_of: Callable[[Array, Array], Array | None] = lambda weights, argument: None,
     ) -> ExpertPool:
         """Makes a stack of pools from the floats [size, 2, D] of each portion of each layer."""
         form = array_forms(self.storage, self.num_experts, self.width)["weights"].shape
@@ -141,7 +152,9 @@ class _Portions(NamedTuple):
             return ExpertPool.of_floats(weights)
 
         def packed(argument: Array) -> tuple[Array, Array]:
-            codes, scales = nearest(floats_of(argument), CODES[self.storage])
+            weights = floats_of(argument)
+            scales = scales_of(weights, argument)
+            codes, scales = nearest(weights, CODES[self.storage], scales)
             return pack_experts(codes, self.storage), scales
 
         words, scales = jax.lax.map(packed, arguments)

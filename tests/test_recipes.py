@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.recipes import config_of
-from peerjax.config import model_config, validate
+from peerjax.config import model_config, validate, with_fields_of
+from peerjax.distillation.student import weights_of
 from peerjax.evaluation.codes import code_statistics
 from peerjax.evaluation.usage import GateSums
 from peerjax.model import Decoder
@@ -17,6 +18,7 @@ from peerjax.objectives import language_model
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted(path.stem for path in Path(REPOSITORY, "configs").glob("*.py"))
+STUDENTS = sorted(path.stem for path in Path(REPOSITORY, "configs", "distill").glob("*.py"))
 # Park et al., arXiv:2412.04139, table 6.
 MONETS = {"monet_850m": 853_501_440, "monet_1_4b": 1_465_157_632, "monet_4_1b": 4_173_401_088}
 
@@ -24,6 +26,15 @@ MONETS = {"monet_850m": 853_501_440, "monet_1_4b": 1_465_157_632, "monet_4_1b": 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_is_valid(recipe):
     validate(config_of(recipe))
+
+
+@pytest.mark.parametrize("recipe", STUDENTS)
+def test_a_student_of_the_quickstart_is_valid(recipe):
+    student = importlib.import_module(f"configs.distill.{recipe}").get_config()
+    config = with_fields_of(config_of("quickstart"), student)
+    config.distill.teacher = "runs/quickstart"
+    validate(config)
+    weights_of(config).check(*[model_config(config, vocab_size=4096)] * 2)
 
 
 @pytest.mark.parametrize("kind", ["monet_hd", "monet_vd"])

@@ -23,12 +23,27 @@ def spread(code: Code, bits: int = 0) -> float:
 
 
 def nearest(
-    weights: Float[Array, "*R D"], code: Code
+    weights: Float[Array, "*R D"], code: Code, scales: Float[Array, "*R"] | None = None
 ) -> tuple[Int[Array, "*R D"], Float[Array, "*R"]]:
     """Returns weights as codes, rounded to nearest, and the scale of each vector.
 
-    Weights beyond the range of codes are clipped. The scale is the one that training aims at. It is
-    some rungs higher if clipped weights would hold most of the vector's sum of squares.
+    Weights beyond the range of codes are clipped.
+
+    Args:
+        weights: the vectors.
+        code: their format.
+        scales: scales of the vectors; by default, `target_scales`.
+    """
+    if scales is None:
+        scales = target_scales(weights, code)
+    codes = jnp.clip(jnp.round(weights / scales[..., None]), -code.top, code.top)
+    return codes.astype(jnp.int32), scales
+
+
+def target_scales(weights: Float[Array, "*R D"], code: Code) -> Float[Array, "*R"]:
+    """Returns the scales that training aims at.
+
+    They are some rungs higher if clipped weights would hold most of a vector's sum of squares.
     """
     top = code.top
     squares = jnp.square(weights.astype(jnp.float32))
@@ -50,8 +65,7 @@ def nearest(
     scales, _ = jax.lax.while_loop(
         lambda carry: jnp.any(carry[1]), climb, (scales, too_low(scales))
     )
-    codes = jnp.clip(jnp.round(weights / scales[..., None]), -top, top)
-    return codes.astype(jnp.int32), scales
+    return scales
 
 
 def join(codes: Int[Array, "*S"], accumulators: Int[Array, "*S"], bits: int) -> Int[Array, "*S"]:

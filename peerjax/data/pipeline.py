@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -206,7 +207,7 @@ def train_batches(
         raise ConfigError(
             f"data.batch_size={data.batch_size} is not divisible by the {devices} devices{times}"
         )
-    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
+    dataset = _shuffled(rows, config.seed).repeat()
     dataset = dataset[jax.process_index() :: processes].batch(data.batch_size // processes)
     dataset = dataset[next_batch:]
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
@@ -214,6 +215,16 @@ def train_batches(
         options = grain.MultiprocessingOptions(num_workers=data.workers)
         batches = batches.mp_prefetch(options)
     return iter(batches)
+
+
+def row_order(config: ml_collections.ConfigDict, rows: PackedRows, count: int) -> list[int]:
+    """Returns the numbers of the first `count` rows that the first epoch reads, in order."""
+    order = _shuffled(range(len(rows)), config.seed)
+    return [int(order[place]) for place in range(count)]
+
+
+def _shuffled(source: Any, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.source(source).seed(seed).shuffle()
 
 
 def validation_rows(rows: PackedRows, count: int | None) -> list[int]:

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int
 
 from peerjax.data.documents import digest_in_order
+from peerjax.data.records import count_records, open_records, write_records
 from peerjax.errors import DataError
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
 RECORD_TOKENS = 4096
-# One record per chunk, for random access. Compression by zstd would save an eighth of the bytes.
-WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +111,6 @@ class ShardIndex:
         return index
 
 
-@dataclasses.dataclass(frozen=True)
-class _WholeFile:
-    """File information for `ArrayRecordDataSource`, with which it need not open every file."""
-
-    filename: str
-    take: int
-    skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        return self.take
-
-
 class ShardedTokens:
     """The tokens of several shards as one array, which reads tokens when it is sliced.
 
@@ -143,11 +126,7 @@ class ShardedTokens:
         self._starts = self._ends - tokens
         self._first_records = np.cumsum(records) - records
         self._length = int(tokens.sum())
-        files = [
-            _WholeFile(str(folder / shard.name), int(count))
-            for shard, count in zip(shards, records, strict=True)
-        ]
-        self._records = ArrayRecordDataSource(files) if files else []
+        self._records = open_records([folder / shard.name for shard in shards], records)
 
     def __len__(self) -> int:
         return self._length
@@ -181,45 +160,31 @@ def token_bytes_for(vocab_size: int) -> int:
 
 
 def write_shard(path: Path, tokens: Iterable[Int[np.ndarray, " _"]], token_bytes: int) -> None:
-    """Writes tokens to a temporary file, and renames it to `path` when all of it is on disk.
+    """Writes the tokens of a shard. The file appears when all of it is on disk.
 
     Raises:
         DataError: if the shard cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        kind, left = _token_type(token_bytes), np.zeros(0, np.int32)
-        for part in tokens:
-            left = np.concatenate([left, part])
-            whole = len(left) - len(left) % RECORD_TOKENS
-            for record in left[:whole].reshape(-1, RECORD_TOKENS):
-                writer.write(record.astype(kind).tobytes())
-            left = left[whole:]
-        if len(left):
-            writer.write(left.astype(kind).tobytes())
-        writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"the shard {path} could not be written ({error}); fix the cause and run the same "
-            "command again to resume"
-        ) from None
+    write_records(path, _as_records(tokens, _token_type(token_bytes)))
+
+
+def _as_records(tokens: Iterable[Int[np.ndarray, " _"]], kind: np.dtype) -> Iterator[bytes]:
+    left = np.zeros(0, np.int32)
+    for part in tokens:
+        left = np.concatenate([left, part])
+        whole = len(left) - len(left) % RECORD_TOKENS
+        for record in left[:whole].reshape(-1, RECORD_TOKENS):
+            yield record.astype(kind).tobytes()
+        left = left[whole:]
+    if len(left):
+        yield left.astype(kind).tobytes()
 
 
 def count_tokens(path: Path, token_bytes: int) -> int | None:
     """Returns the number of tokens in a shard, or `None` if it is missing or unreadable."""
-    if not path.is_file():
+    if (found := count_records(path)) is None:
         return None
-    try:
-        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        count = reader.num_records()
-        last = len(reader.read([count - 1])[0]) if count else 0
-        reader.close()
-    except RuntimeError:
-        return None
+    count, last = found
     return max(0, count - 1) * RECORD_TOKENS + last // token_bytes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,14 +43,12 @@ def evaluate(
     Returns:
         The results of probes, by text and then by probe.
     """
-    batch_size = -(-batch_size // mesh.size) * mesh.size
     of_text = {name: each for name, each in probes.items() if not each.of_model}
     groups = _by_given(of_text)
     total, found = _zeros(model, of_text), {}
     for domain, text in texts.items():
-        sums, chosen = _zeros(model, of_text), rows(text)
-        for first in range(0, len(chosen), batch_size):
-            batch = put_whole(mesh, _padded(text, chosen[first : first + batch_size], batch_size))
+        sums = _zeros(model, of_text)
+        for batch, _ in whole_batches(text, rows(text), batch_size, mesh):
             for names in groups:
                 group = tuple(of_text[name] for name in names)
                 both = tuple((total[name], sums[name]) for name in names)
@@ -104,9 +102,27 @@ def _add(
     )
 
 
-def _padded(rows: PackedRows, chosen: Sequence[int], size: int) -> dict[str, np.ndarray]:
-    """Makes a batch of rows, with copies of weight 0 in unused places."""
-    padded = [*chosen, *[chosen[0]] * (size - len(chosen))]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(dict(rows[row]) for row in padded))
-    weight = np.arange(size) < len(chosen)
-    return {**batch, "weight": weight.astype(np.float32)}
+def whole_batches(
+    rows: PackedRows, chosen: Sequence[int], batch_size: int, mesh: Mesh
+) -> Iterator[tuple[dict[str, Array], int]]:
+    """Yields batches of chosen rows, and the number of rows in each that are not padding.
+
+    Args:
+        rows: packed rows.
+        chosen: numbers of the rows to read.
+        batch_size: rows in a batch. It is rounded up, so that all devices have equally many.
+        mesh: the mesh over which a batch is split.
+
+    Yields:
+        A batch and its number of rows. The unused places of the last batch have copies of a row,
+        with 0 in the field "weight". It is 1 for other rows.
+    """
+    size = -(-batch_size // mesh.size) * mesh.size
+    for first in range(0, len(chosen), size):
+        part = chosen[first : first + size]
+        padded: list[dict[str, Any]] = [
+            dict(rows[row]) for row in [*part, *[part[0]] * (size - len(part))]
+        ]
+        batch = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+        weight = (np.arange(size) < len(part)).astype(np.float32)
+        yield put_whole(mesh, {**batch, "weight": weight}), len(part)

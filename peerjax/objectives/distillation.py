@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peerjax.model import Decoder, ModelConfig
-from peerjax.objectives.soft_targets import divergence
+from peerjax.objectives.soft_targets import (
+    TEMPERATURES,
+    SoftTargets,
+    divergence,
+    divergence_from_likeliest,
+    soft_targets,
+)
 from peerjax.objectives.task import Batch, Task, inputs_of
 from peerjax.optim import dequantize
 from peerjax.routing.auxiliary import OUTPUTS
@@ -30,21 +37,30 @@ class Distillation:
         alpha: weight of the divergence, in [0, 1].
         temperature: T, positive.
         beta: weight of the distance of layer outputs; (0, 0) leaves it out.
+        top_k: number of the teacher's likeliest tokens that the divergence tells apart. All others
+            are one class, and T is the value of `TEMPERATURES` that is nearest to the cosine.
+            `None` means all tokens.
 
     References:
         Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2.
     """
 
-    alpha: Cosine = (0.9, 0.5)
-    temperature: Cosine = (2.0, 1.0)
-    beta: Cosine = (1.0, 0.1)
+    alpha: Cosine
+    temperature: Cosine
+    beta: Cosine
+    top_k: int | None = None
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether the loss reads the outputs of layers."""
+        return any(self.beta)
 
     def check(self, student: ModelConfig, teacher: ModelConfig) -> None:
         """Checks the weights, and that the models have layers to compare.
 
         Raises:
-            ValueError: if a weight is out of range, or layers are compared and differ in number or
-                width. The message names the first problem.
+            ValueError: if a value is out of range, the vocabularies differ, or layers are compared
+                and differ in number or width. The message names the first problem.
         """
         for name, holds, otherwise in (
             ("alpha", lambda value: 0 <= value <= 1, "is not in [0, 1]"),
@@ -54,9 +70,14 @@ class Distillation:
             for value in getattr(self, name):
                 if not holds(value):
                     raise ValueError(f"distill.{name}={value} {otherwise}")
-        if not any(self.beta):
-            return
-        for name in ("depth", "width"):
+        if self.top_k is not None:
+            self._check_top_k(self.top_k, teacher.vocab_size)
+        if student.vocab_size != teacher.vocab_size:
+            raise ValueError(
+                f"the student has a vocabulary of {student.vocab_size} tokens and the teacher one "
+                f"of {teacher.vocab_size}; train both with one tokenizer"
+            )
+        for name in ("depth", "width") if self.reads_outputs else ():
             own, other = getattr(student, name), getattr(teacher, name)
             if own != other:
                 raise ValueError(
@@ -64,55 +85,110 @@ class Distillation:
                     "be compared; set distill.beta=(0, 0)"
                 )
 
+    def _check_top_k(self, top_k: int, vocab_size: int) -> None:
+        if not 0 < top_k < vocab_size:
+            raise ValueError(
+                f"distill.top_k={top_k} is not in [1, {vocab_size}), the size of the vocabulary"
+            )
+        for value in self.temperature:
+            if value not in TEMPERATURES:
+                raise ValueError(
+                    f"distill.temperature={value} is not one of {', '.join(map(str, TEMPERATURES))}"
+                    ", at which the mass of unlikely tokens is known; choose one of them, or leave "
+                    "distill.top_k out"
+                )
 
-class Teacher(NamedTuple):
-    """A frozen model.
+
+class Prediction(NamedTuple):
+    """What a teacher predicts for a batch.
+
+    Attributes:
+        tokens: logits [B, L, V], or soft targets [B, L].
+        outputs: outputs of its feed-forward layers [layers, B, L, D], or `None`.
+    """
+
+    tokens: Array | SoftTargets
+    outputs: Array | None
+
+
+class Teacher(Protocol):
+    """A source of predictions."""
+
+    @property
+    def frozen(self) -> Any:
+        """Arrays that `predict` reads."""
+
+    @property
+    def rows(self) -> Callable[[Any], Any] | None:
+        """Function that adds fields to rows of text, as in `Task`."""
+
+    def predict(self, batch: Batch, frozen: Any, weights: Distillation) -> Prediction:
+        """Returns predictions for a batch, with outputs of layers if `weights` reads them."""
+
+
+class LiveTeacher(NamedTuple):
+    """A frozen model that computes its predictions for every batch.
 
     Attributes:
         model: the decoder.
-        variables: its collections "params", "pools" and "stats".
+        frozen: its collections "params", "pools" and "stats".
+        rows: no fields are added to rows.
     """
 
     model: Decoder
-    variables: Any
+    frozen: Any
+    rows: None = None
+
+    def predict(self, batch: Batch, frozen: Any, weights: Distillation) -> Prediction:
+        """Applies the model to a batch."""
+        keeps = [OUTPUTS] if weights.reads_outputs else []
+        logits, sown = self.model.apply(dequantize(frozen), *inputs_of(batch), mutable=keeps)
+        outputs = None
+        if keeps:
+            outputs = self.model.config.in_order(sown[OUTPUTS], "feed_forward")
+        return Prediction(
+            logits if weights.top_k is None else soft_targets(logits, weights.top_k), outputs
+        )
 
 
 def towards(task: Task, teacher: Teacher, weights: Distillation, steps: int) -> Task:
     """Returns a task that trains the same model towards a teacher.
 
-    The teacher computes its predictions for every batch. Its variables are frozen arrays of the
-    task.
-
     Args:
         task: task with the student and the loss that the text alone gives.
-        teacher: the teacher, with the student's vocabulary.
+        teacher: the teacher, for which `weights` were checked.
         weights: weights of the loss.
         steps: number of steps over which weights change.
-
-    Raises:
-        ValueError: if the weights or the models do not fit; see `Distillation.check`.
     """
     student = task.model.config
-    weights.check(student, teacher.model.config)
-    keeps = (OUTPUTS,) if any(weights.beta) else ()
+    keeps = (OUTPUTS,) if weights.reads_outputs else ()
 
     def loss(logits: Array, kept: Any, batch: Batch, frozen: Any, step: Array) -> Array:
-        found, sown = teacher.model.apply(
-            dequantize(frozen), *inputs_of(batch), mutable=list(keeps)
-        )
-        alpha, temperature, beta = (
-            cosine(each, step, steps) for each in (weights.alpha, weights.temperature, weights.beta)
-        )
+        predicted = teacher.predict(batch, frozen, weights)
+        alpha, beta = (cosine(each, step, steps) for each in (weights.alpha, weights.beta))
         of_text = task.loss(logits, kept, batch, frozen, step)
-        apart = temperature**2 * divergence(found, logits, temperature)
-        total = alpha * apart + (1 - alpha) * of_text
-        if not keeps:
+        total = alpha * _softened(predicted.tokens, logits, weights, step, steps)
+        total += (1 - alpha) * of_text
+        if predicted.outputs is None:
             return total
         own = student.in_order(kept[OUTPUTS], "feed_forward")
-        others = teacher.model.config.in_order(sown[OUTPUTS], "feed_forward")
-        return total + beta * output_distance(own, others, batch["positions"])
+        return total + beta * output_distance(own, predicted.outputs, batch["positions"])
 
-    return task._replace(loss=loss, keeps=(*task.keeps, *keeps), frozen=teacher.variables)
+    return task._replace(
+        loss=loss, keeps=(*task.keeps, *keeps), frozen=teacher.frozen, rows=teacher.rows
+    )
+
+
+def _softened(
+    teacher: Array | SoftTargets, logits: Array, weights: Distillation, step: Array, steps: int
+) -> Float[Array, "B L"]:
+    """Returns `T^2 KL(teacher || student)` at the temperature of a step."""
+    temperature = cosine(weights.temperature, step, steps)
+    if not isinstance(teacher, SoftTargets):
+        return temperature**2 * divergence(teacher, logits, temperature)
+    levels = jnp.array(TEMPERATURES)
+    level = jnp.argmin(jnp.abs(levels - temperature))
+    return levels[level] ** 2 * divergence_from_likeliest(teacher, logits, level)
 
 
 def output_distance(

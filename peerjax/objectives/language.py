@@ -11,12 +11,22 @@ from jaxtyping import Array, Float
 
 from peerjax.config import model_config
 from peerjax.data.pipeline import Corpus
+from peerjax.errors import ConfigError
 from peerjax.model import Decoder
 from peerjax.objectives.task import Batch, Task, drawn_variables
 
 
 def language(config: ml_collections.ConfigDict, corpus: Corpus) -> Task:
-    """Returns the task of `train.py`, which is to predict the next token of a corpus."""
+    """Returns the task of `train.py`, which is to predict the next token of a corpus.
+
+    Raises:
+        ConfigError: if the configuration has a teacher.
+    """
+    if config.distill.teacher:
+        raise ConfigError(
+            f"distill.teacher={config.distill.teacher} is set, and train.py has no teacher; run "
+            "distill.py, or leave it empty"
+        )
     return language_model(config, corpus.tokenizer.vocab_size)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from peerjax.layers.parameters import packed
@@ -33,6 +34,9 @@ class Task(NamedTuple):
         keeps: names of collections that the loss reads. Training always keeps some others.
         rows: function that wraps a source of rows of text to add fields to them. The result must be
             indexed like the source, so that a run can be resumed. `None` adds nothing.
+        start: function that returns the variables of a fresh run, in place of `init`, for a run
+            that starts from other weights. It is called once, outside of `jax.jit`, with the mesh
+            on which to place them. `None` calls `init`.
         frozen: arrays that the loss reads, such as those of a teacher. They are arguments of the
             compiled step. Training never saves, changes or donates them.
     """
@@ -42,6 +46,7 @@ class Task(NamedTuple):
     loss: Callable[[Array, Any, Batch, Any, Int[Array, ""]], Float[Array, "B L"]]
     keeps: tuple[str, ...] = ()
     rows: Callable[[Any], Any] | None = None
+    start: Callable[[Mesh], dict[str, Any]] | None = None
     frozen: Any = ()
 
     def of_rows(self, source: Any) -> Any:

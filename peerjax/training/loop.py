@@ -33,7 +33,7 @@ from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
 from peerjax.training.start import Source
-from peerjax.training.state import TrainState, create_state
+from peerjax.training.state import TrainState, create_state, state_of
 from peerjax.training.step import make_train_step, set_by_first_batch
 from peerjax.training.workdir import (
     check_config,
@@ -111,6 +111,9 @@ def _train_in(
             batches = train_batches(config, train_rows, next_batch)
         elif source is not None:
             state, batches = source.state(task, optimizer, mesh), train_batches(config, train_rows)
+        elif task.start is not None:
+            make_state = jax.jit(partial(state_of, optimizer=optimizer), out_shardings=shardings)
+            state, batches = make_state(task.start(mesh)), train_batches(config, train_rows)
         else:
             state = jax.jit(fresh_state, out_shardings=shardings)()
             batches = train_batches(config, train_rows)

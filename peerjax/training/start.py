@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.storage import ExpertPool
-from peerjax.config import feed_forwards, model_config, validate
+from peerjax.config import model_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
 from peerjax.layers.parameters import packed
@@ -26,10 +26,10 @@ from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
 from peerjax.training.state import TrainState, state_of
 from peerjax.training.workdir import (
     TOKENIZER,
-    folder_of,
     read_config,
     tokenizer_digest,
     vocabulary_size,
+    workdir_and_step,
 )
 
 # Settings in `config.pool` on which accumulators depend.
@@ -48,12 +48,11 @@ class Source:
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
-        workdir, step = folder_of(config.init_from), None
-        if workdir.parent.name == "checkpoints" and workdir.name.isdigit():
-            workdir, step = workdir.parent.parent, int(workdir.name)
+        workdir, step = workdir_and_step(config.init_from)
         self._new, self._old = config, read_config(workdir)
         validate(self._old)
         self._workdir = workdir
+        self._model = Decoder(model_config(self._old, vocabulary_size(workdir)))
         self._checkpoint = find_checkpoint(workdir, step)
 
     def check(self, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -76,14 +75,11 @@ class Source:
                     f"({new}); {hint if name == 'tokenizer' else 'change it'}, or start from "
                     "another run"
                 )
-        found, wanted = _shapes(self._drawn()), _shapes(_drawn(model))
-        for path in sorted(found.keys() | wanted.keys()):
-            old, new = (each.get(path, "missing") for each in (found, wanted))
-            if old != new:
-                raise ConfigError(
-                    f"init_from={self._new.init_from} does not fit this run: {path} is {old} there "
-                    f"and {new} here; set the fields of the layers to the values of that run"
-                )
+        if (different := first_difference(self._model, model)) is not None:
+            raise ConfigError(
+                f"init_from={self._new.init_from} does not fit this run: {different}; set the "
+                "fields of the layers to the values of that run"
+            )
 
     def state(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
         """Returns the state of a run before its first step, with the checkpoint's weights.
@@ -93,12 +89,12 @@ class Source:
         the same `pool.rule`, `pool.storage` and `pool.accumulator_bits`. Moments, the step and the
         schedule start anew.
         """
-        shapes = self._drawn()
+        shapes = _drawn(self._model)
         wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
         read = restore_part(self._checkpoint, abstract(wanted, state_shardings(mesh, wanted)))
 
         def make(variables: dict[str, Any]) -> TrainState:
-            return state_of(self._as_stored(task.model, variables), optimizer)
+            return state_of(as_stored(variables, self._model, task.model), optimizer)
 
         variables = {**shapes, **read}
         shardings = state_shardings(mesh, jax.eval_shape(make, variables))
@@ -106,23 +102,6 @@ class Source:
         if any(self._old.pool[name] != self._new.pool[name] for name in OF_ACCUMULATORS):
             return state
         return state._replace(opt_state=self._with_accumulators(state.opt_state, mesh))
-
-    def _as_stored(self, model: Decoder, variables: dict[str, Any]) -> dict[str, Any]:
-        """Returns variables of the checkpoint in the storages of the new run."""
-        params, new = variables["params"], model.config.layers
-        storages = [
-            tuple(spec.packed_storage for spec, _ in layers)
-            for layers in (feed_forwards(self._old), new)
-        ]
-        if storages[0] != storages[1]:
-            params = dequantize(params)
-        storage = self._new.pool.storage
-        pools = jax.tree.map(
-            lambda pool: pool if pool.storage == storage else stored_as(pool, storage),
-            variables["pools"],
-            is_leaf=_is_pool,
-        )
-        return {**variables, "params": packed(new, params), "pools": pools}
 
     def _with_accumulators(self, opt_state: Any, mesh: Mesh) -> Any:
         """Returns an optimizer state with the accumulators of the checkpoint, if it has any."""
@@ -143,8 +122,43 @@ class Source:
 
         return jax.tree.map(choose, read["opt_state"], opt_state, is_leaf=_is_update_state)
 
-    def _drawn(self) -> dict[str, Any]:
-        return _drawn(Decoder(model_config(self._old, vocabulary_size(self._workdir))))
+
+def first_difference(old: Decoder, new: Decoder) -> str | None:
+    """Returns the first array whose shape differs between two models, or `None`.
+
+    Storages may differ.
+    """
+    found, wanted = _shapes(_drawn(old)), _shapes(_drawn(new))
+    for path in sorted(found.keys() | wanted.keys()):
+        there, here = (each.get(path, "missing") for each in (found, wanted))
+        if there != here:
+            return f"{path} is {there} there and {here} here"
+    return None
+
+
+def as_stored(variables: dict[str, Any], old: Decoder, new: Decoder) -> dict[str, Any]:
+    """Returns the variables of a model in the storages of another one of the same shape.
+
+    Pools and packed matrices are rounded to nearest, each vector with the scale that training aims
+    at. What both models store alike does not change.
+
+    Args:
+        variables: the collections "params", "pools" and "stats".
+        old: the model whose variables they are.
+        new: the model to convert them for.
+    """
+    params, storage = variables["params"], new.config.pool_storage
+    storages = [
+        tuple(spec.packed_storage for spec, _ in model.config.layers) for model in (old, new)
+    ]
+    if storages[0] != storages[1]:
+        params = dequantize(params)
+    pools = jax.tree.map(
+        lambda pool: pool if pool.storage == storage else stored_as(pool, storage),
+        variables["pools"],
+        is_leaf=_is_pool,
+    )
+    return {**variables, "params": packed(new.config.layers, params), "pools": pools}
 
 
 def _drawn(model: Decoder) -> dict[str, Any]:

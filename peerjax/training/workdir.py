@@ -26,6 +26,21 @@ def folder_of(workdir: str) -> epath.Path:
     return epath.Path(workdir).absolute()
 
 
+def workdir_and_step(path: str) -> tuple[epath.Path, int | None]:
+    """Returns the workdir and the step that a path names. Without a step, it is `None`.
+
+    Args:
+        path: a workdir, or one of its checkpoints such as "runs/a/checkpoints/500".
+
+    Raises:
+        ConfigError: if it is not in the file system.
+    """
+    folder = folder_of(path)
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return folder.parent.parent, int(folder.name)
+    return folder, None
+
+
 def check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
     """Checks that a folder has no run, or a run with the same configuration.
 

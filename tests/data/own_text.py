@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peerjax.data import shards
+from peerjax.data import records, shards
 from peerjax.data.prepare import Settings, prepare
 
 WORDS = "a shard holds whole documents and every document begins with the same token"
@@ -47,7 +47,7 @@ def own_settings(pattern: str, **changes: object) -> Settings:
     return Settings(**fields)
 
 
-class KilledWriter(shards.ArrayRecordWriter):
+class KilledWriter(records.ArrayRecordWriter):
     def write(self, record: bytes) -> None:
         count_event()
         super().write(record)
@@ -67,7 +67,7 @@ def killed_replace(self: Path, target: Path) -> Path:
 
 if __name__ == "__main__":
     events, kill_at, replace = 0, int(sys.argv[3]), Path.replace
-    shards.ArrayRecordWriter = KilledWriter
+    records.ArrayRecordWriter = KilledWriter
     shards.RECORD_TOKENS = 256
     Path.replace = killed_replace
     prepare(own_settings(sys.argv[1]), sys.argv[2])

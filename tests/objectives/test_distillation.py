@@ -1,5 +1,6 @@
 """The loss of distillation against float64, and a student that becomes its teacher."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,15 +9,22 @@ import numpy as np
 import pytest
 import scipy.special
 
-from peerjax.objectives.distillation import Distillation, Teacher, cosine, output_distance, towards
+from peerjax.objectives.distillation import (
+    Distillation,
+    LiveTeacher,
+    cosine,
+    output_distance,
+    towards,
+)
 from peerjax.training.gradients import loss_and_gradients
 from tests.training.test_step import LENGTH, ROWS, VOCABULARY, make, make_batch
 
 STEPS = 10
+WEIGHTS = Distillation(alpha=(0.9, 0.5), temperature=(2.0, 1.0), beta=(1.0, 0.1))
 
 
 def draw_teacher(task):
-    return Teacher(task.model, jax.jit(task.init)(jax.random.key(7)))
+    return LiveTeacher(task.model, jax.jit(task.init)(jax.random.key(7)))
 
 
 def apply(task, variables, batch):
@@ -34,14 +42,14 @@ def test_the_loss_is_that_of_the_formula(step):
     batch["segments"] = jnp.asarray(np.arange(LENGTH) // 20 + np.zeros((ROWS, 1), int), jnp.int32)
     weights = Distillation(alpha=(0.8, 0.3), temperature=(3.0, 1.0), beta=(2.0, 0.5))
     distilled = towards(task, teacher, weights, STEPS)
-    found, _ = jax.jit(functools.partial(loss_and_gradients, distilled, frozen=teacher.variables))(
+    found, _ = jax.jit(functools.partial(loss_and_gradients, distilled, frozen=teacher.frozen))(
         state.variables, batch, step=jnp.int32(step)
     )
     part = 0.5 + 0.5 * np.cos(np.pi * min(step / STEPS, 1))
     alpha, temperature, beta = (last + (first - last) * part for first, last in
                                 ((0.8, 0.3), (3.0, 1.0), (2.0, 0.5)))  # fmt: skip
     (logits, outputs), (wanted, outputs_of_teacher) = (
-        apply(task, each, batch) for each in (state.variables, teacher.variables)
+        apply(task, each, batch) for each in (state.variables, teacher.frozen)
     )
     log_p, log_q = (scipy.special.log_softmax(each / temperature, -1) for each in (wanted, logits))
     apart = temperature**2 * np.sum(np.exp(log_p) * (log_p - log_q), -1)
@@ -58,11 +66,11 @@ def test_the_loss_is_that_of_the_formula(step):
 
 def test_a_student_that_is_its_teacher_is_at_no_distance():
     _, task, _, state = make()
-    teacher = Teacher(task.model, state.variables)
-    weights = Distillation(alpha=(1.0, 1.0))
+    teacher = LiveTeacher(task.model, state.variables)
+    weights = dataclasses.replace(WEIGHTS, alpha=(1.0, 1.0))
     distilled = towards(task, teacher, weights, STEPS)
     loss, gradients = loss_and_gradients(
-        distilled, state.variables, make_batch(), frozen=teacher.variables
+        distilled, state.variables, make_batch(), frozen=teacher.frozen
     )
     assert abs(loss) < 1e-6
     largest = max(float(np.max(np.abs(each))) for each in jax.tree.leaves(gradients.params))
@@ -73,19 +81,56 @@ def test_without_outputs_the_models_may_differ_in_width_and_depth():
     _, task, _, state = make()
     _, wider, _, _ = make(**{"model.width": 32, "model.layers": (("dense", 1),)})
     teacher = draw_teacher(wider)
-    distilled = towards(task, teacher, Distillation(beta=(0.0, 0.0)), STEPS)
+    weights = dataclasses.replace(WEIGHTS, beta=(0.0, 0.0))
+    weights.check(task.model.config, wider.model.config)
+    distilled = towards(task, teacher, weights, STEPS)
     assert not distilled.keeps
-    loss, _ = loss_and_gradients(distilled, state.variables, make_batch(), frozen=teacher.variables)
+    loss, _ = loss_and_gradients(distilled, state.variables, make_batch(), frozen=teacher.frozen)
     assert 0 < loss < 10 * np.log(VOCABULARY)
     with pytest.raises(ValueError, match="student has depth 2 and the teacher 1, so their layers"):
-        towards(task, teacher, Distillation(), STEPS)
-    for weights, message in (
-        (Distillation(alpha=(0.9, 1.5)), r"distill.alpha=1.5 is not in \[0, 1\]"),
-        (Distillation(temperature=(0.0, 1.0)), "distill.temperature=0.0 is not positive"),
-        (Distillation(beta=(1.0, -1.0)), "distill.beta=-1.0 is negative"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            towards(task, Teacher(task.model, state.variables), weights, STEPS)
+        WEIGHTS.check(task.model.config, wider.model.config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": (0.9, 1.5)}, r"distill.alpha=1.5 is not in \[0, 1\]"),
+        ({"temperature": (0.0, 1.0)}, "distill.temperature=0.0 is not positive"),
+        ({"beta": (1.0, -1.0)}, "distill.beta=-1.0 is negative"),
+        ({"top_k": VOCABULARY}, f"distill.top_k={VOCABULARY} is not in "),
+        ({"top_k": 4, "temperature": (3.0, 1.0)}, r"temperature=3.0 is not one of 1.0, 1.25, 1.5"),
+    ],
+)
+def test_weights_out_of_range_are_named(changes, message):
+    _, task, _, _ = make()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(WEIGHTS, **changes).check(task.model.config, task.model.config)
+
+
+def test_with_few_likely_tokens_the_temperature_steps_on_its_grid():
+    _, task, _, state = make()
+    teacher, batch = draw_teacher(task), make_batch()
+    weights = Distillation(alpha=(1.0, 1.0), temperature=(2.0, 1.0), beta=(0.0, 0.0), top_k=5)
+    distilled = towards(task, teacher, weights, STEPS)
+    (logits, _), (wanted, _) = (
+        apply(task, each, batch) for each in (state.variables, teacher.frozen)
+    )
+    for step, temperature in ((0, 2.0), (3, 1.75), (5, 1.5), (9, 1.0)):
+        temperature = min((1.0, 1.25, 1.5, 2.0), key=lambda each: abs(each - temperature))
+        found, _ = loss_and_gradients(
+            distilled, state.variables, batch, frozen=teacher.frozen, step=jnp.int32(step)
+        )
+        order = np.argsort(-wanted, -1, kind="stable")
+        probabilities = [
+            np.take_along_axis(scipy.special.softmax(each / temperature, -1), order, -1)
+            for each in (wanted, logits)
+        ]
+        p, q = (
+            np.concatenate([each[..., :5], each[..., 5:].sum(-1, keepdims=True)], -1)
+            for each in probabilities
+        )
+        expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), -1))
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-7)
 
 
 def test_first_positions_are_left_out_of_the_distance():

@@ -1,0 +1,27 @@
+"""The configuration of a run: its fields, their validation, and the model that they describe."""
+
+from peerjax.config.build import feed_forwards, implementation_of, model_config
+from peerjax.config.checks import DENSE_RULES, OWN, ROUNDED, SEARCHED, validate
+from peerjax.config.fields import (
+    config_of_student,
+    default_config,
+    differences,
+    from_json,
+    with_fields_of,
+)
+
+__all__ = [
+    "DENSE_RULES",
+    "OWN",
+    "ROUNDED",
+    "SEARCHED",
+    "config_of_student",
+    "default_config",
+    "differences",
+    "feed_forwards",
+    "from_json",
+    "implementation_of",
+    "model_config",
+    "validate",
+    "with_fields_of",
+]

@@ -1,0 +1,44 @@
+"""Turns a configuration into the description of its model."""
+
+import ml_collections
+
+from peerjax.config.fields import with_tuples
+from peerjax.layers import FEED_FORWARDS
+from peerjax.layers.attention import AttentionConfig
+from peerjax.layers.spec import FeedForward
+from peerjax.model import ModelConfig
+
+
+def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward, int], ...]:
+    """Returns the feed-forward layers in `model.layers`, each with its number of blocks."""
+    layers = []
+    for kind, count in config.model.layers:
+        cls = FEED_FORWARDS[kind]
+        fields = with_tuples(config[cls.section].to_dict())
+        layers.append((cls(**fields), count))
+    return tuple(layers)
+
+
+def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
+    """Returns the part of a configuration that the model is built from."""
+    fields = dict(config.model)
+    del fields["max_length"], fields["routing_momentum"]
+    heads, kv_heads = fields.pop("heads"), fields.pop("kv_heads")
+    fields["attention"] = AttentionConfig(
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        rope_base=fields.pop("rope_base"),
+        sink=fields.pop("attention_sink"),
+    )
+    fields["layers"] = feed_forwards(config)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        pool_storage=config.pool.storage,
+        implementation=implementation_of(config),
+        **fields,
+    )
+
+
+def implementation_of(config: ml_collections.ConfigDict) -> str | None:
+    """Returns `kernels.implementation` in the form that `pallas_kernels` takes."""
+    return None if config.kernels.implementation == "auto" else config.kernels.implementation

@@ -1,0 +1,150 @@
+"""Trains a student towards its teacher, and reports what the student lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from peerjax.atomic import write_atomically
+from peerjax.config import OWN
+from peerjax.data.pipeline import Corpus, validation_rows
+from peerjax.distillation import report
+from peerjax.distillation.cache import Cache, CachedTeacher, Contents
+from peerjax.distillation.comparison import compare, summary
+from peerjax.distillation.starts import stages_of
+from peerjax.distillation.student import check_text, student_config, weights_of
+from peerjax.evaluation import ALL, evaluate
+from peerjax.evaluation.loss import Loss
+from peerjax.inference.trained import Run, open_run, restore
+from peerjax.model import Decoder
+from peerjax.objectives import Task, language_model
+from peerjax.objectives.distillation import LiveTeacher, Teacher, towards
+from peerjax.sharding import make_mesh
+from peerjax.training.loop import train
+from peerjax.training.report import is_of
+from peerjax.training.workdir import folder_of, workdir_and_step
+
+# Rows of each domain on which the report compares the models.
+ROWS = 256
+
+
+def distill(
+    recipe: ml_collections.ConfigDict, workdir: str, teacher: str, cache: str | None = None
+) -> None:
+    """Trains a student, or continues from the newest checkpoint in `workdir`, and reports.
+
+    Args:
+        recipe: configuration of the student, as `student_config` takes it.
+        workdir: folder of the student's run. Beside the files of `train`, it gets `starts.json` and
+            `distillation.json`.
+        teacher: workdir of the teacher, or one of its checkpoints.
+        cache: folder with the teacher's predictions, which is made or completed first. By default,
+            the teacher runs at every step.
+
+    Raises:
+        UserError: a subclass of it, with one sentence that names the problem and the remedy.
+    """
+    folder, step = workdir_and_step(teacher)
+    run = open_run(str(folder), step)
+    config = student_config(recipe, run, teacher, cached=cache is not None)
+    student = Student(run, folder_of(workdir), None if cache is None else epath.Path(cache))
+    train(config, workdir, student.task)
+    if is_of(student.folder, config.steps):
+        student.report(config)
+
+
+class Student:
+    """The task of a student, and its report.
+
+    Args:
+        teacher: the teacher.
+        folder: folder of the student's run.
+        cache: folder of the cache, or `None`.
+    """
+
+    def __init__(self, teacher: Run, folder: epath.Path, cache: epath.Path | None):
+        self.folder = folder
+        self._teacher, self._cache = teacher, cache
+        self._corpus: Corpus | None = None
+
+    def task(self, config: ml_collections.ConfigDict, corpus: Corpus) -> Task:
+        """Returns the task. With a cache, its missing files are made first."""
+        check_text(self._teacher, corpus)
+        self._corpus = corpus
+        weights, mesh = weights_of(config), make_mesh()
+        source: Teacher
+        if self._cache is None:
+            source = LiveTeacher(self._teacher.model, restore(self._teacher, mesh))
+        else:
+            contents = Contents.of(config, self._teacher, corpus, weights)
+            cached = Cache(self._cache, contents, config, corpus.train)
+            if cached.missing():
+                with jax.set_mesh(mesh):
+                    variables = restore(self._teacher, mesh)
+                    size = config.data.batch_size
+                    cached.fill(self._teacher.model, variables, corpus.train, mesh, size)
+            source = CachedTeacher(cached)
+        task = towards(
+            language_model(config, corpus.tokenizer.vocab_size), source, weights, config.steps
+        )
+        if config.distill.start == OWN:
+            return task
+        return task._replace(start=lambda mesh: self._start(config, corpus, task.model, mesh))
+
+    def _start(
+        self, config: ml_collections.ConfigDict, corpus: Corpus, student: Decoder, mesh: Mesh
+    ) -> dict[str, Any]:
+        """Returns the first weights, and writes the loss of every stage of the conversion."""
+        of_teacher = restore(self._teacher, mesh)
+        probes = {"loss": Loss.of(corpus.tokenizer)}
+
+        def losses(model: Decoder, variables: dict[str, Any]) -> dict[str, float]:
+            found = evaluate(
+                model,
+                variables,
+                corpus.validation,
+                probes,
+                mesh,
+                rows=lambda text: validation_rows(text, config.eval.rows),
+                batch_size=config.data.batch_size,
+            )
+            return {text: each["loss"]["nats_per_token"] for text, each in found.items()}
+
+        record: list[dict[str, Any]] = [
+            {"title": "teacher", "nats_per_token": losses(self._teacher.model, of_teacher)}
+        ]
+        chosen: dict[str, Any] = {}
+        for stage in stages_of(
+            config, self._teacher.model, of_teacher, student, corpus.train, mesh
+        ):
+            found = losses(student, stage.variables)
+            record.append({"title": stage.title, "nats_per_token": found, **stage.facts})
+            gap = found[ALL] - record[0]["nats_per_token"][ALL]
+            print(f"{stage.title}: {found[ALL]:.4f} nats/token, {gap:+.4f} from the teacher")
+            if stage.name == config.distill.start:
+                chosen = stage.variables
+        write_atomically(self.folder / report.STARTS, json.dumps(record, indent=1))
+        return chosen
+
+    def report(self, config: ml_collections.ConfigDict) -> None:
+        """Compares the finished student with its teacher, writes the report and prints it."""
+        assert self._corpus is not None
+        if not report.is_written(self.folder, config.steps):
+            student, mesh = open_run(str(self.folder)), make_mesh()
+            with jax.set_mesh(mesh):
+                one, other = (restore(each, mesh) for each in (self._teacher, student))
+                rows = compare(
+                    (self._teacher.model, one),
+                    (student.model, other),
+                    self._corpus.validation,
+                    mesh,
+                    rows=ROWS,
+                    batch_size=config.data.batch_size,
+                )
+            report.write(self.folder, config, summary(rows), one, other)
+        report.print_report(self.folder)
