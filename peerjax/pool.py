@@ -81,32 +81,57 @@ def initialize_pool(
     return portions.pool(draw, keys, num_layers)
 
 
-def stored_as(
-    pool: ExpertPool, storage: str, scales_of: Callable[[Array, Array], Array] | None = None
+WeightsOf = Callable[[Array, Array], Array]
+
+
+def pool_of(
+    weights_of: WeightsOf,
+    num_layers: int,
+    num_experts: int,
+    width: int,
+    storage: str,
+    scales_of: Callable[[Array, Array], Array] | None = None,
 ) -> ExpertPool:
-    """Returns a stack of pools in another storage, a few experts at a time.
+    """Makes a stack of pools from the weights of experts, a few experts at a time.
 
     Codes are rounded to nearest.
 
     Args:
-        pool: a stack of pools of any storage.
+        weights_of: function from the number of a layer and numbers of experts [n] to their weights
+            [n, 2, D]. It is also called with numbers beyond the last expert, whose weights are not
+            used.
+        num_layers: number of pools in the stack.
+        num_experts: N, experts in each pool.
+        width: D, length of the vectors `down` and `up`.
         storage: as in `initialize_pool`.
         scales_of: function from weights [n, 2, D] and the number of their layer to scales [n, 2].
             By default, each vector gets the scale that training aims at.
     """
-    num_layers = pool.weights.shape[0]
-    portions = _Portions.of(pool.num_experts, pool.width, storage)
+    portions = _Portions.of(num_experts, width, storage)
     places = jnp.arange(num_layers * portions.per_pool)
 
     def read(place: Array) -> Array:
         layer, portion = place // portions.per_pool, place % portions.per_pool
-        ids = portion * portions.size + jnp.arange(portions.size)
-        return read_floats(pool.at_layer(layer), ids)
+        return weights_of(layer, portion * portions.size + jnp.arange(portions.size))
 
     def scales(weights: Array, place: Array) -> Array | None:
         return None if scales_of is None else scales_of(weights, place // portions.per_pool)
 
     return portions.pool(read, places, num_layers, scales)
+
+
+def stored_as(
+    pool: ExpertPool, storage: str, scales_of: Callable[[Array, Array], Array] | None = None
+) -> ExpertPool:
+    """Returns a stack of pools in another storage, as `pool_of` makes it."""
+    return pool_of(
+        lambda layer, ids: read_floats(pool.at_layer(layer), ids),
+        pool.weights.shape[0],
+        pool.num_experts,
+        pool.width,
+        storage,
+        scales_of,
+    )
 
 
 class _Portions(NamedTuple):

@@ -1,7 +1,7 @@
 """The configuration of a run: its fields, their validation, and the model that they describe."""
 
 from peerjax.config.build import feed_forwards, implementation_of, model_config
-from peerjax.config.checks import DENSE_RULES, OWN, ROUNDED, SEARCHED, validate
+from peerjax.config.checks import DENSE_RULES, MONET, OWN, PLAIN, ROUNDED, SEARCHED, validate
 from peerjax.config.fields import (
     config_of_student,
     default_config,
@@ -12,7 +12,9 @@ from peerjax.config.fields import (
 
 __all__ = [
     "DENSE_RULES",
+    "MONET",
     "OWN",
+    "PLAIN",
     "ROUNDED",
     "SEARCHED",
     "config_of_student",

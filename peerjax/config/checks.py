@@ -22,8 +22,8 @@ from peerjax.routing.running_norm import IN_BATCH, RUNNING
 # Values of `pool.rule` that need dense gradients of the pools.
 DENSE_RULES = ("adamw", "eco")
 # Values of `distill.start`.
-OWN, ROUNDED, SEARCHED = "own", "rounded", "searched"
-STARTS = (OWN, ROUNDED, SEARCHED)
+OWN, ROUNDED, SEARCHED, MONET, PLAIN = "own", "rounded", "searched", "monet", "monet_plain"
+STARTS = (OWN, ROUNDED, SEARCHED, MONET, PLAIN)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -129,7 +129,8 @@ def default_config() -> ml_collections.ConfigDict:
     distill.teacher = ""  # workdir of the teacher, which the flag --teacher sets; "" trains without
     # Weights of the student before the first step. "own" draws them at random, or takes them from
     # `init_from`. "rounded" takes the teacher's weights in the student's storages. "searched" does
-    # so with the scales that give the lowest loss on calibration text.
+    # so with the scales that give the lowest loss on calibration text. "monet" makes PEER layers of
+    # the teacher's Monet layers, with their routers. "monet_plain" gives them routers of PEER.
     distill.start = "own"
     distill.alpha = (0.9, 0.5)  # weight of the divergence from the teacher; 1 - alpha of the text
     distill.temperature = (2.0, 1.0)  # divisor of both models' logits in the divergence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ from peerjax.data.pipeline import Corpus, validation_rows
 from peerjax.distillation import report
 from peerjax.distillation.cache import Cache, CachedTeacher, Contents
 from peerjax.distillation.comparison import compare, summary
-from peerjax.distillation.starts import stages_of
+from peerjax.distillation.starts import Conversion, Stage
 from peerjax.distillation.student import check_text, student_config, weights_of
 from peerjax.evaluation import ALL, evaluate
 from peerjax.evaluation.loss import Loss
@@ -100,33 +101,26 @@ class Student:
         self, config: ml_collections.ConfigDict, corpus: Corpus, student: Decoder, mesh: Mesh
     ) -> dict[str, Any]:
         """Returns the first weights, and writes the loss of every stage of the conversion."""
-        of_teacher = restore(self._teacher, mesh)
-        probes = {"loss": Loss.of(corpus.tokenizer)}
-
-        def losses(model: Decoder, variables: dict[str, Any]) -> dict[str, float]:
+        variables = restore(self._teacher, mesh)
+        given = Conversion(config, self._teacher.model, variables, student, corpus.train, mesh)
+        record: list[dict[str, Any]] = []
+        chosen: dict[str, Any] = {}
+        teacher = Stage("teacher", self._teacher.model, variables, {})
+        for stage in itertools.chain([teacher], given.stages()):
             found = evaluate(
-                model,
-                variables,
+                stage.model,
+                stage.variables,
                 corpus.validation,
-                probes,
+                {"loss": Loss.of(corpus.tokenizer)},
                 mesh,
-                rows=lambda text: validation_rows(text, config.eval.rows),
+                rows=lambda text: validation_rows(text, ROWS),
                 batch_size=config.data.batch_size,
             )
-            return {text: each["loss"]["nats_per_token"] for text, each in found.items()}
-
-        record: list[dict[str, Any]] = [
-            {"title": "teacher", "nats_per_token": losses(self._teacher.model, of_teacher)}
-        ]
-        chosen: dict[str, Any] = {}
-        for stage in stages_of(
-            config, self._teacher.model, of_teacher, student, corpus.train, mesh
-        ):
-            found = losses(student, stage.variables)
-            record.append({"title": stage.title, "nats_per_token": found, **stage.facts})
-            gap = found[ALL] - record[0]["nats_per_token"][ALL]
-            print(f"{stage.title}: {found[ALL]:.4f} nats/token, {gap:+.4f} from the teacher")
-            if stage.name == config.distill.start:
+            losses = {text: each["loss"]["nats_per_token"] for text, each in found.items()}
+            record.append({"title": stage.title, "nats_per_token": losses, **stage.facts})
+            gap = losses[ALL] - record[0]["nats_per_token"][ALL]
+            print(f"{stage.title}: {losses[ALL]:.4f} nats/token ({gap:+.4f})", flush=True)
+            if stage.is_start:
                 chosen = stage.variables
         write_atomically(self.folder / report.STARTS, json.dumps(record, indent=1))
         return chosen

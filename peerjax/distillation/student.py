@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import ml_collections
 
-from peerjax.config import OWN, model_config, validate, with_fields_of
+from peerjax.config import (
+    MONET,
+    OWN,
+    PLAIN,
+    ROUNDED,
+    SEARCHED,
+    model_config,
+    validate,
+    with_fields_of,
+)
 from peerjax.data.pipeline import Corpus
+from peerjax.distillation.from_monet import FROM_TEACHER, give_fields
 from peerjax.errors import ConfigError
 from peerjax.inference.trained import Run
 from peerjax.model import Decoder
@@ -35,7 +45,20 @@ def student_config(
     given = teacher.config.copy_and_resolve_references()
     if given.data.source != "shards":
         given.data.tokenizer = str(teacher.folder / TOKENIZER)
+    from_monet = recipe.distill.start in (MONET, PLAIN)
+    if from_monet:
+        try:
+            give_fields(given, plain=recipe.distill.start == PLAIN)
+        except ValueError as error:
+            raise ConfigError(f"distill.start={recipe.distill.start!r}: {error}") from None
     config = with_fields_of(given, recipe)
+    for name in FROM_TEACHER if from_monet else ():
+        own, needed = config.peer[name], given.peer[name]
+        if own != needed:
+            raise ConfigError(
+                f"peer.{name}={own!r} cannot hold the experts of {path}, which need {needed!r}; "
+                "leave it out"
+            )
     config.distill.teacher = path
     if cached and config.distill.top_k is None:
         config.distill.top_k = TOP_K_OF_CACHE
@@ -51,7 +74,7 @@ def student_config(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     different = first_difference(teacher.model, student)
-    if config.distill.start != OWN and different is not None:
+    if config.distill.start in (ROUNDED, SEARCHED) and different is not None:
         raise ConfigError(
             f"the student cannot take the weights of {path}: {different}; leave out the fields of "
             f"the model, or set distill.start={OWN!r}"

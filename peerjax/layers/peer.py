@@ -1,7 +1,7 @@
 """PEER: parameter-efficient expert retrieval (He 2024, arXiv:2407.04153)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from peerjax.layers.spec import (
 from peerjax.routing.adaptive_gates import JumpReLU, RunningThreshold
 from peerjax.routing.auxiliary import sow_loss
 from peerjax.routing.choice import Choice
-from peerjax.routing.gates import GATES, SOFTMAX, Gate
-from peerjax.routing.product_keys import SubKeys, retrieve_by_sub_keys
+from peerjax.routing.gates import ADAPTIVE_GATES, GATES, PRODUCT, SOFTMAX, Gate
+from peerjax.routing.monet import MonetRouter, log_gates, quantile
+from peerjax.routing.product_keys import SubKeys, retrieve, retrieve_by_sub_keys
 from peerjax.routing.running import STATS
 from peerjax.routing.running_norm import RunningNorm
 
@@ -43,14 +44,29 @@ class PeerConfig(FeedForward):
             steps) or "none".
         gate: rule for gates. "softmax" uses all retrieved experts. "jumprelu" uses those with a
             score above a learned threshold of their head. "threshold" is the softmax over the
-            scores above a threshold that follows the number of active experts.
-        target: mean number of active experts a token, over all heads; not used by "softmax".
+            scores above a threshold that follows the number of active experts. "product" is the
+            gate of Monet, whose sub-keys have the width of the model.
+        target: mean number of active experts a token, over all heads, of "jumprelu" and
+            "threshold".
         bandwidth: width of the window around a threshold of "jumprelu" whose scores give it a
             gradient, in deviations of the scores of the first batch.
         always_on: number of further experts, which every token uses; 0 for none.
+        group: number of consecutive blocks that share a router. Each has a pool of its own.
+        experts_per_pair: number of experts for each pair of sub-keys, which share its gate.
+        kept_pairs: number of pairs that have experts; 0 for all. The others were pruned, and a
+            table has the place of each pair in the pool.
+        keys_on: average number of sub-keys of a side and head that "product" lets act.
+        biases: whether "product" adds biases from tables: one of each sub-key for the hidden values
+            of its experts, and one for the output.
     """
 
     section: ClassVar[str] = "peer"
+    undecayed: ClassVar[tuple[str, ...]] = (
+        "hidden_bias1",
+        "hidden_bias2",
+        "output_bias1",
+        "output_bias2",
+    )
 
     num_experts: tuple[int, int] = (256, 256)
     heads: int = 4
@@ -62,17 +78,32 @@ class PeerConfig(FeedForward):
     target: float = 32.0
     bandwidth: float = 0.1
     always_on: int = 0
+    group: int = 1
+    experts_per_pair: int = 1
+    kept_pairs: int = 0
+    keys_on: int = 8
+    biases: bool = False
+
+    @property
+    def period(self) -> int:
+        """Number of consecutive blocks that share a router."""
+        return self.group
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs of sub-keys."""
+        return self.num_experts[0] * self.num_experts[1]
 
     @property
     def pools(self) -> dict[str, int]:
         """The pool of the retrieved experts, and that of the experts that every token uses."""
-        pools = {POOL: self.num_experts[0] * self.num_experts[1]}
+        pools = {POOL: (self.kept_pairs or self.num_pairs) * self.experts_per_pair}
         return {**pools, ALWAYS_ON: self.always_on} if self.always_on else pools
 
     @property
     def is_adaptive(self) -> bool:
         """Whether the number of active experts differs between tokens."""
-        return self.gate != "softmax"
+        return self.gate in ADAPTIVE_GATES
 
     def check(self, width: int) -> None:
         """Raises a ValueError if a field is out of range or k exceeds the number of experts."""
@@ -81,18 +112,48 @@ class PeerConfig(FeedForward):
         require_choice(self, "query_norm", QUERY_NORMS)
         require_choice(self, "gate", GATES)
         require_positive(self, "target", "bandwidth")
-        require_not_negative(self, "always_on")
+        require_not_negative(self, "always_on", "kept_pairs")
+        require_positive(self, "group", "experts_per_pair")
         if len(self.num_experts) != 2 or not all(
             isinstance(size, int) and size >= 1 for size in self.num_experts
         ):
             raise ValueError(f"peer.num_experts={self.num_experts} is not a pair of positive sizes")
-        if self.pools[POOL] < self.experts_per_head:
+        if (most := self.num_pairs * self.experts_per_pair) < self.experts_per_head:
             raise ValueError(
-                f"peer.num_experts={self.num_experts} makes {self.pools[POOL]} experts, fewer than "
+                f"peer.num_experts={self.num_experts} makes {most} experts, fewer than "
                 f"peer.experts_per_head={self.experts_per_head}"
+            )
+        if self.experts_per_head % self.experts_per_pair:
+            raise ValueError(
+                f"peer.experts_per_head={self.experts_per_head} is not divisible by "
+                f"peer.experts_per_pair={self.experts_per_pair}"
+            )
+        if self.kept_pairs > self.num_pairs:
+            raise ValueError(
+                f"peer.kept_pairs={self.kept_pairs} is more than the {self.num_pairs} pairs of "
+                f"peer.num_experts={self.num_experts}"
+            )
+        if self.gate == "product":
+            self._check_product()
+        elif self.biases:
+            raise ValueError(
+                f"peer.biases needs peer.gate='product', but peer.gate={self.gate!r}; set it to "
+                "False"
             )
         if self.is_adaptive:
             self._check_target()
+
+    def _check_product(self) -> None:
+        n1, n2 = self.num_experts
+        if n1 != n2:
+            raise ValueError(
+                f"peer.num_experts={self.num_experts} has unequal sizes, but peer.gate='product' "
+                "needs as many first as second sub-keys"
+            )
+        try:
+            quantile(n1, self.keys_on)
+        except ValueError as error:
+            raise ValueError(f"peer.keys_on: {error}") from None
 
     def _check_target(self) -> None:
         # A threshold always passes the best expert of each head.
@@ -113,19 +174,42 @@ class PeerConfig(FeedForward):
     def flops(self, width: int) -> dict[str, float]:
         """Counts queries and their scores, the sums of retrieval, and the active experts."""
         n1, n2 = self.num_experts
-        queries = 2 * width * self.heads * 2 * self.key_width
-        scores = 2 * self.heads * (n1 + n2) * self.key_width
-        pairs = min(self.experts_per_head, n1) * min(self.experts_per_head, n2)
+        if self.gate == "product":
+            router = 2 * width * self.heads * (n1 + n2)
+        else:
+            queries = 2 * width * self.heads * 2 * self.key_width
+            router = queries + 2 * self.heads * (n1 + n2) * self.key_width
+        pairs = min(self._pairs_per_head, n1) * min(self._pairs_per_head, n2)
         return {
-            "router": queries + scores,
-            "retrieval": self.heads * pairs,
+            "router": router / self.group,
+            "retrieval": self.heads * pairs / self.group,
             "lookup": 2 * self._active * 2 * width,
             **({"always on": 6 * self.always_on * width} if self.always_on else {}),
+            **({"biases": 2 * (n1 + n2) * width} if self.biases else {}),
         }
+
+    @property
+    def _pairs_per_head(self) -> int:
+        return self.experts_per_head // self.experts_per_pair
 
     @property
     def _active(self) -> float:
         return self.target if self.is_adaptive else self.heads * self.experts_per_head
+
+
+class Routed(NamedTuple):
+    """Routing that the first block of a group passes to the other blocks.
+
+    Attributes:
+        choice: the chosen experts.
+        pairs: the chosen pairs of sub-keys.
+        gate_sums: sums over heads of the gates of first and of second sub-keys [T, n], with the
+            gate "product"; else `None`.
+    """
+
+    choice: Choice
+    pairs: Choice
+    gate_sums: tuple[Array, Array] | None = None
 
 
 class PEER(nn.Module):
@@ -135,8 +219,13 @@ class PEER(nn.Module):
     sub-keys. Each head retrieves its `experts_per_head` best experts of the product, and the gate
     decides which of them act. Routing is computed in float32.
 
+    With the gate "product", a head has the router of Monet: the sub-keys score x itself, those
+    below a quantile of normalised scores do not act, and the gate of a pair is the product of the
+    softmaxes of both sides. Gates are not normalised again over the retrieved pairs.
+
     The pool is `context.pools["pool"]`. `LookUp` documents the collections that are read and
-    written. Initialisation also records the norm of each sub-key in the collection "stats".
+    written. The collection "stats" also has the norm of each sub-key at initialisation, and with
+    `kept_pairs` the table "addresses": the place of each pair, or `kept_pairs` for a pruned one.
 
     With `always_on`, the layer adds the experts of `context.pools["always_on"]`. Their gates are
     `2 * sigmoid(x W) / sqrt(always_on)`, so the sum of their squares is about 1 in a fresh layer.
@@ -147,22 +236,44 @@ class PEER(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], context: Context, routed: None = None
-    ) -> tuple[Float[Array, "B L D"], None]:
+        self, x_BLD: Float[Array, "B L D"], context: Context, routed: Routed | None = None
+    ) -> tuple[Float[Array, "B L D"], Routed]:
         """Applies the layer to every token."""
         config, implementation = self.config, self.sizes.implementation
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        sides = self._sub_keys(x_TD.astype(jnp.float32))
-        retrieved = retrieve_by_sub_keys(*sides, config.experts_per_head, implementation)
-        gate = self._gate(retrieved.scores_HTk, training=context.step is not None)
-        choice, scores_HTk = retrieved.choose(gate)
-        if gate.penalty is not None:
-            sow_loss(self, "target", gate.penalty(scores_HTk))
+        if routed is None:
+            routed = self._route(x_TD.astype(jnp.float32), training=context.step is not None)
+        choice = routed.choice
+        if config.biases:
+            choice = dataclasses.replace(choice, hidden_bias=self._hidden_bias(routed.pairs))
         y_TD = LookUp(config.activation, implementation, name=POOL)(x_TD, choice, context)
+        if config.biases:
+            y_TD = y_TD + self._output_bias(routed, x_TD.shape[-1]).astype(y_TD.dtype)
         if config.always_on:
             look_up = LookUp(config.activation, implementation, name=ALWAYS_ON)
             y_TD = y_TD + look_up(x_TD, self._always_on(x_TD), context)
         return y_TD.reshape(x_BLD.shape), routed
+
+    def _route(self, x_TD: Array, training: bool) -> Routed:
+        config, implementation = self.config, self.sizes.implementation
+        count, gate_sums = config.experts_per_head // config.experts_per_pair, None
+        if config.gate == "product":
+            g1_THn, g2_THn = MonetRouter(
+                config.num_pairs, config.heads, config.keys_on, self.sizes.statistics, name="router"
+            )(x_TD)
+            scores = log_gates(g1_THn), log_gates(g2_THn)
+            retrieved = retrieve(*scores, count, implementation)
+            gate, gate_sums = PRODUCT, (jnp.sum(g1_THn, axis=1), jnp.sum(g2_THn, axis=1))
+        else:
+            retrieved = retrieve_by_sub_keys(*self._sub_keys(x_TD), count, implementation)
+            gate = self._gate(retrieved.scores_HTk, training)
+        pairs, scores_HTk = retrieved.choose(gate)
+        if gate.penalty is not None:
+            sow_loss(self, "target", gate.penalty(scores_HTk))
+        choice = pairs
+        if config.kept_pairs:
+            choice = choice.addressed(self._addresses(), config.kept_pairs)
+        return Routed(choice.expanded(config.experts_per_pair), pairs, gate_sums)
 
     def _gate(self, scores_HTk: Array, training: bool) -> Gate:
         config = self.config
@@ -171,6 +282,29 @@ class PEER(nn.Module):
         if config.gate == "threshold":
             return RunningThreshold(config.target, name="gate")(scores_HTk)
         return SOFTMAX
+
+    def _addresses(self) -> Array:
+        pairs, kept = self.config.num_pairs, self.config.kept_pairs
+
+        def first_pairs() -> Array:
+            return jnp.minimum(jnp.arange(pairs, dtype=jnp.int32), kept)
+
+        return self.variable(STATS, "addresses", first_pairs).value
+
+    def _hidden_bias(self, pairs: Choice) -> Float[Array, "T K"]:
+        (n1, n2), m = self.config.num_experts, self.config.experts_per_pair
+        ids_TP = jnp.minimum(pairs.ids, n1 * n2 - 1)
+        zeros = nn.initializers.zeros
+        of_first = self.param("hidden_bias1", zeros, (n1, m))[ids_TP // n2]
+        of_second = self.param("hidden_bias2", zeros, (n2, m))[ids_TP % n2]
+        return (of_first + of_second).reshape(ids_TP.shape[0], -1)
+
+    def _output_bias(self, routed: Routed, width: int) -> Float[Array, "T D"]:
+        assert routed.gate_sums is not None
+        (n1, n2), zeros = self.config.num_experts, nn.initializers.zeros
+        of_first, of_second = routed.gate_sums
+        bias_TD = of_first @ self.param("output_bias1", zeros, (n1, width))
+        return bias_TD + of_second @ self.param("output_bias2", zeros, (n2, width))
 
     def _always_on(self, x_TD: Array) -> Choice:
         count = self.config.always_on

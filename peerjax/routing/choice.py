@@ -54,6 +54,33 @@ class Choice:
         ids = jnp.where(self.ids == self.num_experts, total, ids)
         return dataclasses.replace(self, ids=ids, num_experts=total)
 
+    def addressed(self, addresses: Int[Array, " N"], total: int) -> Choice:
+        """Returns the same experts by their numbers in a table. Those without one are left out.
+
+        Args:
+            addresses: new number of each expert, or `total` for "no expert".
+            total: number of experts that the new numbers choose from.
+        """
+        ids = jnp.append(addresses, total)[self.ids]
+        gates = jnp.where(ids == total, 0, self.gates)
+        return dataclasses.replace(self, ids=ids, gates=gates, num_experts=total)
+
+    def expanded(self, times: int) -> Choice:
+        """Returns a choice of `times` experts in place of each one, with the same gate.
+
+        Expert i stands for the experts `times * i` to `times * i + times - 1`.
+        """
+        if times == 1:
+            return self
+        total = self.num_experts * times
+        ids = self.ids[..., None] * times + jnp.arange(times, dtype=self.ids.dtype)
+        ids = jnp.where(self.ids[..., None] == self.num_experts, total, ids)
+        gates = jnp.broadcast_to(self.gates[..., None], ids.shape)
+        shape = (*ids.shape[:-2], -1)
+        return dataclasses.replace(
+            self, ids=ids.reshape(shape), gates=gates.reshape(shape), num_experts=total
+        )
+
     def gate_sums(self, weight: Float[Array, " T"]) -> Float[Array, "layers N"]:
         """Sums each expert's gates over weighted tokens. The choice must have one leading axis."""
         layers, layer = self.ids.shape[0], jnp.arange(self.ids.shape[0])[:, None, None]

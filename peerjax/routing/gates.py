@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 # The values of `peer.gate`.
-GATES = ("softmax", "jumprelu", "threshold")
+GATES = ("softmax", "jumprelu", "threshold", "product")
+ADAPTIVE_GATES = ("jumprelu", "threshold")
+# Scores of pairs with a sub-key that does not act are below it.
+LEAST_SCORE = -1e30
 
 
 class Gate(NamedTuple):
@@ -35,6 +38,11 @@ class Gate(NamedTuple):
 
 # The softmax over a head's experts, as in PEER (arXiv:2407.04153, section 2.1).
 SOFTMAX = Gate(partial(jax.nn.softmax, axis=-1))
+
+
+# The product of the gates of both sub-keys, from the sum of their logarithms, as in Monet
+# (arXiv:2412.04139, section 3). Pairs with a sub-key that does not act are left out.
+PRODUCT = Gate(jnp.exp, lambda scores: scores > LEAST_SCORE)
 
 
 def jump_relu_gate(

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from peerjax.routing.gates import LEAST_SCORE
 from peerjax.routing.running import STATS
 from peerjax.routing.running_norm import RUNNING, RunningNorm
 
 # The uniformity loss raises smaller mean gates to this before it takes their logarithm.
 LEAST_MEAN_GATE = 1e-9
+# Smaller gates of a sub-key count as 0 where products of gates are formed.
+LEAST_GATE = 1e-30
 
 
 def keys_per_side(num_experts: int) -> int:
@@ -82,6 +85,13 @@ def gates(
     """
     on = normalised >= threshold(normalised, top_k)
     return jax.nn.softmax(z, axis=-1, where=on)
+
+
+def log_gates(gates_THn: Float[Array, "T H n"]) -> Float[Array, "H T n"]:
+    """Returns the logarithm of gates, and a very small number for keys that are not on."""
+    on_THn = gates_THn > LEAST_GATE  # the derivative of smaller ones would not be finite
+    log_THn = jnp.log(jnp.where(on_THn, gates_THn, 1))
+    return jnp.where(on_THn, log_THn, 2 * LEAST_SCORE).swapaxes(0, 1)
 
 
 def uniformity(g1: Float[Array, "*S H n"], g2: Float[Array, "*S H n"]) -> Float[Array, ""]:

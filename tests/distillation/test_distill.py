@@ -131,6 +131,51 @@ def test_a_student_with_its_own_model_needs_no_outputs(teacher, corpus, tmp_path
     assert "codes" not in record["bytes"]["student"]
 
 
+@pytest.fixture(scope="module")
+def monet(corpus, tmp_path_factory):
+    """The folder of a run with Monet layers."""
+    config = config_of_finished(corpus)
+    config.steps = 3
+    config.model.layers = (("dense", 1), ("monet_vd", 2))
+    config.monet.num_experts, config.monet.expert_width, config.monet.heads = 16, 4, 2
+    config.monet.top_k = 2
+    folder = tmp_path_factory.mktemp("monet") / "run"
+    train(config, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("start", ["monet", "monet_plain"])
+def test_a_monet_becomes_a_peer_of_packed_experts(start, monet, tmp_path):
+    changes = {"distill.start": start, "peer.experts_per_head": 16}
+    if start == "monet":
+        changes["peer.kept_pairs"] = 8
+    distill(recipe_of_student(**changes), str(tmp_path / "run"), str(monet))
+    record = json.loads((tmp_path / "run" / report.FILE).read_text())
+    losses = {each["title"]: each["nats_per_token"]["all"] for each in record["starts"]}
+    if start == "monet":
+        assert losses["as PEER, all active experts"] == pytest.approx(losses["teacher"], abs=1e-4)
+        assert losses["pruned"] != losses["teacher"]
+        assert len(record["starts"][1]["run_1/pairs in use"]) == 1
+        (share,) = record["starts"][1]["run_1/gates of kept pairs"]
+        assert 0.5 < share < 1
+    assert abs(losses["cut to 16 experts a head"] - losses["teacher"]) < 0.1
+    config = open_run(str(tmp_path / "run")).config
+    assert config.model.layers == (("dense", 1), ("peer", 2))
+    assert config.pool.storage == "int4"
+    assert record["bytes"]["student"]["codes"] == 2 * (8 if start == "monet" else 16) * 4 * 16
+
+
+def test_a_monet_whose_experts_do_not_fit_is_refused(monet, teacher, tmp_path):
+    changes = {"distill.start": "monet", "peer.experts_per_head": 64}
+    for fields, folder, message in (
+        ({"peer.num_experts": (2, 2)}, monet, r"peer.num_experts=\(2, 2\) cannot hold"),
+        ({"peer.kept_pairs": 17}, monet, "kept_pairs=17 is more than the 16 pairs"),
+        ({}, teacher, "the teacher has no Monet layer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            distill(recipe_of_student(**changes, **fields), str(tmp_path / "a"), str(folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
