@@ -16,6 +16,8 @@ BENCHMARKS = {
     "attention_sink": "attention sinks of PEER and Monet with a shared path and without (a night)",
     "sampling": "tokens a second, compared with a Llama of equal active bytes (llama-cpp-python)",
     "reference": "configs/reference.py and its dense twin, tuned, three seeds (hours)",
+    "distill_codes": "losses of students of int8, int4, int3 and ternary, tuned (a night)",
+    "monet_to_peer": "losses of PEER distilled from Monet, tuned (a night)",
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",
     "kernels": "time of lookup and update on this device, compared with a copy",
     "device_step": "time and memory of the recipe for one accelerator, executed on this device",

@@ -36,6 +36,14 @@ BACKENDS = ("cpu", "gpu", "tpu")
 OPTIONAL = ("series", "more")  # left out of the ledger where they are empty
 Settings = dict[str, Any]
 
+
+class Teacher(NamedTuple):
+    """The run that a student learns from."""
+
+    recipe: str
+    settings: Settings
+
+
 # Several runs share a GPU. JAX would otherwise reserve its memory for the first run.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
@@ -88,6 +96,7 @@ def train(
     backend: str | None = None,
     inspect: Callable[[Path], dict[str, Any]] = lambda folder: {},
     keep_checkpoints: bool = False,
+    teacher: Teacher | None = None,
 ) -> Run:
     """Trains, or looks up the results of an earlier call.
 
@@ -98,16 +107,17 @@ def train(
         backend: backend of JAX ("cpu", "gpu", "tpu"). If given, results from others are ignored.
         inspect: function that measures something in the folder of the finished run.
         keep_checkpoints: whether the finished run keeps its checkpoints.
+        teacher: the teacher, if the recipe is one of a student.
 
     Raises:
         RuntimeError: if training fails other than by divergence, or is stopped.
     """
-    if (found := _look_up(recipe, settings, backend)) is not None:
+    if (found := _look_up(recipe, settings, backend, teacher)) is not None:
         return found
-    folder = folder_of(recipe, settings)
+    folder = folder_of(recipe, settings, teacher)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    if _train(recipe, settings, folder):
+    if _train(recipe, settings, folder, teacher):
         report = json.loads((folder / "report.json").read_text())
         loss = report["validation"]["all"]["nats_per_token"]["after"]
         series = _series(folder) if keep_series else []
@@ -115,15 +125,28 @@ def train(
         found = Run(loss, report["experts"], seconds, commit(), device(), series, more)
     else:
         found = Run(math.inf, {}, time.monotonic() - start, commit(), device())
-    _write_down(recipe, settings, found)
+    _write_down(recipe, settings, found, teacher)
     if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return found
 
 
-def folder_of(recipe: str, settings: Settings) -> Path:
+def folder_of(recipe: str, settings: Settings, teacher: Teacher | None = None) -> Path:
     """Returns the folder of a run, which exists if this machine trained it."""
-    return ROOT / recipe / _name_of(settings)
+    if teacher is None:
+        return ROOT / recipe / _name_of(settings)
+    digest = hashlib.sha256(json.dumps(teacher).encode()).hexdigest()[:16]
+    return ROOT / recipe / _name_of({**settings, "teacher": digest})
+
+
+def checkpoints_of(recipe: str, settings: Settings) -> Path:
+    """Returns the folder of a run with its checkpoints. It is trained if they are not there."""
+    folder = folder_of(recipe, settings)
+    if not (folder / "report.json").exists() or not (folder / "checkpoints").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _train(recipe, settings, folder):
+            raise RuntimeError(f"the run in {folder} diverged, so it has no checkpoint")
+    return folder
 
 
 def _name_of(settings: Settings) -> str:
@@ -134,8 +157,11 @@ def _name_of(settings: Settings) -> str:
     return f"{name[:200]},{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def _look_up(recipe: str, settings: Settings, backend: str | None) -> Run | None:
-    wanted = json.loads(json.dumps({"recipe": recipe, "settings": settings}))
+def _look_up(
+    recipe: str, settings: Settings, backend: str | None, teacher: Teacher | None = None
+) -> Run | None:
+    wanted = {"recipe": recipe, "settings": settings} | _of_teacher(teacher)
+    wanted = json.loads(json.dumps(wanted))
     wanted |= {} if backend is None else {"backend": backend}
     lines = LEDGER.read_text().splitlines() if LEDGER.exists() else []
     for record in map(json.loads, lines):
@@ -156,12 +182,19 @@ def _series(folder: Path) -> list[dict[str, float]]:
     return [each for each in by_step.values() if measured in each]
 
 
-def _write_down(recipe: str, settings: Settings, found: Run) -> None:
+def _of_teacher(teacher: Teacher | None) -> dict[str, Any]:
+    return {} if teacher is None else {"teacher": teacher._asdict()}
+
+
+def _write_down(
+    recipe: str, settings: Settings, found: Run, teacher: Teacher | None = None
+) -> None:
     """Adds a line to the ledger. A loss that is not finite is `null`."""
     loss = found.nats_per_token if math.isfinite(found.nats_per_token) else None
     record = {
         "recipe": recipe,
         "settings": settings,
+        **_of_teacher(teacher),
         **{name: value for name, value in found._asdict().items() if value or name not in OPTIONAL},
         "nats_per_token": loss,
         "backend": jax.default_backend(),
@@ -171,10 +204,13 @@ def _write_down(recipe: str, settings: Settings, found: Run) -> None:
         ledger.write(json.dumps(record) + "\n")
 
 
-def _train(recipe: str, settings: Settings, folder: Path) -> bool:
+def _train(recipe: str, settings: Settings, folder: Path, teacher: Teacher | None = None) -> bool:
     """Trains, and returns whether the run finished. Otherwise it diverged."""
     overrides = [f"--config.{field}={value}" for field, value in settings.items()]
-    script = ["train.py", f"--config=configs/{recipe}.py", f"--workdir={folder}"]
+    script = ["train.py" if teacher is None else "distill.py"]
+    script += [f"--config=configs/{recipe}.py", f"--workdir={folder}"]
+    if teacher is not None:
+        script.append(f"--teacher={checkpoints_of(*teacher)}")
     command = [sys.executable, *script, *overrides]
     core = _free_cores.get()
     if core is not None:
@@ -272,7 +308,11 @@ def tune(
 
 
 def tune_rates(
-    recipe: str, settings: Settings, rates: Mapping[str, float], steps: int
+    recipe: str,
+    settings: Settings,
+    rates: Mapping[str, float],
+    steps: int,
+    teacher: Teacher | None = None,
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float]]]]:
     """Tunes learning rates one after the other, each at the best of those before it.
 
@@ -282,6 +322,7 @@ def tune_rates(
         rates: the fields to tune, with their start values.
         steps: number of steps at full length. Tuning runs have a third of them, a third of which is
             warm-up.
+        teacher: the teacher, if the recipe is one of a student.
 
     Returns:
         The best value of each rate, and for each rate all pairs (value, loss) that were tried, in
@@ -293,7 +334,7 @@ def tune_rates(
 
         def loss_of(rate: float, field: str = field) -> float:
             fields = {**settings, **short, **best, field: rate}
-            return train(recipe, fields).nats_per_token
+            return train(recipe, fields, teacher=teacher).nats_per_token
 
         best[field], tables[field] = tune(loss_of, best[field])
     return best, tables

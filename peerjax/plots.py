@@ -71,7 +71,7 @@ def plot_distillation(
         path: the PNG to write.
         records: lines of `metrics.jsonl`.
         texts: the comparison of student and teacher, by text.
-        starts: the stages, each with a title and its losses.
+        starts: the stages, each with a title and its comparison with the teacher, by text.
         tokens_per_step: tokens in a step.
     """
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
@@ -80,8 +80,9 @@ def plot_distillation(
     points = [(each["step"] * tokens_per_step, each[name]) for each in records if name in each]
     over_tokens.plot(*zip(*points, strict=True), marker=".", label="student")
     for number, stage in enumerate(starts):
-        loss = stage["nats_per_token"]["all"]
+        loss = stage["texts"]["all"]["student"]
         over_tokens.axhline(loss, color=f"C{number + 1}", linestyle=":", label=stage["title"])
+    over_tokens.axhline(texts["all"]["teacher"], color="black", label="teacher")
     over_tokens.set(xlabel="tokens", ylabel="validation loss, nats/token")
     over_tokens.grid(alpha=0.3)
     over_tokens.legend()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -13,14 +12,13 @@ from jax.sharding import Mesh
 
 from peerjax.atomic import write_atomically
 from peerjax.config import OWN
-from peerjax.data.pipeline import Corpus, validation_rows
+from peerjax.data.pipeline import Corpus
 from peerjax.distillation import report
 from peerjax.distillation.cache import Cache, CachedTeacher, Contents
 from peerjax.distillation.comparison import compare, summary
-from peerjax.distillation.starts import Conversion, Stage
+from peerjax.distillation.starts import Conversion
 from peerjax.distillation.student import check_text, student_config, weights_of
-from peerjax.evaluation import ALL, evaluate
-from peerjax.evaluation.loss import Loss
+from peerjax.evaluation import ALL
 from peerjax.inference.trained import Run, open_run, restore
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language_model
@@ -103,27 +101,41 @@ class Student:
         """Returns the first weights, and writes the loss of every stage of the conversion."""
         variables = restore(self._teacher, mesh)
         given = Conversion(config, self._teacher.model, variables, student, corpus.train, mesh)
-        record: list[dict[str, Any]] = []
-        chosen: dict[str, Any] = {}
-        teacher = Stage("teacher", self._teacher.model, variables, {})
-        for stage in itertools.chain([teacher], given.stages()):
-            found = evaluate(
-                stage.model,
-                stage.variables,
-                corpus.validation,
-                {"loss": Loss.of(corpus.tokenizer)},
-                mesh,
-                rows=lambda text: validation_rows(text, ROWS),
-                batch_size=config.data.batch_size,
+        record, chosen = [], {}
+        for stage in given.stages():
+            texts = self._compare(config, corpus, variables, stage.model, stage.variables, mesh)
+            record.append({"title": stage.title, "texts": texts, **stage.facts})
+            of_all = texts[ALL]
+            print(
+                f"{stage.title}: {of_all['student']:.4f} nats/token, {of_all['gap']:+.4f} from the "
+                f"teacher, KL {of_all['divergence']:.4f}",
+                flush=True,
             )
-            losses = {text: each["loss"]["nats_per_token"] for text, each in found.items()}
-            record.append({"title": stage.title, "nats_per_token": losses, **stage.facts})
-            gap = losses[ALL] - record[0]["nats_per_token"][ALL]
-            print(f"{stage.title}: {losses[ALL]:.4f} nats/token ({gap:+.4f})", flush=True)
             if stage.is_start:
                 chosen = stage.variables
         write_atomically(self.folder / report.STARTS, json.dumps(record, indent=1))
         return chosen
+
+    def _compare(
+        self,
+        config: ml_collections.ConfigDict,
+        corpus: Corpus,
+        of_teacher: dict[str, Any],
+        student: Decoder,
+        of_student: dict[str, Any],
+        mesh: Mesh,
+    ) -> dict[str, dict[str, float]]:
+        """Compares a model with the teacher on validation text."""
+        return summary(
+            compare(
+                (self._teacher.model, of_teacher),
+                (student, of_student),
+                corpus.validation,
+                mesh,
+                rows=ROWS,
+                batch_size=config.data.batch_size,
+            )
+        )
 
     def report(self, config: ml_collections.ConfigDict) -> None:
         """Compares the finished student with its teacher, writes the report and prints it."""
@@ -132,13 +144,6 @@ class Student:
             student, mesh = open_run(str(self.folder)), make_mesh()
             with jax.set_mesh(mesh):
                 one, other = (restore(each, mesh) for each in (self._teacher, student))
-                rows = compare(
-                    (self._teacher.model, one),
-                    (student.model, other),
-                    self._corpus.validation,
-                    mesh,
-                    rows=ROWS,
-                    batch_size=config.data.batch_size,
-                )
-            report.write(self.folder, config, summary(rows), one, other)
+                texts = self._compare(config, self._corpus, one, student.model, other, mesh)
+            report.write(self.folder, config, texts, one, other)
         report.print_report(self.folder)

@@ -22,6 +22,7 @@ from peerjax.tables import print_table
 from peerjax.training.metrics import read_metrics
 from peerjax.training.report import FILE as TRAINING
 
+FIGURES = ("nats/token", "gap", "relative", "KL", "top 1")
 FILE, STARTS, PLOT = "distillation.json", "starts.json", "distillation.png"
 
 
@@ -98,24 +99,11 @@ def print_report(folder: epath.Path) -> None:
     record = json.loads((folder / FILE).read_text())
     console = rich.console.Console(highlight=False, soft_wrap=True)
     if starts := record["starts"]:
-        losses = [[each["title"], each["nats_per_token"][ALL]] for each in starts]
-        rows = [[title, f"{loss:.4f}", f"{loss - losses[0][1]:+.4f}"] for title, loss in losses]
-        print_table(console, "Start", ("before training", "nats/token", "from the teacher"), rows)
-    rows = [
-        [
-            text,
-            f"{found['teacher']:.4f}",
-            f"{found['student']:.4f}",
-            f"{found['gap']:+.4f}",
-            f"{found['gap_low']:+.4f} to {found['gap_high']:+.4f}",
-            f"{found['gap'] / found['teacher']:+.2%}",
-            f"{found['divergence']:.4f}",
-            f"{found['agreement']:.1%}",
-        ]
-        for text, found in record["texts"].items()
-    ]
-    columns = ("text", "teacher", "student", "gap", "95% interval", "relative", "KL", "same top 1")
-    print_table(console, "Student and teacher (nats/token)", columns, rows)
+        rows = [[each["title"], *_figures(each["texts"][ALL])] for each in starts]
+        print_table(console, "Before training", ("start", *FIGURES), rows)
+    texts = record["texts"]
+    rows = [[text, f"{each['teacher']:.4f}", *_figures(each)] for text, each in texts.items()]
+    print_table(console, "Student, and its gap to the teacher", ("text", "teacher", *FIGURES), rows)
     both = [record["bytes"][name] for name in ("teacher", "student")]
     parts = list(dict.fromkeys([*both[0], *both[1]]))
     rows = [
@@ -128,3 +116,14 @@ def print_report(folder: epath.Path) -> None:
         f"{record['tokens']:,} tokens{f' in {seconds:,.0f} seconds' if seconds else ''}; "
         f"figures: {folder / FILE}, plot: {folder / PLOT}"
     )
+
+
+def _figures(found: Mapping[str, float]) -> list[str]:
+    """Returns the cells of a comparison, in the order of `FIGURES`."""
+    return [
+        f"{found['student']:.4f}",
+        f"{found['gap']:+.4f}±{(found['gap_high'] - found['gap_low']) / 2:.4f}",
+        f"{found['gap'] / found['teacher']:+.2%}",
+        f"{found['divergence']:.4f}",
+        f"{found['agreement']:.1%}",
+    ]

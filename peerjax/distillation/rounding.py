@@ -20,7 +20,7 @@ from peerjax.pool import stored_as
 
 # Candidates for the scale of a vector: these times the scale of training, and after them
 # max |weight| / top, with which no weight is clipped.
-MULTIPLES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4, 1.6)
+MULTIPLES = (0.7, 0.85, 1.0, 1.2, 1.45)
 OF_TRAINING, OF_LARGEST = MULTIPLES.index(1.0), len(MULTIPLES)
 
 

@@ -88,7 +88,7 @@ class Conversion(NamedTuple):
         start, storage = self.config.distill.start, self.student.config.pool_storage
         searches = storage in CODES and bool(pools)
         takes_searched = start == SEARCHED and searches
-        title = "rounded, scales of training"
+        title = "rounded"
         yield Stage(title, self.student, rounded, {}, is_start=not takes_searched)
         if not searches:
             return
@@ -99,7 +99,7 @@ class Conversion(NamedTuple):
         )
         variables = {**rounded, "pools": found}
         facts = {"multiples of the scales of training": multiples}
-        yield Stage("rounded, searched scales", self.student, variables, facts, takes_searched)
+        yield Stage("searched scales", self.student, variables, facts, takes_searched)
 
     def _from_monet(self) -> Iterator[Stage]:
         """Yields a PEER that equals the teacher, then pruned, cut and rounded."""
@@ -118,10 +118,10 @@ class Conversion(NamedTuple):
         floats = self.teacher.config.depth * peer.num_experts[0] * peer.num_experts[1]
         floats *= peer.experts_per_pair * 2 * self.teacher.config.width
         if self.config.distill.start == MONET and floats <= LARGEST_POOLS:
-            yield stage("as PEER, all active experts", {}, kept_pairs=0, **every)
+            yield stage("as PEER", {}, kept_pairs=0, **every)
             if kept:
                 yield stage("pruned", kept, **every)
-        cut = stage(f"cut to {peer.experts_per_head} experts a head", kept)
+        cut = stage(f"cut to {peer.experts_per_head} a head", kept)
         yield cut
         rounded = jax.jit(partial(as_stored, old=cut.model, new=self.student))(cut.variables)
         yield from self._rounded(cut.variables["pools"], rounded)

@@ -38,7 +38,7 @@ def test_the_interval_of_paired_differences():
 def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
     trained = []
 
-    def pretend(recipe, settings, folder):
+    def pretend(recipe, settings, folder, teacher=None):
         trained.append(settings)
         if settings["pool.learning_rate"] > 1:
             return False
@@ -101,7 +101,7 @@ def test_arms_of_equal_settings_are_trained_once(monkeypatch):
 def test_runs_that_are_compared_are_of_one_backend(tmp_path, monkeypatch):
     trained = []
 
-    def pretend(recipe, settings, folder):
+    def pretend(recipe, settings, folder, teacher=None):
         trained.append((jax.default_backend(), settings["seed"]))
         loss = {"cpu": 4.0, "gpu": 5.0}[jax.default_backend()]
         report = {"validation": {"all": {"nats_per_token": {"after": loss}}}, "experts": {}}
