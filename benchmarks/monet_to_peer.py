@@ -45,13 +45,8 @@ def run(quick: bool) -> Result:
     }
     main = widths[-1]
     teachers |= {width: teachers[width][:1] for width in widths if width != main}
-    of_teachers = dict(
-        zip(
-            widths,
-            at_once([partial(train_teachers, teachers[each]) for each in widths]),
-            strict=True,
-        )
-    )
+    trained = at_once([partial(train_teachers, teachers[width]) for width in widths])
+    of_teachers = dict(zip(widths, trained, strict=True))
     every = {"eval.every": max(plan.student_steps // EVALUATIONS, 1)}
     jobs = {
         (name, width): partial(
@@ -69,7 +64,10 @@ def run(quick: bool) -> Result:
         rows=_rows(students, scratch, main),
         figures=_figures(students, of_teachers, scratch, main),
         details={
-            "teachers": {width: [each.nats_per_token for each in runs] for width, runs in of_teachers.items()},
+            "teachers": {
+                width: [each.nats_per_token for each in runs]
+                for width, runs in of_teachers.items()
+            },
             "scratch": [each.nats_per_token for each in scratch],
             "students": [
                 {
@@ -81,7 +79,9 @@ def run(quick: bool) -> Result:
                 }
                 for (name, width), each in students.items()
             ],
-            "made_by": made_by([*scratch, *(run for each in students.values() for run in each.runs)]),
+            "made_by": made_by(
+                [*scratch, *(run for each in students.values() for run in each.runs)]
+            ),
         },
     )  # fmt: skip
 
@@ -150,14 +150,8 @@ def plot(students: Mapping[tuple[str, int], Students], main: int, folder: Path) 
     for index, ((name, width), each) in enumerate(students.items()):
         for run in each.runs:
             per_step = run.more["tokens"] / run.more["steps"] / 1e6
-            points = [
-                (
-                    point["step"] * per_step,
-                    point["validation/all/nats_per_token"] / run.more["texts"]["all"]["teacher"]
-                    - 1,
-                )
-                for point in run.series
-            ]
+            teacher, loss = run.more["texts"]["all"]["teacher"], "validation/all/nats_per_token"
+            points = [(each["step"] * per_step, each[loss] / teacher - 1) for each in run.series]
             label = f"{name}, width {width}" if run is each.runs[0] else None
             axes.plot(*zip(*points, strict=True), f"C{index}", label=label)
     axes.axhline(WITHIN, color="grey", linestyle=":")
