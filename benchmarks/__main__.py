@@ -17,6 +17,7 @@ BENCHMARKS = {
     "sampling": "tokens a second, compared with a Llama of equal active bytes (llama-cpp-python)",
     "reference": "configs/reference.py and its dense twin, tuned, three seeds (hours)",
     "distill_codes": "losses of students of int8, int4, int3 and ternary, tuned (a night)",
+    "scales": "scales of int4, int3 and ternary pools over 10,000 steps of a small model",
     "monet_to_peer": "losses of PEER distilled from Monet, tuned (a night)",
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",
     "kernels": "time of lookup and update on this device, compared with a copy",
