@@ -31,6 +31,7 @@ from peerjax.routing.auxiliary import (
 )
 from peerjax.routing.running import FIRST, MOMENTS, STATS
 from peerjax.routing.running_norm import RUNNING
+from peerjax.sharding.batches import over_batch
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
@@ -145,7 +146,7 @@ class Block(nn.Module):
         )
         normed = nn.RMSNorm(dtype=config.dtype, name="attention_norm")(x_BLD)
         mixed, cache = attention(normed, context, cache)
-        x_BLD = x_BLD + mixed
+        x_BLD = over_batch(x_BLD + mixed)
         normed = nn.RMSNorm(dtype=config.dtype, name="feed_forward_norm")(x_BLD)
         layer = self.feed_forward.module(sizes, name=self.feed_forward.section)
         y_BLD, routed = layer(normed, context, routed)
@@ -162,7 +163,7 @@ class Block(nn.Module):
             magnitudes_BN = jnp.abs(x_BLD.reshape(x_BLD.shape[0], -1).astype(jnp.float32))
             sow_last(self, SINKS, "largest", jnp.max(magnitudes_BN, axis=-1))
             sow_last(self, SINKS, "median", jnp.median(magnitudes_BN, axis=-1))
-        return (x_BLD, cache), routed
+        return (over_batch(x_BLD), cache), routed
 
 
 class Group(nn.Module):
@@ -297,7 +298,7 @@ class Decoder(nn.Module):
             embedding_init=nn.initializers.normal(1.0),
             name="embed",
         )
-        x_BLD = embed(tokens_BL)
+        x_BLD = over_batch(embed(tokens_BL))
         if segments_BL is None and cache is None:
             segments_BL = jnp.zeros_like(tokens_BL)
         context = Context(

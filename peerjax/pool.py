@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
 from pallas_kernels.codes import CODES
@@ -26,6 +28,8 @@ from pallas_kernels.storage import (
     pack_experts,
     read_floats,
 )
+from peerjax.sharding.over_mesh import over_mesh
+from peerjax.sharding.rules import EXPERT, pool_specs, shards_of_pool
 
 EXPERTS_PER_PORTION, FEWEST_PER_PORTION = 4096, 256
 
@@ -74,11 +78,26 @@ def initialize_pool(
     std = std.at[UP].set(residual_scale * width**-0.5)
     portions = _Portions.of(num_experts, width, storage)
     keys = jax.random.split(key, num_layers * portions.per_pool)
+    keys = keys.reshape(num_layers, portions.per_pool)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else shards_of_pool(num_experts, mesh)
 
     def draw(key: Array) -> Array:
         return std * jax.random.normal(key, (portions.size, 2, width))
 
-    return portions.pool(draw, keys, num_layers)
+    if shards == 1 or portions.per_pool % shards:
+        return portions.pool(draw, keys.reshape(-1), num_layers)
+
+    def own(keys: Array) -> ExpertPool:
+        part = portions._replace(
+            num_experts=num_experts // shards, per_pool=portions.per_pool // shards
+        )
+        pool = part.pool(draw, keys.reshape(-1), num_layers)
+        return dataclasses.replace(pool, num_experts=num_experts)
+
+    # Every device draws its own experts, so that none ever has the whole pool.
+    whole = jax.eval_shape(lambda: portions.pool(draw, keys.reshape(-1), num_layers))
+    return over_mesh(own, (P(None, EXPERT),), pool_specs(whole, mesh))(keys)
 
 
 WeightsOf = Callable[[Array, Array], Array]

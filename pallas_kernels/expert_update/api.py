@@ -60,6 +60,8 @@ def update(
     *,
     seed: Integer[Array, ""] | int,
     step: Integer[Array, ""] | int,
+    first_layer: Integer[Array, ""] | int | None = None,
+    first_expert: Integer[Array, ""] | int = 0,
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
@@ -88,6 +90,10 @@ def update(
         hyperparameters: numbers of the rule.
         seed: seed of the run. Together, `seed` and `step` determine all random bits.
         step: number of the update, different every time.
+        first_layer: layer of the stack that the first layer of the gradient is of. The gradient may
+            then have fewer layers than the stack. `None` means that it has all of them.
+        first_expert: number of the pool's first expert, if the pool is a part of a larger one. It
+            must begin a line. Random bits are those of the larger pool.
         accumulator_bits: 0, 2, 4 or 8, the same as in `UpdateState.zeros_for`. `None` means as many
             as a code has. Mosaic kernels support only that number.
         implementation: "xla", "native_cpu", "mosaic_tpu" or "mosaic_gpu". `None` selects the
@@ -102,7 +108,7 @@ def update(
             does not support the arguments.
     """
     check_implementation(implementation)
-    _check_gradient(pool, gradient)
+    _check_gradient(pool, gradient, any_layers=first_layer is not None)
     check_state(state, jax.eval_shape(lambda: UpdateState.zeros_for(pool, accumulator_bits)))
     if not pool.is_stack:
         stacks = jax.tree.map(lambda leaf: leaf[None], (pool, state, gradient))
@@ -114,12 +120,13 @@ def update(
             hyperparameters,
             seed=seed,
             step=step,
+            first_expert=first_expert,
             accumulator_bits=accumulator_bits,
             implementation=implementation,
         )
         return jax.tree.map(lambda leaf: leaf[0], result)
 
-    zeros = jnp.zeros(gradient.ids.shape[0], jnp.float32)
+    zeros = jnp.zeros(pool.weights.shape[0], jnp.float32)
     carry = xla.Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
     bits = accumulator_bits_of(pool.storage, accumulator_bits)
     sizes: dict[str, Any] = {
@@ -138,20 +145,23 @@ def update(
         )
         for name, module in KERNELS.items()
     }
-    operands = (carry, gradient, hyperparameters, seed, step)
+    part = xla.Part(0 if first_layer is None else first_layer, first_expert)
+    operands = (carry, gradient, hyperparameters, seed, step, part)
     carry = dispatch("update experts", implementation, in_chunks, kernels, *operands)
     new_pool = dataclasses.replace(pool, weights=carry.weights, scales=carry.scales)
     new_state = UpdateState(carry.accumulators, carry.moments)
     return new_pool, new_state, carry.statistics
 
 
-def _check_gradient(pool: ExpertPool, gradient: FactoredGradient) -> None:
+def _check_gradient(pool: ExpertPool, gradient: FactoredGradient, any_layers: bool) -> None:
     """Checks the shapes of a gradient, because kernels do not check where they read and write.
 
     Raises:
         ValueError: if the gradient does not match the pool.
     """
     layers = pool.weights.shape[:1] if pool.is_stack else ()
+    if any_layers and pool.is_stack:
+        layers = gradient.ids.shape[:1]
     pairs = (*layers, *gradient.ids.shape[-2:])
     vectors = (*pairs[:-1], pool.width)
     expected = {"ids": pairs, "c_down": pairs, "c_up": pairs, "x": vectors, "dy": vectors}

@@ -30,7 +30,7 @@ from pallas_kernels.expert_update.rule import (
     step_rate,
     summands,
 )
-from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.expert_update.xla import Carry, Part
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.pallas_compat import InterpretGPUParams, rewrite_in_place
 from pallas_kernels.row_layout import RowLayout
@@ -61,6 +61,7 @@ def update_stack(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    part: Part,
     *,
     num_experts: int,
     storage: str,
@@ -69,23 +70,24 @@ def update_stack(
 ) -> Carry:
     """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
     del accumulator_bits  # they are as wide as the codes; see `cannot_update`
-    layers, _, width = gradient.x.shape
+    count, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
     interpret = InterpretGPUParams() if interpret is True else interpret
 
-    def one_layer(layer: Array, carry: Carry) -> Carry:
-        ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
+    def one_layer(number: Array, carry: Carry) -> Carry:
+        layer = part.first_layer + number
+        ids, c_down, c_up, x, dy = (leaf[number] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
         prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
         images = layout.spread(x.astype(jnp.float32), DOWN)
         images = images + layout.spread(dy.astype(jnp.float32), UP)
         codes, accumulators, sums = _rewrite(
-            carry, layer, rows, images, rule, prefix, layout, interpret
+            carry, layer, rows, images, rule, prefix, part, layout, interpret
         )
         carry = carry._replace(weights=codes, accumulators=accumulators)
         return finish(carry, layer, rows, sums, rule, layout)
 
-    return jax.lax.fori_loop(0, layers, one_layer, carry)
+    return jax.lax.fori_loop(0, count, one_layer, carry)
 
 
 def _rewrite(
@@ -95,6 +97,7 @@ def _rewrite(
     images: Float[Array, "T planes lanes"],
     rule: Hyperparameters,
     prefix: Array,
+    part: Part,
     layout: RowLayout,
     interpret: Any,
 ) -> tuple[Array, Array, RowSums]:
@@ -108,7 +111,7 @@ def _rewrite(
     lane = jnp.arange(layout.lanes, dtype=jnp.int32)
     slot, vector = layout.slot_of(lane), layout.vector_of(lane)
     inputs = (
-        jnp.stack([layer, jnp.sum(rows.is_last)]).astype(jnp.int32),
+        jnp.stack([layer, jnp.sum(rows.is_last), part.first_expert]).astype(jnp.int32),
         jnp.stack([jnp.asarray(each, jnp.float32) for each in rule]),
         jnp.stack([slot, 2 * slot + vector, layout.column_of(jnp.int32(0), lane)]),
         jax.lax.bitcast_convert_type(jnp.where(vector == 0, prefix[0], prefix[1]), jnp.int32),
@@ -191,7 +194,8 @@ def _kernel(
             _, factor = precondition(square, known_ref[1, each, last], rule.beta2, _sqrt)
             rates.append(step_rate(factor, known_ref[0, each, last], rule, bits))
         rate = on_lanes(rates)
-        state = absorb(prefix_ref[...].astype(jnp.uint32), row * layout.experts + slot)
+        expert = scalars_ref[2] + row * layout.experts + slot
+        state = absorb(prefix_ref[...].astype(jnp.uint32), expert)
         random = [absorb(state, column + plane * layout.words) for plane in planes]
         moved = [
             move(integer_step.join(code, accumulator, bits), sums, rate, word, rule)

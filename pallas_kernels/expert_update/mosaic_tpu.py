@@ -25,7 +25,7 @@ from pallas_kernels.counter_hash import Purpose, hash_words
 from pallas_kernels.expert_update.row_rule import COLUMNS, rewrite_rows, segment_of_lanes
 from pallas_kernels.expert_update.rows import RowSums, SortedRows, finish, gather
 from pallas_kernels.expert_update.rule import Hyperparameters
-from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.expert_update.xla import Carry, Part
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_copies import for_each, wait_for
 from pallas_kernels.row_layout import RowLayout
@@ -65,6 +65,7 @@ def update_stack(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    part: Part,
     *,
     num_experts: int,
     storage: str,
@@ -73,22 +74,23 @@ def update_stack(
 ) -> Carry:
     """Does the same as `pallas_kernels.expert_update.xla.update_stack`."""
     del accumulator_bits  # they are as wide as the codes; see `cannot_update`
-    layers, _, width = gradient.x.shape
+    count, _, width = gradient.x.shape
     layout = RowLayout.of(width, storage)
 
-    def one_layer(layer: Array, carry: Carry) -> Carry:
-        ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
+    def one_layer(number: Array, carry: Carry) -> Carry:
+        layer = part.first_layer + number
+        ids, c_down, c_up, x, dy = (leaf[number] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
         prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
         images = layout.spread(x.astype(jnp.float32), DOWN)
         images = images + layout.spread(dy.astype(jnp.float32), UP)
         codes, accumulators, sums = _rewrite(
-            carry, layer, rows, images, rule, prefix, layout, interpret
+            carry, layer, rows, images, rule, prefix, part, layout, interpret
         )
         carry = carry._replace(weights=codes, accumulators=accumulators)
         return finish(carry, layer, rows, sums, rule, layout)
 
-    return jax.lax.fori_loop(0, layers, one_layer, carry)
+    return jax.lax.fori_loop(0, count, one_layer, carry)
 
 
 def _rewrite(
@@ -98,6 +100,7 @@ def _rewrite(
     images: Float[Array, "T planes lanes"],
     rule: Hyperparameters,
     prefix: Array,
+    part: Part,
     layout: RowLayout,
     interpret: Any,
 ) -> tuple[Array, Array, RowSums]:
@@ -127,7 +130,8 @@ def _rewrite(
         gather(each, layer, experts).reshape(segments, size)
         for each in (carry.scales, carry.moments)
     )
-    halves = jnp.stack([rows.row >> 16, rows.row & 0xFFFF]).astype(jnp.float32)
+    row = rows.row + part.first_expert // layout.experts  # in the whole pool
+    halves = jnp.stack([row >> 16, row & 0xFFFF]).astype(jnp.float32)
     known = in_blocks(jnp.concatenate([scales, moments, halves]))
     known = jnp.pad(known, ((0, 0), (0, -known.shape[1] % 8), (0, 0)))
 

@@ -12,7 +12,7 @@ from pallas_kernels.codes import CODES, Code
 from pallas_kernels.counter_hash import Purpose
 from pallas_kernels.expert_update import integer_step
 from pallas_kernels.expert_update.rule import EPSILON, Hyperparameters, Statistics
-from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.expert_update.xla import Carry, Part
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.native_cpu.library import call
 from pallas_kernels.storage import ExpertPool
@@ -32,6 +32,7 @@ def update_stack(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    part: Part,
     *,
     num_experts: int,
     storage: str,
@@ -53,7 +54,7 @@ def update_stack(
         gradient.x.astype(jnp.float32),
         gradient.dy.astype(jnp.float32),
         jnp.stack([jnp.asarray(each, jnp.float32) for each in rule]),
-        jnp.stack([_word(seed), _word(step)]),
+        jnp.stack([_word(each) for each in (seed, step, *part)]),
         aliases={number: number for number in range(len(kept))},
         bits=code.bits,
         accumulator_bits=accumulator_bits,
@@ -61,12 +62,15 @@ def update_stack(
         numbers=_numbers(code, accumulator_bits, width),
     )
     weights, scales, accumulators, moments = new
+    at = part.first_layer + jnp.arange(gradient.ids.shape[0])
     return Carry(
         weights,
         scales,
         accumulators if accumulator_bits else carry.accumulators,
         moments,
-        Statistics(*[total + one for total, one in zip(carry.statistics, more, strict=True)]),
+        Statistics(
+            *[total.at[at].add(one) for total, one in zip(carry.statistics, more, strict=True)]
+        ),
     )
 
 

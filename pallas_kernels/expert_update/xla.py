@@ -22,6 +22,19 @@ from pallas_kernels.platforms import by_platform
 from pallas_kernels.sorted_pairs import experts_of, num_chunks, row_sums, sort_pairs
 
 
+class Part(NamedTuple):
+    """Place of the rewritten experts in a larger stack, as integers that may be traced.
+
+    Attributes:
+        first_layer: layer of the stack that the first layer of the gradient is of.
+        first_expert: number of the first expert of the arrays in the whole pool. Random bits depend
+            on the number there.
+    """
+
+    first_layer: Any = 0
+    first_expert: Any = 0
+
+
 class Carry(NamedTuple):
     """Arrays that the loop rewrites in place. Every array has a leading axis of layers."""
 
@@ -38,23 +51,24 @@ def update_stack(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    part: Part,
     *,
     num_experts: int,
     storage: str,
     accumulator_bits: int,
     chunk: int,
 ) -> Carry:
-    """Applies one step to every layer of a stack, `chunk` experts at a time."""
-    layers = gradient.ids.shape[0]
+    """Applies one step to every layer of a gradient, `chunk` experts at a time."""
 
-    def one_layer(layer: Array, carry: Carry) -> Carry:
-        ids, c_down, c_up, x, dy = (leaf[layer] for leaf in gradient)
+    def one_layer(number: Array, carry: Carry) -> Carry:
+        layer = part.first_layer + number
+        ids, c_down, c_up, x, dy = (leaf[number] for leaf in gradient)
         pairs = sort_pairs(ids, c_down, c_up, num_experts)
 
         def one_chunk(index: Array, carry: Carry) -> Carry:
             expert = experts_of(pairs, index, chunk, num_experts)
             sums = row_sums(pairs, x, dy, index, chunk)
-            operands = (carry, layer, expert, sums, rule, seed, step, storage)
+            operands = (carry, layer, expert, sums, rule, seed, step, part.first_expert, storage)
             if storage in CODES:
                 return rewrite_packed(*operands, accumulator_bits)
             return rewrite_floats(*operands)
@@ -62,7 +76,7 @@ def update_stack(
         return jax.lax.fori_loop(0, num_chunks(pairs, chunk), one_chunk, carry)
 
     def all_layers(carry: Carry) -> Carry:
-        return jax.lax.fori_loop(0, layers, one_layer, carry)
+        return jax.lax.fori_loop(0, gradient.ids.shape[0], one_layer, carry)
 
     def as_integers(carry: Carry) -> Carry:
         carry = carry._replace(weights=_bits_as(jnp.uint16, carry.weights))
@@ -84,6 +98,7 @@ def rewrite_packed(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    first_expert: Any,
     storage: str,
     accumulator_bits: int,
 ) -> Carry:
@@ -102,7 +117,8 @@ def rewrite_packed(
     else:
         accumulators = jnp.zeros_like(codes)
     column = jnp.arange(width).reshape(codes.shape[2:])
-    counters = (layer, jnp.expand_dims(matrix, ROW), jnp.expand_dims(safe, (1, 2, 3)), column)
+    numbers_in_pool = jnp.expand_dims(first_expert + safe, (1, 2, 3))
+    counters = (layer, jnp.expand_dims(matrix, ROW), numbers_in_pool, column)
     codes, accumulators, numbers, counts = step_rows(
         codes,
         accumulators,
@@ -143,6 +159,7 @@ def rewrite_floats(
     rule: Hyperparameters,
     seed: Any,
     step: Any,
+    first_expert: Any,
     storage: str,
 ) -> Carry:
     """Applies one step of the same rule to a chunk of float experts.
@@ -167,7 +184,8 @@ def rewrite_floats(
     steps = jnp.where(hit[..., None], steps, 0.0)
     new = weights + steps
     if storage == "bfloat16":
-        counters = (layer, matrix[:, None], safe[:, None, None], jnp.arange(width))
+        numbers = (first_expert + safe)[:, None, None]
+        counters = (layer, matrix[:, None], numbers, jnp.arange(width))
         bits = _round_to_bfloat16(new, hash_words(seed, Purpose.POOL_STEP, step, *counters))
         new = bits if as_bits else _bits_as(jnp.bfloat16, bits)
     to = (layer, matrix, expert[:, None])

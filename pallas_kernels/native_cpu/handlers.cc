@@ -122,23 +122,27 @@ ffi::Error Update(ffi::ThreadPool threads, S32 words, F32 scales, S32 accumulato
   UseHugePages(new_scales->typed_data(), scales.size_bytes());
   UseHugePages(new_accumulators->typed_data(), accumulators.size_bytes());
   UseHugePages(new_moments->typed_data(), moments.size_bytes());
-  const int64_t layers = ids.dimensions()[0], tokens = ids.dimensions()[1];
+  const int64_t count = ids.dimensions()[0], tokens = ids.dimensions()[1];
+  const int64_t layers = scales.dimensions()[0];
+  const int64_t first_layer = seeds.typed_data()[2], first_expert = seeds.typed_data()[3];
   const int64_t chosen = ids.dimensions()[2], width = x.dimensions()[2];
   const int64_t num_experts = scales.dimensions()[2], pairs = tokens * chosen;
   const float* three = rule.typed_data();
   const Rule how{three[0], three[1], three[2], (int)bits, (int)accumulator_bits, (int32_t)numbers[0], (int32_t)numbers[1],
                  numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
                  numbers[8]};
-  for (int64_t layer = 0; layer < layers; ++layer) {
+  for (int64_t number = 0; number < count; ++number) {
+    const int64_t layer = first_layer + number;
     const Trained pool{
         new_words->typed_data() + layer * (words.element_count() / layers),
         new_accumulators->typed_data() + layer * (accumulators.element_count() / layers),
         new_scales->typed_data() + layer * 2 * num_experts,
-        new_moments->typed_data() + layer * 2 * num_experts, num_experts, width};
-    const Gradient gradient{ids.typed_data() + layer * pairs, c_down.typed_data() + layer * pairs,
-                            c_up.typed_data() + layer * pairs,
-                            x.typed_data() + layer * tokens * width,
-                            dy.typed_data() + layer * tokens * width, tokens, chosen};
+        new_moments->typed_data() + layer * 2 * num_experts, num_experts, width, first_expert};
+    const Gradient gradient{ids.typed_data() + number * pairs,
+                            c_down.typed_data() + number * pairs,
+                            c_up.typed_data() + number * pairs,
+                            x.typed_data() + number * tokens * width,
+                            dy.typed_data() + number * tokens * width, tokens, chosen};
     uint32_t states[2], state = kGolden;
     for (uint32_t counter : {seeds.typed_data()[0], (uint32_t)purpose, seeds.typed_data()[1],
                              (uint32_t)layer})
@@ -156,7 +160,7 @@ ffi::Error Update(ffi::ThreadPool threads, S32 words, F32 scales, S32 accumulato
     for (const Statistics& each : counts) total.Add(each);
     int64_t row = 0;
     for (double each : {total.experts, total.rows, total.clipped, total.grown, total.step_size})
-      statistics->typed_data()[row++ * layers + layer] = each;
+      statistics->typed_data()[row++ * count + number] = each;
   }
   return ffi::Error::Success();
 }

@@ -45,6 +45,7 @@ struct Trained {
   int32_t *words, *accumulators;
   float *scales, *moments;  // [2, N]
   int64_t num_experts, width;
+  int64_t first_expert = 0;  // its number in the whole pool, on which random bits depend
 };
 
 struct Gradient {
@@ -276,7 +277,7 @@ inline void UpdateExperts(const Rule& rule, const Trained& pool, const Gradient&
       MoveVector(
           rule, sums[vector].data(), width, pool.words + at * words,
           pool.accumulators + at * accumulator_words, pool.scales + place, pool.moments + place,
-          Absorb(states[vector], (uint32_t)expert), values.data(), statistics);
+          Absorb(states[vector], (uint32_t)(pool.first_expert + expert)), values.data(), statistics);
     }
   }
 }

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "checkpoint",
     "data.workers",
     "kernels",
+    "mesh",
 )
 # Names of fields in earlier versions, with the fields that replace them.
 # Sections of which `config_of_student` takes the fields from the teacher.
@@ -110,6 +111,10 @@ def default_config() -> ml_collections.ConfigDict:
     # program that is fastest on its platform, and all these programs run everywhere. Sampling and
     # evaluation of a run use "auto".
     kernels.implementation = "auto"
+
+    # Sizes of the axes of the mesh of devices; -1 takes the devices that are left. Rows of a batch
+    # are split over all axes, dense parameters over `fsdp`, and pools over `expert`.
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 3e-3  # peak for all parameters except pools

@@ -23,7 +23,7 @@ from peerjax.inference.trained import Run, open_run, restore
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language_model
 from peerjax.objectives.distillation import LiveTeacher, Teacher, towards
-from peerjax.sharding import make_mesh
+from peerjax.sharding import mesh_for
 from peerjax.training.loop import train
 from peerjax.training.report import is_of
 from peerjax.training.workdir import folder_of, workdir_and_step
@@ -75,7 +75,7 @@ class Student:
         """Returns the task. With a cache, its missing files are made first."""
         check_text(self._teacher, corpus)
         self._corpus = corpus
-        weights, mesh = weights_of(config), make_mesh()
+        weights, mesh = weights_of(config), mesh_for(config)
         source: Teacher
         if self._cache is None:
             source = LiveTeacher(self._teacher.model, restore(self._teacher, mesh))
@@ -141,7 +141,7 @@ class Student:
         """Compares the finished student with its teacher, writes the report and prints it."""
         assert self._corpus is not None
         if not report.is_written(self.folder, config.steps):
-            student, mesh = open_run(str(self.folder)), make_mesh()
+            student, mesh = open_run(str(self.folder)), mesh_for(config)
             with jax.set_mesh(mesh):
                 one, other = (restore(each, mesh) for each in (self._teacher, student))
                 texts = self._compare(config, self._corpus, one, student.model, other, mesh)

@@ -27,7 +27,7 @@ from peerjax.plots import (
     plot_removals,
     plot_sinks,
 )
-from peerjax.sharding import make_mesh
+from peerjax.sharding import mesh_of_run
 from peerjax.tables import print_probes, print_table
 from peerjax.training.report import USAGE_PLOT
 from peerjax.training.workdir import check_data, check_trained_here
@@ -81,7 +81,7 @@ def evaluate_without(
     texts = _texts(run, pattern)
     choose = partial(validation_rows, count=rows)
     domains = checked_domains(run.model, texts, domains, choose)
-    mesh = make_mesh()
+    mesh = mesh_of_run(run.config)
     with jax.set_mesh(mesh):
         variables = restore(run, mesh)
         evaluate_on = partial(

@@ -21,7 +21,7 @@ from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
 from peerjax.optim.overwrite import Overwrite
 from peerjax.optim.packed_matrix import PackedMatrix, update_matrix, zero_state
-from peerjax.sharding.pools import gather_tokens, replicated_update
+from peerjax.sharding.pools import sharded_update
 
 
 class AccumulationState(NamedTuple):
@@ -200,14 +200,12 @@ def int4_accumulation(
                 return update_matrix(
                     leaf, own, gradient, hyperparameters, accumulator_bits=bits_of(leaf), **options
                 )
-            gradient = gather_tokens(gradient)
-            if clip_norm is not None:
-                gradient = gradient.clip(clip_norm, leaf.num_experts)
-            pool, *rest = replicated_update(
+            pool, *rest = sharded_update(
                 leaf,
                 own,
                 gradient,
                 hyperparameters,
+                clip_norm=clip_norm,
                 accumulator_bits=accumulator_bits,
                 implementation=implementation,
                 **options,

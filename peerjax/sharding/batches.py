@@ -24,6 +24,13 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def over_batch(x: Array) -> Array:
+    """Declares that rows of an array are split over the mesh, so that weights are gathered."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Places a process's rows on the mesh as its part of the global batch."""
     sharding = sharding_of(mesh, BATCH)

@@ -1,12 +1,19 @@
-"""Operations on pools over a mesh: every device computes its own tokens.
+"""Operations on pools over a mesh.
 
 Under `jax.set_mesh` these run inside `jax.shard_map`. Without a mesh they are the plain operations,
-so that a layer can be used on its own.
+so that a layer can be used on its own. Tokens are split over all axes of the mesh, and a pool over
+`expert` if `shards_of_pool` says so.
 """
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -15,7 +22,9 @@ from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateStat
 from pallas_kernels.factored_gradient import FactoredGradient, Tap
 from pallas_kernels.storage import ExpertPool
 from peerjax.sharding.over_mesh import over_mesh
-from peerjax.sharding.rules import BATCH
+from peerjax.sharding.rules import AXES, BATCH, EXPERT, pool_specs, shards_of_pool, state_specs
+
+LookUp = Callable[..., Array]
 
 
 def sharded_lookup(
@@ -29,27 +38,88 @@ def sharded_lookup(
     tap: Tap | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """Runs `pallas_kernels.expert_lookup.lookup` with tokens split over the `data` axis."""
+    """Runs `pallas_kernels.expert_lookup.lookup` over the mesh.
+
+    If the pool is split, devices of one `expert` group exchange their tokens. Each looks up its own
+    experts for the tokens of all of them, and sums of its outputs go back to the tokens' devices.
+    """
     if tap is None:
         tap = Tap.zeros_for(ids, x)
+    if hidden_bias is None:
+        hidden_bias = jnp.zeros(ids.shape, jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    look_up = partial(lookup, activation=activation, implementation=implementation)
+    is_split = not mesh.empty and shards_of_pool(pool.num_experts, mesh) > 1
 
     def local(pool, ids, gates, x, hidden_bias, tap):
-        return lookup(
-            pool,
-            ids,
-            gates,
-            x,
-            activation=activation,
-            hidden_bias=hidden_bias,
-            tap=tap,
-            implementation=implementation,
-        )
+        if is_split:
+            return _by_gather(look_up, local_part(pool), ids, gates, x, hidden_bias, tap)
+        return look_up(pool, ids, gates, x, hidden_bias=hidden_bias, tap=tap)
 
-    specs = (P(), BATCH, BATCH, BATCH, BATCH, BATCH)
+    specs = (P() if mesh.empty else pool_specs(pool, mesh), *[BATCH] * 5)
     return over_mesh(local, specs, BATCH)(pool, ids, gates, x, hidden_bias, tap)
 
 
-def replicated_update(
+def local_part(pool: ExpertPool) -> ExpertPool:
+    """Returns the pool of this device's experts, inside `jax.shard_map`."""
+    return dataclasses.replace(pool, num_experts=pool.num_experts // jax.lax.axis_size(EXPERT))
+
+
+def local_ids(ids: Int[Array, "*S"], num_experts: int) -> Int[Array, "*S"]:
+    """Returns expert numbers in this device's part of a pool.
+
+    Args:
+        ids: numbers in the whole pool.
+        num_experts: number of experts of each part, which stands for all others in the result.
+    """
+    own = ids - jax.lax.axis_index(EXPERT) * num_experts
+    return jnp.where((own >= 0) & (own < num_experts), own, num_experts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_gather(
+    look_up: LookUp, pool: ExpertPool, ids: Array, gates: Array, x: Array, bias: Array, tap: Tap
+) -> Array:
+    ids, gates, x, bias = map(_gathered, (ids, gates, x, bias))
+    y = look_up(pool, local_ids(ids, pool.num_experts), gates, x, hidden_bias=bias)
+    return _scattered(y)
+
+
+def _by_gather_forward(look_up, pool, ids, gates, x, bias, tap):
+    return _by_gather(look_up, pool, ids, gates, x, bias, tap), (pool, ids, gates, x, bias)
+
+
+def _by_gather_backward(look_up, kept, dy):
+    pool, *own = kept
+    ids, gates, x, bias = map(_gathered, own)
+    ids = local_ids(ids, pool.num_experts)
+
+    def forward(gates: Array, x: Array, bias: Array, tap: Tap) -> Array:
+        return look_up(pool, ids, gates, x, hidden_bias=bias, tap=tap)
+
+    _, backward = jax.vjp(forward, gates, x, bias, Tap.zeros_for(ids, x))
+    d_gates, d_x, d_bias, tap = backward(_gathered(dy))
+    # Every pair has its coefficients on one device, the one with its expert.
+    c_down, c_up = map(_scattered, (tap.c_down, tap.c_up))
+    of_pool = jax.tree.map(lambda leaf: None, pool)
+    own_tap = Tap(c_down, c_up, own[2], dy)
+    return of_pool, None, _scattered(d_gates), _scattered(d_x), _scattered(d_bias), own_tap
+
+
+_by_gather.defvjp(_by_gather_forward, _by_gather_backward)
+
+
+def _gathered(of_tokens: Array) -> Array:
+    """Returns the tokens of all devices of the `expert` group."""
+    return jax.lax.all_gather(of_tokens, EXPERT, axis=0, tiled=True)
+
+
+def _scattered(of_tokens: Array) -> Array:
+    """Returns sums over the `expert` group for this device's own tokens."""
+    return jax.lax.psum_scatter(of_tokens, EXPERT, scatter_dimension=0, tiled=True)
+
+
+def sharded_update(
     pool: ExpertPool,
     state: UpdateState,
     gradient: FactoredGradient,
@@ -57,38 +127,105 @@ def replicated_update(
     *,
     seed: Any,
     step: Any,
+    clip_norm: Any = None,
     accumulator_bits: int | None = None,
     implementation: str | None = None,
 ) -> tuple[ExpertPool, UpdateState, Statistics]:
-    """Runs the whole `pallas_kernels.expert_update.update` on every device of the mesh.
+    """Runs `pallas_kernels.expert_update.update` of a stack of pools over the mesh.
 
-    All devices have the same pool and the same gradient, and draw the same random bits.
+    Each device gathers the gradient of all tokens, one layer at a time, and rewrites the experts
+    that it has. Devices with the same experts have the same gradient, and draw the same random
+    bits. These depend on numbers in the whole pool, so they are the same on every mesh.
+
+    Args:
+        pool: a stack of pools, or one pool. One pool is not split.
+        state: its state.
+        gradient: its gradient.
+        hyperparameters: numbers of the rule.
+        seed: as in `update`.
+        step: as in `update`.
+        clip_norm: bound on the norm of the gradient of the whole stack; `None` for no bound.
+        accumulator_bits: as in `update`.
+        implementation: as in `update`.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    options: dict[str, Any] = {
+        "accumulator_bits": accumulator_bits,
+        "implementation": implementation,
+    }
+    if mesh.empty or shards_of_pool(pool.num_experts, mesh) == 1 or not pool.is_stack:
 
-    def local(seed: Any, step: Any, *operands: Any) -> tuple[ExpertPool, UpdateState, Statistics]:
-        return update(
-            *operands,
-            seed=seed,
-            step=step,
-            accumulator_bits=accumulator_bits,
-            implementation=implementation,
-        )
+        def whole(seed, step, pool, state, gradient, rule):
+            if clip_norm is not None:
+                gradient = gradient.clip(clip_norm, pool.num_experts)
+            return update(pool, state, gradient, rule, seed=seed, step=step, **options)
 
-    operands = (pool, state, gradient, hyperparameters)
-    return over_mesh(local, P(), P())(seed, step, *operands)
+        everywhere = gather_tokens(gradient)
+        return over_mesh(whole, P(), P())(seed, step, pool, state, everywhere, hyperparameters)
+
+    def part(seed, step, pool, state, gradient, rule):
+        total, pool = pool.num_experts, local_part(pool)
+        first = jax.lax.axis_index(EXPERT) * pool.num_experts
+        layers = gradient.ids.shape[0]
+
+        def of_layer(layer: Array) -> FactoredGradient:
+            def every_token(leaf: Array) -> Array:
+                own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=True)
+                return jax.lax.all_gather(own, AXES, axis=1, tiled=True)
+
+            found = jax.tree.map(every_token, gradient)
+            return found._replace(ids=local_ids(found.ids, pool.num_experts))
+
+        factor = jnp.float32(1)
+        if clip_norm is not None:
+            squares = jax.lax.fori_loop(
+                0,
+                layers,
+                lambda layer, sum: sum + jnp.square(of_layer(layer).norm(pool.num_experts)),
+                jnp.float32(0),
+            )
+            norm = jnp.sqrt(jax.lax.psum(squares, EXPERT))
+            factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+
+        def one_layer(layer: Array, carry: Any) -> Any:
+            pool, state, counts = carry
+            own = of_layer(layer)
+            own = own._replace(c_down=own.c_down * factor, c_up=own.c_up * factor)
+            pool, state, more = update(
+                pool,
+                state,
+                own,
+                rule,
+                seed=seed,
+                step=step,
+                first_layer=layer,
+                first_expert=first,
+                **options,
+            )
+            return pool, state, jax.tree.map(jnp.add, counts, more)
+
+        zeros = Statistics(*[jnp.zeros(layers, jnp.float32)] * len(Statistics._fields))
+        pool, state, counts = jax.lax.fori_loop(0, layers, one_layer, (pool, state, zeros))
+        counts = jax.tree.map(lambda leaf: jax.lax.psum(leaf, EXPERT), counts)
+        return dataclasses.replace(pool, num_experts=total), state, counts
+
+    of_pool, of_state = pool_specs(pool, mesh), state_specs(state, mesh)
+    in_specs = (P(), P(), of_pool, of_state, P(None, AXES), P())
+    mapped = over_mesh(part, in_specs, (of_pool, of_state, P()))
+    return mapped(seed, step, pool, state, gradient, hyperparameters)
 
 
 def dense_pool_gradient(
     gradient: FactoredGradient, num_experts: int
 ) -> Float[Array, "layers N 2 D"]:
-    """Returns the dense gradient of a stack of pools, summed over the mesh's `data` axis."""
+    """Returns the dense gradient of a stack of pools, summed over the tokens of all devices."""
 
     def local(gradient: FactoredGradient) -> Array:
-        return jax.lax.psum(gradient.dense(num_experts), "data")
+        return jax.lax.psum(gradient.dense(num_experts), AXES)
 
     if jax.sharding.get_abstract_mesh().empty:
         return gradient.dense(num_experts)
-    return over_mesh(local, (P(None, *BATCH),), P())(gradient)
+    return over_mesh(local, (P(None, AXES),), P())(gradient)
 
 
 def gather_tokens(gradient: FactoredGradient) -> FactoredGradient:

@@ -1,37 +1,163 @@
-"""The placement rules: which array is split over which axis of the mesh.
+"""The mesh and the placement rules: which array is split over which axis.
 
-The mesh has one axis so far, `data`. Batches are split over it, and everything else is replicated.
-A rule maps the path of a leaf in the train state (such as
-`params/run_0/block/attention/query/kernel`), its shape and the mesh to a partition of its
-dimensions. The first rule whose pattern matches the path applies.
+The axes of the mesh are `data`, `fsdp` and `expert`. Rows of a batch are split over all three.
+Dense parameters and their moments are split over `fsdp`, and gathered where they are used. Pools
+are split over `expert`: a device has a contiguous range of expert numbers.
+
+A rule maps the path of a node in the train state (such as
+`params/run_0/block/attention/query/kernel`), its shapes and the mesh to a partition of its
+dimensions. A node is an array, or a pool or its state with several arrays. The first rule whose
+pattern matches the path applies.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Rule = Callable[[str, jax.ShapeDtypeStruct, Mesh], P]
-AXES = ("data",)
-BATCH = P("data")
+from pallas_kernels.expert_update import UpdateState
+from pallas_kernels.storage import UNIT, ExpertPool
+from peerjax.errors import ConfigError
+
+Rule = Callable[[str, Any, Any], Any]
+DATA, FSDP, EXPERT = "data", "fsdp", "expert"
+AXES = (DATA, FSDP, EXPERT)
+BATCH = P(AXES)
 
 
-def replicated(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, expert: int = 1
+) -> Mesh:
+    """Arranges devices along the axes of the mesh.
+
+    Args:
+        devices: the devices; all of them by default.
+        data: size of the axis; -1 takes the devices that are left.
+        fsdp: likewise.
+        expert: likewise.
+
+    Raises:
+        ValueError: if the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = complete_sizes((data, fsdp, expert), len(devices))
+    # Auto, because under Explicit (the default) indexing a sharded array needs annotations.
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def mesh_for(config: ml_collections.ConfigDict) -> Mesh:
+    """Arranges all devices as `config.mesh` says.
+
+    Raises:
+        ConfigError: if the sizes do not fit the number of devices.
+    """
+    try:
+        return make_mesh(**config.mesh)
+    except ValueError as error:
+        raise ConfigError(f"{error}; set --config.mesh.data=-1, or other sizes") from None
+
+
+def mesh_of_run(config: ml_collections.ConfigDict) -> Mesh:
+    """Arranges all devices as those of a run, or along `data` if there are as many no more."""
+    try:
+        return mesh_for(config)
+    except ConfigError:
+        return make_mesh()
+
+
+def complete_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of the axes, with the devices that are left in place of -1.
+
+    Raises:
+        ValueError: if the sizes do not fit the number of devices.
+    """
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh sizes {named} are not positive, with at most one -1")
+    fixed = 1
+    for size in sizes:
+        fixed *= 1 if size == -1 else size
+    if devices % fixed or (-1 not in sizes and fixed != devices):
+        raise ValueError(
+            f"mesh sizes {named} do not fit {devices} device{'s' if devices > 1 else ''}"
+        )
+    data, fsdp, expert = (devices // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, expert
+
+
+def shards_of_pool(num_experts: int, mesh: Any) -> int:
+    """Returns into how many parts a mesh splits a pool.
+
+    Every part must have whole lines of words, for codes and accumulators of any width. A pool whose
+    size does not allow it is not split.
+    """
+    size = dict(mesh.shape).get(EXPERT, 1)
+    return size if num_experts % (size * UNIT) == 0 else 1
+
+
+def pool_specs(pool: ExpertPool, mesh: Any) -> ExpertPool:
+    """Returns the partition of a pool or of a stack of pools, as a tree like it."""
+    axes = _expert_axes(pool.num_experts, mesh)
+    layers = (None,) if pool.is_stack else ()
+    return dataclasses.replace(
+        pool,
+        weights=P(*layers, *axes),
+        scales=None if pool.scales is None else P(*layers, None, *axes),
+        layer=None if pool.layer is None else P(),
+    )
+
+
+def state_specs(state: UpdateState, mesh: Any) -> UpdateState:
+    """Returns the partition of the optimizer state of a stack of pools, as a tree like it."""
+    axes = _expert_axes(state.moments.shape[-1], mesh)
+    accumulators = None if state.accumulators is None else P(None, *axes)
+    moments: Any = P(None, None, *axes)
+    return UpdateState(accumulators, moments)
+
+
+def _expert_axes(num_experts: int, mesh: Any) -> tuple[str, ...]:
+    return (EXPERT,) if shards_of_pool(num_experts, mesh) > 1 else ()
+
+
+def of_pool(path: str, node: Any, mesh: Any) -> Any:
+    """Splits a pool, or its state, along the numbers of experts."""
+    if isinstance(node, ExpertPool):
+        return pool_specs(node, mesh)
+    if isinstance(node, UpdateState):
+        return state_specs(node, mesh)
+    return P()
+
+
+def largest(path: str, node: Any, mesh: Any) -> P:
+    """Splits the largest dimension of a float array that can be split, but not that of layers."""
+    size = dict(mesh.shape).get(FSDP, 1)
+    first = 1 if "run_" in path else 0
+    fits = [axis for axis in range(first, len(node.shape)) if node.shape[axis] % size == 0]
+    if size == 1 or len(node.shape) - first < 2 or not fits or node.dtype.kind not in "fV":
+        return P()
+    axis = max(fits, key=lambda axis: node.shape[axis])
+    return P(*[None] * axis, FSDP)
+
+
+def replicated(path: str, node: Any, mesh: Any) -> P:
     """Every device has the whole array."""
     return P()
 
 
-RULES: tuple[tuple[str, Rule], ...] = ((r".*", replicated),)
-
-
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices (all of them by default) along the axes of the mesh."""
-    devices = jax.devices() if devices is None else devices
-    # Auto, because under Explicit (the default) indexing a sharded array needs annotations.
-    return jax.make_mesh((len(devices),), AXES, axis_types=(AxisType.Auto,), devices=devices)
+RULES: tuple[tuple[str, Rule], ...] = (
+    (r"(.*/)?pools(/.*)?", of_pool),
+    (r"params/.*", largest),
+    (r"opt_state/.*/(mu|nu)/params/.*", largest),
+    (r".*", replicated),
+)
 
 
 def sharding_of(mesh: Mesh, spec: P) -> NamedSharding:
@@ -42,9 +168,14 @@ def sharding_of(mesh: Mesh, spec: P) -> NamedSharding:
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Returns the sharding of every leaf of a train state, by the first rule that matches."""
 
-    def of_leaf(path: Any, leaf: Any) -> NamedSharding:
+    def of_node(path: Any, node: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(rule for pattern, rule in RULES if re.fullmatch(pattern, name))
-        return sharding_of(mesh, rule(name, leaf, mesh))
+        specs = rule(name, node, mesh)
+        return jax.tree.map(
+            lambda spec: sharding_of(mesh, spec), specs, is_leaf=lambda spec: isinstance(spec, P)
+        )
 
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return jax.tree_util.tree_map_with_path(
+        of_node, state, is_leaf=lambda node: isinstance(node, ExpertPool | UpdateState)
+    )

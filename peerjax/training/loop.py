@@ -23,7 +23,7 @@ from peerjax.model import Decoder
 from peerjax.objectives import Task, language
 from peerjax.pool import count_expert_parameters, memory_report
 from peerjax.routing.running import needs_first_batch
-from peerjax.sharding import make_mesh, state_shardings
+from peerjax.sharding import mesh_for, state_shardings
 from peerjax.sharding.batches import put_batch
 from peerjax.training import report
 from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters, steps_in
@@ -87,7 +87,7 @@ def _train_in(
     source: Source | None,
 ) -> None:
     """Trains in a folder that no other process uses."""
-    optimizer, mesh = make_optimizer(config), make_mesh()
+    optimizer, mesh = make_optimizer(config), mesh_for(config)
     train_rows = task.of_rows(corpus.train)
 
     with contextlib.ExitStack() as stack:

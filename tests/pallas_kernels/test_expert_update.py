@@ -242,6 +242,58 @@ def test_chunk_sizes_and_jit_change_nothing(storage, monkeypatch):
                 np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+PARTS = 2
+
+
+@pytest.mark.parametrize(
+    ("storage", "implementation"),
+    [
+        ("int4", "native_cpu"), ("int8", "xla"), ("bfloat16", "xla"),
+        ("int4", "mosaic_tpu"), ("int4", "mosaic_gpu"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_pool_and_single_layers_are_updated_as_in_the_whole(storage, implementation):
+    num_experts, tokens = 64, 21 if implementation in ("xla", "native_cpu") else 6
+    width = D if implementation in ("xla", "native_cpu") else 128
+    pool = make_pool(storage, num_experts, width)
+    state, gradient = UpdateState.zeros_for(pool), make_gradient(1, num_experts, tokens, 5, width)
+    options = {"seed": 3, "step": 7, "implementation": implementation}
+    whole, after, counts = jax.jit(partial(update, **options))(pool, state, gradient, RULE)
+    size = num_experts // PARTS
+    total = jax.tree.map(jnp.zeros_like, counts)
+    for part in range(PARTS):
+        own, own_state, expected, expected_state = (
+            part_of(tree, part, size, num_experts) for tree in (pool, state, whole, after)
+        )
+        ids = gradient.ids - part * size
+        local = gradient._replace(ids=jnp.where((ids >= 0) & (ids < size), ids, size))
+        for layer in range(LAYERS):
+            one = jax.tree.map(lambda leaf, layer=layer: leaf[layer : layer + 1], local)
+            own, own_state, more = jax.jit(partial(update, **options))(
+                own, own_state, one, RULE, first_layer=layer, first_expert=part * size
+            )
+            total = jax.tree.map(jnp.add, total, more)
+        for found, wanted in zip(
+            *map(jax.tree.leaves, ((own, own_state), (expected, expected_state))), strict=True
+        ):
+            np.testing.assert_array_equal(found, wanted)
+    for found, wanted in zip(total, counts, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def part_of(tree, part, size, num_experts):
+    """The arrays of some of the experts, of a pool or of a state."""
+
+    def cut(leaf):
+        axis = 2 if leaf.ndim == 3 and leaf.shape[1] == 2 and leaf.shape[2] == num_experts else 1
+        count = leaf.shape[axis] // PARTS
+        return jax.lax.slice_in_dim(leaf, part * count, (part + 1) * count, axis=axis)
+
+    cut_tree = jax.tree.map(cut, tree)
+    is_pool = dataclasses.is_dataclass(tree)
+    return dataclasses.replace(cut_tree, num_experts=size) if is_pool else cut_tree
+
+
 def test_a_pool_without_layers_is_a_stack_of_one():
     stack, gradient = make_pool("int4", layers=1), make_gradient(layers=1)
     pool = dataclasses.replace(stack, weights=stack.weights[0], scales=stack.scales[0])
