@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,10 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over this process's part of each batch.
 
-    Rows are shuffled again in every epoch. Process p of P takes every P-th row, so a step uses the
-    same rows for any P. The state of the iterator is the number of batches taken, which does not
-    depend on the number of processes and workers. `next_batch` continues a run from that number.
+    Rows are shuffled again in every epoch. Process p of P takes the p-th of P equal blocks of every
+    batch, so a step uses the same rows in the same order for any P. The state of the iterator is
+    the number of batches taken, which does not depend on the number of processes and workers.
+    `next_batch` continues a run from that number.
 
     Raises:
         ConfigError: if the batch cannot be divided over the devices.
@@ -208,13 +210,38 @@ def train_batches(
             f"data.batch_size={data.batch_size} is not divisible by the {devices} devices{times}"
         )
     dataset = _shuffled(rows, config.seed).repeat()
-    dataset = dataset[jax.process_index() :: processes].batch(data.batch_size // processes)
+    if processes > 1:
+        own = BlockOfBatches(dataset, data.batch_size, jax.process_index(), processes)
+        dataset = grain.MapDataset.source(own)
+    dataset = dataset.batch(data.batch_size // processes)
     dataset = dataset[next_batch:]
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     if data.workers:
         options = grain.MultiprocessingOptions(num_workers=data.workers)
         batches = batches.mp_prefetch(options)
     return iter(batches)
+
+
+class BlockOfBatches(Sequence[Any]):
+    """The rows of one block of every batch, as a sequence.
+
+    Args:
+        rows: all rows, in the order of the batches.
+        batch_size: rows of a batch.
+        block: number of the block.
+        blocks: number of blocks of a batch. It divides the batch.
+    """
+
+    def __init__(self, rows: Sequence[Any], batch_size: int, block: int, blocks: int):
+        self._rows, self._batch, self._block = rows, batch_size, block
+        self._size = batch_size // blocks
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._batch * self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, place = divmod(int(index), self._size)
+        return self._rows[batch * self._batch + self._block * self._size + place]
 
 
 def row_order(config: ml_collections.ConfigDict, rows: PackedRows, count: int) -> list[int]:

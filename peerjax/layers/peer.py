@@ -22,7 +22,7 @@ from peerjax.routing.auxiliary import sow_loss
 from peerjax.routing.choice import Choice
 from peerjax.routing.gates import ADAPTIVE_GATES, GATES, PRODUCT, SOFTMAX, Gate
 from peerjax.routing.monet import MonetRouter, log_gates, quantile
-from peerjax.routing.product_keys import SubKeys, retrieve, retrieve_by_sub_keys
+from peerjax.routing.product_keys import SubKeys, retrieve, retrieve_by_sub_keys, spread_ids
 from peerjax.routing.running import STATS
 from peerjax.routing.running_norm import RunningNorm
 
@@ -55,6 +55,9 @@ class PeerConfig(FeedForward):
         experts_per_pair: number of experts for each pair of sub-keys, which share its gate.
         kept_pairs: number of pairs that have experts; 0 for all. The others were pruned, and a
             table has the place of each pair in the pool.
+        spread: number of parts of a pool over which the experts of each sub-key are spread evenly,
+            a divisor of the number of second sub-keys. If the axis `expert` of the mesh divides it,
+            the load of devices is more even.
         keys_on: average number of sub-keys of a side and head that "product" lets act.
         biases: whether "product" adds biases from tables: one of each sub-key for the hidden values
             of its experts, and one for the output.
@@ -81,6 +84,7 @@ class PeerConfig(FeedForward):
     group: int = 1
     experts_per_pair: int = 1
     kept_pairs: int = 0
+    spread: int = 1
     keys_on: int = 8
     biases: bool = False
 
@@ -113,7 +117,7 @@ class PeerConfig(FeedForward):
         require_choice(self, "gate", GATES)
         require_positive(self, "target", "bandwidth")
         require_not_negative(self, "always_on", "kept_pairs")
-        require_positive(self, "group", "experts_per_pair")
+        require_positive(self, "group", "experts_per_pair", "spread")
         if len(self.num_experts) != 2 or not all(
             isinstance(size, int) and size >= 1 for size in self.num_experts
         ):
@@ -127,6 +131,16 @@ class PeerConfig(FeedForward):
             raise ValueError(
                 f"peer.experts_per_head={self.experts_per_head} is not divisible by "
                 f"peer.experts_per_pair={self.experts_per_pair}"
+            )
+        if self.num_experts[1] % self.spread:
+            raise ValueError(
+                f"peer.spread={self.spread} does not divide the second of peer.num_experts="
+                f"{self.num_experts}"
+            )
+        if self.spread > 1 and self.kept_pairs:
+            raise ValueError(
+                f"peer.spread={self.spread} has no effect with peer.kept_pairs={self.kept_pairs}, "
+                "because a table numbers the experts; set it to 1"
             )
         if self.kept_pairs > self.num_pairs:
             raise ValueError(
@@ -270,7 +284,8 @@ class PEER(nn.Module):
         pairs, scores_HTk = retrieved.choose(gate)
         if gate.penalty is not None:
             sow_loss(self, "target", gate.penalty(scores_HTk))
-        choice = pairs
+        spread = spread_ids(pairs.ids, config.num_experts, config.spread)
+        choice = dataclasses.replace(pairs, ids=spread)
         if config.kept_pairs:
             choice = choice.addressed(self._addresses(), config.kept_pairs)
         return Routed(choice.expanded(config.experts_per_pair), pairs, gate_sums)

@@ -76,6 +76,36 @@ class Retrieved(NamedTuple):
         return Choice(ids_TK, gates_TK, none), scores_HTk
 
 
+def spread_ids(ids: Int[Array, "*S"], num_keys: tuple[int, int], spread: int) -> Int[Array, "*S"]:
+    """Returns the numbers of experts in a pool whose hot sub-keys lie far apart.
+
+    Expert (i, j) has the number `v N / V + i N2 / V + j div V` with `v = (i + j) mod V`. A range of
+    N / V numbers thus has equally many experts of each sub-key, first or second. With V = 1, the
+    number is `i N2 + j`.
+
+    Args:
+        ids: numbers `i N2 + j`. Larger ones do not change.
+        num_keys: (N1, N2), numbers of sub-keys.
+        spread: V, a divisor of N2.
+    """
+    n1, n2 = num_keys
+    if spread == 1:
+        return ids
+    i, j = ids // n2, ids % n2
+    part = (i + j) % spread
+    found = part * (n1 * n2 // spread) + i * (n2 // spread) + j // spread
+    return jnp.where(ids < n1 * n2, found, ids)
+
+
+def gathered_ids(ids: Int[Array, "*S"], num_keys: tuple[int, int], spread: int) -> Int[Array, "*S"]:
+    """Returns the numbers `i N2 + j` of experts: the inverse of `spread_ids`."""
+    n1, n2 = num_keys
+    part, rest = ids // (n1 * n2 // spread), ids % (n1 * n2 // spread)
+    i, place = rest // (n2 // spread), rest % (n2 // spread)
+    found = i * n2 + (part - i) % spread + spread * place
+    return jnp.where(ids < n1 * n2, found, ids)
+
+
 def retrieve_by_sub_keys(
     first: SubKeys, second: SubKeys, k: int, implementation: str | None = None
 ) -> Retrieved:

@@ -18,7 +18,7 @@ def sharded_top_k_pairs(
     k: int,
     implementation: str | None = None,
 ) -> Int[Array, "H T k"]:
-    """Runs `pallas_kernels.product_keys.top_k_pairs` with tokens split over the `data` axis."""
+    """Runs `pallas_kernels.product_keys.top_k_pairs` with tokens split over the mesh."""
     local = partial(product_keys.top_k_pairs, k=k, implementation=implementation)
     return over_mesh(local, (BY_HEAD, BY_HEAD), BY_HEAD)(scores1_HTN, scores2_HTM)
 
@@ -30,7 +30,7 @@ def sharded_scores_at(
     index_HTk: Int[Array, "H T k"],
     implementation: str | None = None,
 ) -> Float[Array, "H T k"]:
-    """Runs `pallas_kernels.product_keys.scores_at` with tokens split over the `data` axis."""
+    """Runs `pallas_kernels.product_keys.scores_at` with tokens split over the mesh."""
     local = partial(product_keys.scores_at, implementation=implementation)
     specs = (BATCH, P(), BY_HEAD, BY_HEAD)
     return over_mesh(local, specs, BY_HEAD)(query_THd, keys_HNd, scores_HTN, index_HTk)

@@ -149,6 +149,8 @@ def test_fields_of_configurations_without_monet_are_refused():
     [
         ({"experts_per_head": 6, "experts_per_pair": 4}, "experts_per_head=6 is not divisible"),
         ({"kept_pairs": 65}, "kept_pairs=65 is more than the 64 pairs"),
+        ({"spread": 3}, "peer.spread=3 does not divide"),
+        ({"spread": 2, "kept_pairs": 8}, "peer.spread=2 has no effect with peer.kept_pairs=8"),
         ({"biases": True}, "peer.biases needs peer.gate='product'"),
         ({"gate": "product", "num_experts": (8, 4)}, "has unequal sizes"),
         ({"gate": "product", "keys_on": 9}, "peer.keys_on: top_k=9 is not in 1 .. 8"),

@@ -10,7 +10,7 @@ from peerjax.layers.spec import Context
 from peerjax.pool import initialize_pool
 from peerjax.routing.choice import Choice
 from peerjax.routing.gates import Gate
-from peerjax.routing.product_keys import product_key_choice
+from peerjax.routing.product_keys import gathered_ids, product_key_choice, spread_ids
 
 TOKENS, K, N, WIDTH = 5, 4, 12, 16
 
@@ -107,3 +107,24 @@ def test_a_budget_and_removal_act_on_what_is_looked_up():
     other = {"pool": initialize_pool(jax.random.key(0), 1, 13, WIDTH)}
     with pytest.raises(ValueError, match="among 12 experts, but the pool 'pool' has 13"):
         layer.apply({}, x, choice, context._replace(pools=other))
+
+
+@pytest.mark.parametrize(("n1", "n2", "spread"), [(8, 8, 4), (6, 8, 8), (5, 12, 3), (4, 4, 1)])
+def test_a_range_of_spread_numbers_has_equally_many_experts_of_each_sub_key(n1, n2, spread):
+    ids = jnp.arange(n1 * n2 + 1)
+    found = spread_ids(ids, (n1, n2), spread)
+    expected = [
+        (i + j) % spread * (n1 * n2 // spread) + i * (n2 // spread) + j // spread
+        for i in range(n1)
+        for j in range(n2)
+    ]
+    assert found.tolist() == [*expected, n1 * n2]
+    assert sorted(expected) == list(range(n1 * n2))
+    assert gathered_ids(found, (n1, n2), spread).tolist() == ids.tolist()
+    firsts, seconds = np.divmod(np.argsort(expected), n2)
+    size = n1 * n2 // spread
+    for part in range(spread):
+        own = slice(part * size, (part + 1) * size)
+        assert set(np.bincount(firsts[own], minlength=n1)) == {n2 // spread}
+        if n1 % spread == 0:
+            assert set(np.bincount(seconds[own], minlength=n2)) == {n1 // spread}
