@@ -21,4 +21,6 @@ CACHE = flags.DEFINE_string(
 flags.mark_flags_as_required(["config", "teacher", "workdir"])
 
 if __name__ == "__main__":
-    script.run(lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG)
+    script.run(
+        lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG, joins=True
+    )

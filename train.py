@@ -13,4 +13,4 @@ WORKDIR = flags.DEFINE_string(
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    script.run(lambda: train(CONFIG.value, WORKDIR.value), CONFIG)
+    script.run(lambda: train(CONFIG.value, WORKDIR.value), CONFIG, joins=True)

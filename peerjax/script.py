@@ -11,13 +11,24 @@ import ml_collections
 from absl import app, flags
 
 from peerjax.errors import CheckpointError, UserError
+from peerjax.processes import is_joint, join
+from peerjax.supervisor import is_child, supervise
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, for a run with several processes."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of the run.", 1)
+PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0)
 
 
 def run(
     main: Callable[[], None],
     config: flags.FlagHolder[ml_collections.ConfigDict] | None = None,
+    joins: bool = False,
 ) -> None:
     """Parses flags, loads the configuration that the flag `config` names, and calls `main`.
+
+    With `joins`, the process first joins the other processes of the run.
 
     A user's mistake prints one line and gives exit status 2. A diverged run gives exit status 3.
     """
@@ -39,6 +50,10 @@ def run(
         if not flags.FLAGS["verbosity"].present:
             _silence_background_saves()
         try:
+            if joins and is_joint(COORDINATOR.value) and not is_child():
+                sys.exit(supervise(sys.argv))
+            if joins:
+                join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
             main()
         except CheckpointError as error:
             sys.unraisablehook = lambda _: (

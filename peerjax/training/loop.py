@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from peerjax.flops import forward_flops
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language
 from peerjax.pool import count_expert_parameters, memory_report
+from peerjax.processes import check_agreement, code_digest, is_first
 from peerjax.routing.running import needs_first_batch
 from peerjax.sharding import mesh_for, state_shardings
 from peerjax.sharding.batches import put_batch
@@ -49,8 +51,8 @@ MakeTask = Callable[[ml_collections.ConfigDict, Corpus], Task]
 def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask = language) -> None:
     """Trains a model, or continues from the newest checkpoint in `workdir`.
 
-    Training runs in one process with all devices. It stops with an error if there are several
-    processes.
+    With several processes (`peerjax.processes`), every process calls this function with the same
+    arguments. Process 0 writes the files of the run, except for checkpoints.
 
     Args:
         config: configuration of the run; see `peerjax.config`.
@@ -65,7 +67,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     # ---- Configuration, text and task ----
     folder = folder_of(workdir)
     validate(config)
-    _refuse_several_processes()
     _refuse_unusable_kernels(config)
     check_config(folder, config)
     corpus = load_corpus(config)
@@ -74,8 +75,16 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     if config.init_from and not steps_in(folder):
         source = Source(config)
         source.check(task.model, corpus.tokenizer)
+    check_agreement(
+        {
+            "the configuration": config.to_json_best_effort(sort_keys=True),
+            "the text": json.dumps(corpus.identity),
+            "the code": code_digest(),
+            "the newest checkpoint": str(steps_in(folder)[-1:]),
+        }
+    )
     make_folder(folder)
-    with alone_in(folder):
+    with alone_in(folder) if is_first() else contextlib.nullcontext():
         _train_in(folder, config, corpus, task, source)
 
 
@@ -103,8 +112,9 @@ def _train_in(
         checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
         start = checkpoints.latest_step
         if start is not None and start >= config.steps and report.is_of(folder, start):
-            print(f"the run in {folder} has finished its {start} steps; raise steps to continue")
-            report.print_report(folder)
+            if is_first():
+                print(f"the run in {folder} has finished {start} steps; raise steps to continue")
+                report.print_report(folder)
             return
         if start is not None:
             state, next_batch = checkpoints.restore(start, abstract(shapes, shardings))
@@ -122,9 +132,10 @@ def _train_in(
                 batches = itertools.chain([first], batches)
                 set_first = jax.jit(partial(set_by_first_batch, task), donate_argnums=0)
                 state = set_first(state, put_batch(mesh, first))
-        record(folder, config, corpus.tokenizer, corpus.identity)
+        if is_first():
+            record(folder, config, corpus.tokenizer, corpus.identity)
         kernels = dispatch.identity(implementation_of(config))
-        kernels_before = record_kernels(folder, kernels)
+        kernels_before = record_kernels(folder, kernels) if is_first() else None
 
         # ---- Step, probes and output ----
         train_step = jax.jit(make_train_step(config, task, optimizer), donate_argnums=0)
@@ -133,7 +144,7 @@ def _train_in(
         step = start or 0
         first_written = 0 if start is None else start + 1
         writer = stack.enter_context(MetricsWriter(folder, first_written))
-        if shapes.pools and jax.process_index() == 0:
+        if shapes.pools and is_first():
             gradients = gradient_shapes(task, tokens_per_step)
             report.print_memory(
                 memory_report(shapes.pools, state_of_pools(shapes.opt_state), gradients)
@@ -211,9 +222,11 @@ def _train_in(
             evaluation = evaluate_now()
 
     # ---- End ----
+    if not is_first():
+        return
     if step < config.steps:
         print(f"stopped and saved after step {step}; run the same command to continue")
-    elif jax.process_index() == 0:
+    else:
         facts = {
             "steps": step,
             "tokens_per_step": tokens_per_step,
@@ -225,14 +238,6 @@ def _train_in(
         }
         report.write_report(folder, evaluation, facts)
         report.print_report(folder)
-
-
-def _refuse_several_processes() -> None:
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"JAX runs as {jax.process_count()} processes, but training supports only one; start "
-            "it on a single host, without jax.distributed"
-        )
 
 
 def _refuse_unusable_kernels(config: ml_collections.ConfigDict) -> None:

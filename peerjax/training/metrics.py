@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 
-import jax
 import rich.console
 import rich.progress
 from etils import epath
@@ -16,12 +15,15 @@ from tensorboardX import SummaryWriter
 
 from peerjax.atomic import write_atomically
 from peerjax.errors import UserError
+from peerjax.processes import is_first
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 class MetricsWriter:
     """Writes one line a step to `metrics.jsonl`, and the same metrics to TensorBoard.
+
+    Of several processes, only the first writes.
 
     Nothing in the file depends on the clock. A run that was killed and continued writes the same
     bytes as one that was not killed.
@@ -34,6 +36,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.Path, first_step: int):
         self._path = workdir / FILE
+        self._events: SummaryWriter | None = None
+        if not is_first():
+            return
         kept = [line for line in read_metrics(workdir) if line["step"] < first_step]
         write_atomically(self._path, "".join(map(_as_line, kept)))
         self._events = SummaryWriter(str(workdir / EVENTS), purge_step=first_step)
@@ -47,6 +52,8 @@ class MetricsWriter:
         Raises:
             UserError: if the file cannot be written.
         """
+        if not is_first():
+            return
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         try:
             with self._path.open("a") as file:
@@ -60,6 +67,8 @@ class MetricsWriter:
 
     def write_events(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes metrics to TensorBoard only. Use it for metrics that depend on the clock."""
+        if self._events is None:
+            return
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 
@@ -67,7 +76,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float | int]]:
@@ -103,7 +113,7 @@ class Progress:
         self._start: float | None = None
         self.tokens_per_second = 0.0  # without the first step of this process, which compiles
         self._bar: rich.progress.Progress | None = None
-        self._quiet = jax.process_index() != 0
+        self._quiet = not is_first()
         if not self._quiet and sys.stdout.isatty():
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),

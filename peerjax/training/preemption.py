@@ -1,5 +1,6 @@
 """Clean stop of training on a signal."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -7,11 +8,14 @@ from types import FrameType
 import jax
 from orbax.checkpoint import utils
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopSignals:
     """Inside this context, the training loop saves and ends after SIGTERM or the first Ctrl-C.
 
-    With several processes, JAX's preemption service finds a common step for all machines.
+    With several processes, JAX's preemption service has a handler of SIGTERM, and finds a step that
+    no process has reached yet. All of them stop there.
     """
 
     def __init__(self) -> None:
@@ -21,7 +25,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # Handlers can be set only in the main thread. In other threads signals keep their effect.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS if jax.process_count() == 1 else (signal.SIGINT,):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -36,6 +40,8 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         self._restore()  # a second Ctrl-C ends the process at once
 
     def _restore(self) -> None:

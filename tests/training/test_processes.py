@@ -1,0 +1,153 @@
+"""Several processes on one machine, joined by JAX's runtime."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peerjax.errors import ConfigError
+from peerjax.processes import join
+from tests.conftest import REPOSITORY
+
+STEPS = 8
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def recipe(corpus, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from tests.training.tiny import tiny_config\n"
+        "def get_config():\n"
+        f"    config = tiny_config({corpus!r})\n"
+        "    config.peer.num_experts = (32, 32)\n"
+        f"    config.steps = {STEPS}\n"
+        "    return config\n"
+    )
+    return path
+
+
+def start(recipe, workdir, count, devices, *flags, per_process=()):
+    """Starts processes that train together; one alone is given no coordinator."""
+    options = f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}"
+    environment = {**os.environ, "XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
+    port, processes = free_port(), []
+    for index in range(count):
+        joint = (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}")
+        own = per_process[index] if per_process else ()
+        command = [sys.executable, "train.py", f"--config={recipe}", f"--workdir={workdir}", *flags]
+        processes.append(
+            subprocess.Popen(
+                [*command, *(joint if count > 1 else ()), *own],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes):
+    """Waits for all; returns their outputs and statuses."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    statuses = [process.returncode for process in processes]
+    return [(status, *output) for status, output in zip(statuses, outputs, strict=True)]
+
+
+def losses(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return {each["step"]: each["loss"] for each in map(json.loads, lines) if "loss" in each}
+
+
+def wait_for_step(workdir, step, processes):
+    path = Path(workdir) / "metrics.jsonl"
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) > step:
+            return
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_survive_a_signal_and_a_loss(recipe, tmp_path):
+    ((status, _, error),) = finish(start(recipe, tmp_path / "one", 1, 1))
+    assert not status, error
+    alone = losses(tmp_path / "one")
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
+    two = finish(start(recipe, tmp_path / "two", 2, 2, *mesh))
+    assert [status for status, _, _ in two] == [0, 0], two
+    assert "nats/token" in two[0][1]
+    assert "nats/token" not in two[1][1]  # only process 0 prints
+    together = losses(tmp_path / "two")
+    assert together.keys() == alone.keys()
+    for step, loss in alone.items():
+        assert abs(together[step] - loss) < 1e-3 * loss
+
+    # SIGTERM to one process stops all, after one common step.
+    long = ("--config.steps=3000", "--config.eval.every=3000", *mesh)
+    processes = start(recipe, tmp_path / "long", 2, 2, *long)
+    wait_for_step(tmp_path / "long", 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    found = finish(processes)
+    assert [status for status, _, _ in found] == [0, 0], found
+    (line,) = (each for each in found[0][1].splitlines() if each.startswith("stopped and saved"))
+    stopped = int(line.split("after step ")[1].split(";")[0])
+    assert (tmp_path / "long" / "checkpoints" / str(stopped)).exists()
+
+    # A lost process ends the others with one sentence, and the same command goes on.
+    processes = start(recipe, tmp_path / "long", 2, 2, *long)
+    wait_for_step(tmp_path / "long", stopped + 4, processes)
+    begun = time.monotonic()
+    processes[1].kill()
+    (status, _, error), _ = finish(processes)
+    assert time.monotonic() - begun < 60
+    assert status == 1
+    assert error.strip().splitlines()[-1].startswith("error: another process of the run was lost")
+    assert "stack trace" not in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_stop(recipe, tmp_path):
+    different = (("--config.seed=1",), ("--config.seed=2",))
+    found = finish(start(recipe, tmp_path / "run", 2, 1, per_process=different))
+    for status, _, error in found:
+        assert status == 2
+        assert "the processes do not agree: the configuration of some differs" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port}"):
+            join(f"127.0.0.1:{port}", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", 2, None), "go together"),
+        (("127.0.0.1:1", 2, 2), r"--process=2 is not in \[0, 2\)"),
+        (("localhost", 2, 0), "is not an address"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        join(*arguments)
