@@ -30,7 +30,7 @@ def _series():
 def test_every_comparison_is_of_the_runs_it_names(tmp_path, monkeypatch):
     trained = []
 
-    def pretend(recipe, settings, keep_series=False, backend=None):
+    def pretend(recipe, settings, keep_series=False, backend=None, teacher=None):
         trained.append(settings)
         return sweep.Run(_loss(settings), {}, 0.0, series=_series() if keep_series else [])
 

@@ -36,7 +36,7 @@ def test_every_rate_of_every_arm_is_tuned_and_losses_are_paired_by_seed(tmp_path
     trained = []
     best = {"mixture": 3e-3, "pool": 1e-1}
 
-    def pretend(recipe, settings, backend=None):
+    def pretend(recipe, settings, backend=None, teacher=None):
         """Loss by kind and seed, least at the best rates."""
         trained.append(settings)
         kind = "mixture" if "moe.hidden" in settings else "dense"

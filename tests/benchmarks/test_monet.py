@@ -9,7 +9,7 @@ def _pretend(monkeypatch, tmp_path):
     """Monet is 0.1 behind, takes twice the time of PEER, and gains 0.3 in half the steps."""
     trained = []
 
-    def train(recipe, settings, backend=None):
+    def train(recipe, settings, backend=None, teacher=None):
         trained.append(settings)
         loss = 4.0 + 0.01 * settings["seed"] + 0.1 * ("monet.storage" in settings)
         loss += 0.05 * ("int4" in settings.values())

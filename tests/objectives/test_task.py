@@ -54,4 +54,4 @@ def test_the_teacher_is_no_constant_of_the_step():
         jax.jit(step)(state, make_batch(), each)[1]["loss"] for each in (teacher, state.variables)
     ]
     assert found[0] > 0
-    assert found[1] == 0  # a teacher that is the model itself
+    assert abs(found[1]) < 1e-12  # a teacher that is the model itself

@@ -17,7 +17,7 @@ from pallas_kernels.expert_update import mosaic_gpu as update_gpu
 from pallas_kernels.expert_update import mosaic_tpu as update_tpu
 from pallas_kernels.expert_update import xla as update_xla
 from pallas_kernels.expert_update.rows import SortedRows
-from pallas_kernels.expert_update.xla import Carry
+from pallas_kernels.expert_update.xla import Carry, Part
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
 from tests.pallas_kernels.interpreters import no_races_on_gpu, no_races_on_tpu
@@ -61,9 +61,11 @@ def check_update(kernel, interpreter, tokens):
     carry = Carry(pool.weights, pool.scales, *state, Statistics(*[zeros] * 5))
     sizes = {"num_experts": num_experts, "storage": "int4", "accumulator_bits": 4}
     by_xla = functools.partial(update_xla.update_stack, chunk=16, **sizes)
-    expected = by_xla(carry, gradient, rule, 1, 2)
+    expected = by_xla(carry, gradient, rule, 1, 2, Part())
     with interpreter() as interpret:
-        found = kernel.update_stack(carry, gradient, rule, 1, 2, interpret=interpret, **sizes)
+        found = kernel.update_stack(
+            carry, gradient, rule, 1, 2, Part(), interpret=interpret, **sizes
+        )
         found = jax.block_until_ready(found)
     assert np.mean(np.asarray(found.weights) != np.asarray(expected.weights)) <= 1e-3
     assert_equal_to_rounding(found[1:2] + found[3:], expected[1:2] + expected[3:], 1e-4)
