@@ -113,7 +113,9 @@ def _train_in(
         start = checkpoints.latest_step
         if start is not None and start >= config.steps and report.is_of(folder, start):
             if is_first():
-                print(f"the run in {folder} has finished {start} steps; raise steps to continue")
+                print(
+                    f"the run in {folder} has finished its {start} steps; raise steps to continue"
+                )
                 report.print_report(folder)
             return
         if start is not None:
