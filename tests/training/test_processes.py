@@ -74,7 +74,7 @@ def losses(workdir):
 
 def wait_for_step(workdir, step, processes):
     path = Path(workdir) / "metrics.jsonl"
-    for _ in range(600):
+    for _ in range(2400):  # four minutes
         if path.exists() and len(path.read_text().splitlines()) > step:
             return
         assert all(process.poll() is None for process in processes), finish(processes)
