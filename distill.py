@@ -21,6 +21,4 @@ CACHE = flags.DEFINE_string(
 flags.mark_flags_as_required(["config", "teacher", "workdir"])
 
 if __name__ == "__main__":
-    script.run(
-        lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG, joins=True
-    )
+    script.run(lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG)

@@ -10,7 +10,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as config
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run. If it holds a run, training continues."
 )
+JOINT = script.Joint.define()
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    script.run(lambda: train(CONFIG.value, WORKDIR.value), CONFIG, joins=True)
+    script.run(lambda: train(CONFIG.value, WORKDIR.value), CONFIG, JOINT)

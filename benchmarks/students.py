@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from benchmarks.protocol import OF_POOLS, SEEDS, SHARED
 from benchmarks.recipes import config_of
-from benchmarks.sweep import Interval, Run, Settings, Teacher, at_once, train, tune_rates
+from benchmarks.sweep import Interval, Run, Settings, Teacher, at_once, paired, train, tune_rates
 
 PART = 0.1  # of the teacher's tokens
 SPLIT: Settings = {"data.validation_fraction": 0.15}
@@ -120,9 +119,7 @@ def closed(before: Sequence[float], after: Sequence[float], bottom: Sequence[flo
         bottom: losses of the teachers that were trained on.
     """
     shares = np.subtract(before, after) / np.subtract(before, bottom)
-    quantile = scipy.stats.t.ppf(0.975, len(shares) - 1)
-    half = quantile * shares.std(ddof=1) / len(shares) ** 0.5
-    return Interval(float(shares.mean()), float(half))
+    return paired(shares.tolist(), [0.0] * len(shares))
 
 
 def last_fifth(run: Run) -> float:

@@ -160,12 +160,12 @@ def _name_of(settings: Settings) -> str:
 def _look_up(
     recipe: str, settings: Settings, backend: str | None, teacher: Teacher | None = None
 ) -> Run | None:
-    wanted = {"recipe": recipe, "settings": settings} | _of_teacher(teacher)
+    wanted = {"recipe": recipe, "settings": settings, "teacher": None} | _of_teacher(teacher)
     wanted = json.loads(json.dumps(wanted))
     wanted |= {} if backend is None else {"backend": backend}
     lines = LEDGER.read_text().splitlines() if LEDGER.exists() else []
     for record in map(json.loads, lines):
-        if wanted.items() <= record.items():
+        if wanted.items() <= {"teacher": None, **record}.items():
             loss = record["nats_per_token"]
             fields = {name: record[name] for name in Run._fields if name in record}
             return Run(**fields | {"nats_per_token": math.inf if loss is None else loss})

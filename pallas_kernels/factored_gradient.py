@@ -23,6 +23,11 @@ from pallas_kernels.sorted_pairs import num_chunks, row_sums, sort_pairs
 CHUNK = 256
 
 
+def clip_factor(norm: Float[Array, ""], max_norm: float | Float[Array, ""]) -> Float[Array, ""]:
+    """Returns the factor with which a gradient of some norm has at most the norm `max_norm`."""
+    return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
+
+
 class Tap(NamedTuple):
     """Zeros for `lookup`. Their "gradient" is the factored gradient without its ids."""
 
@@ -60,7 +65,10 @@ class FactoredGradient(NamedTuple):
 
     def clip(self, max_norm: float | Float[Array, ""], num_experts: int) -> FactoredGradient:
         """Scales the coefficients so that `norm` is at most `max_norm`."""
-        factor = jnp.minimum(1.0, max_norm / jnp.maximum(self.norm(num_experts), 1e-30))
+        return self.scaled(clip_factor(self.norm(num_experts), max_norm))
+
+    def scaled(self, factor: Float[Array, ""]) -> FactoredGradient:
+        """Returns the gradient times a number."""
         return self._replace(c_down=self.c_down * factor, c_up=self.c_up * factor)
 
     def dense(self, num_experts: int) -> Float[Array, "*layers N 2 D"]:

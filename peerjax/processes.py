@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,27 +20,44 @@ from peerjax.errors import ConfigError
 TIMEOUT, HEARTBEAT = 120, 30
 
 
-def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+class Place(NamedTuple):
+    """Place of a process among those that train together.
+
+    Attributes:
+        coordinator: "host:port", which process 0 opens; the same for all.
+        processes: number of processes.
+        process: number of this process.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether this is one of several processes."""
+        return any(value is not None for value in self) or _is_in_cluster()
+
+
+def join(place: Place) -> None:
     """Joins the other processes of a run. Call this before JAX looks for devices.
 
-    On TPU pods, Slurm and GKE, JAX finds the processes by itself. Elsewhere each process is given
-    the same address and count, and its own index. A process that is alone joins nothing.
+    On TPU pods and in a step of Slurm, JAX finds the processes by itself, and the place is empty. A
+    process that is alone joins nothing.
 
     Args:
-        address: "host:port" of the coordinator, which process 0 starts.
-        count: number of processes.
-        index: number of this process.
+        place: place of this process.
 
     Raises:
-        ConfigError: if only some of the arguments are given, the port is taken, or the coordinator
-            does not answer.
+        ConfigError: if only some of the place is given, the port is taken, or the coordinator does
+            not answer.
     """
-    given = [value is not None for value in (address, count, index)]
-    if not any(given):
-        if _is_in_cluster():
+    if place == Place():
+        if place.is_joint:
             _initialize({})
         return
-    if not all(given) or address is None or count is None or index is None:
+    address, count, index = place
+    if address is None or count is None or index is None:
         raise ConfigError(
             "--coordinator, --processes and --process go together; give all three to each process"
         )
@@ -61,11 +79,6 @@ def join(address: str | None = None, count: int | None = None, index: int | None
     )
 
 
-def is_joint(address: str | None) -> bool:
-    """Returns whether this is one of several processes, before they have joined."""
-    return address is not None or _is_in_cluster()
-
-
 def _initialize(arguments: Mapping[str, object]) -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -85,11 +98,11 @@ def _initialize(arguments: Mapping[str, object]) -> None:
 
 def _is_in_cluster() -> bool:
     """Returns whether the environment describes several processes that JAX can find by itself."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    # SLURM_PROCID is absent in an allocation that has not started a step.
+    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
     return (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        or "," in hosts
-        or "JAX_COORDINATOR_ADDRESS" in os.environ
+        tasks > 1
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
         or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
     )
 

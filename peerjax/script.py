@@ -4,31 +4,44 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import absl.logging
 import ml_collections
 from absl import app, flags
 
 from peerjax.errors import CheckpointError, UserError
-from peerjax.processes import is_joint, join
+from peerjax.processes import Place, join
 from peerjax.supervisor import is_child, supervise
 
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, for a run with several processes."
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of the run.", 1)
-PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0)
+
+class Joint(NamedTuple):
+    """Flags of a script that several processes can run together."""
+
+    coordinator: flags.FlagHolder[str | None]
+    processes: flags.FlagHolder[int | None]
+    process: flags.FlagHolder[int | None]
+
+    @staticmethod
+    def define() -> "Joint":
+        """Defines the flags."""
+        return Joint(
+            flags.DEFINE_string(
+                "coordinator", None, "host:port of process 0, for a run with several processes."
+            ),
+            flags.DEFINE_integer("processes", None, "Number of processes of the run.", 1),
+            flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0),
+        )
 
 
 def run(
     main: Callable[[], None],
     config: flags.FlagHolder[ml_collections.ConfigDict] | None = None,
-    joins: bool = False,
+    joint: Joint | None = None,
 ) -> None:
     """Parses flags, loads the configuration that the flag `config` names, and calls `main`.
 
-    With `joins`, the process first joins the other processes of the run.
+    With the flags `joint`, the process first joins the other processes of the run.
 
     A user's mistake prints one line and gives exit status 2. A diverged run gives exit status 3.
     """
@@ -50,10 +63,11 @@ def run(
         if not flags.FLAGS["verbosity"].present:
             _silence_background_saves()
         try:
-            if joins and is_joint(COORDINATOR.value) and not is_child():
-                sys.exit(supervise(sys.argv))
-            if joins:
-                join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+            if joint is not None:
+                place = Place(joint.coordinator.value, joint.processes.value, joint.process.value)
+                if place.is_joint and not is_child():
+                    sys.exit(supervise(sys.argv))
+                join(place)
             main()
         except CheckpointError as error:
             sys.unraisablehook = lambda _: (

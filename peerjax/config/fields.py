@@ -23,12 +23,12 @@ CHANGEABLE = (
     "mesh",
 )
 # Names of fields in earlier versions, with the fields that replace them.
-# Sections of which `config_of_student` takes the fields from the teacher.
-OF_TEACHER = ("data", "model", *dict.fromkeys(kind.section for kind in FEED_FORWARDS.values()))
 RENAMED = {
     "model.mlp_width": ("mlp.hidden",),
     "model.activation": ("mlp.activation", "moe.activation"),
 }
+# Sections of which `config_of_student` takes the fields from the teacher.
+OF_TEACHER = ("data", "model", *dict.fromkeys(kind.section for kind in FEED_FORWARDS.values()))
 
 
 def default_config() -> ml_collections.ConfigDict:

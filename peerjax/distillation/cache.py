@@ -32,7 +32,7 @@ from peerjax.errors import ConfigError, DataError
 from peerjax.evaluation.evaluate import whole_batches
 from peerjax.inference.trained import Run
 from peerjax.model import Decoder
-from peerjax.objectives.distillation import Distillation, LiveTeacher, Prediction
+from peerjax.objectives.distillation import Distillation, Prediction, predictions
 from peerjax.objectives.soft_targets import TEMPERATURES, SoftTargets
 from peerjax.objectives.task import Batch
 from peerjax.optim import dequantize
@@ -236,9 +236,7 @@ def _fields(
     model: Decoder, contents: Contents, variables: Any, batch: dict[str, Array]
 ) -> dict[str, Array]:
     """Returns the predictions of the teacher for a batch, as fields of its rows."""
-    beta = (float(any(contents.outputs)),) * 2
-    weights = Distillation((1.0, 1.0), (1.0, 1.0), beta, contents.top_k)
-    predicted = LiveTeacher(model, variables).predict(batch, variables, weights)
+    predicted = predictions(model, variables, batch, contents.top_k, any(contents.outputs))
     assert isinstance(predicted.tokens, SoftTargets)
     fields = dict(zip((IDS, LOG_PROBS, RESTS), predicted.tokens, strict=True))
     if predicted.outputs is None:

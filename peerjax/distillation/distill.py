@@ -18,6 +18,7 @@ from peerjax.distillation.cache import Cache, CachedTeacher, Contents
 from peerjax.distillation.comparison import compare, summary
 from peerjax.distillation.starts import Conversion
 from peerjax.distillation.student import check_text, student_config, weights_of
+from peerjax.errors import ConfigError
 from peerjax.evaluation import ALL
 from peerjax.inference.trained import Run, open_run, restore
 from peerjax.model import Decoder
@@ -37,6 +38,8 @@ def distill(
 ) -> None:
     """Trains a student, or continues from the newest checkpoint in `workdir`, and reports.
 
+    It runs in one process with all devices.
+
     Args:
         recipe: configuration of the student, as `student_config` takes it.
         workdir: folder of the student's run. Beside the files of `train`, it gets `starts.json` and
@@ -48,6 +51,11 @@ def distill(
     Raises:
         UserError: a subclass of it, with one sentence that names the problem and the remedy.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"JAX runs as {jax.process_count()} processes, but distillation supports only one; "
+            "start it on a single host"
+        )
     folder, step = workdir_and_step(teacher)
     run = open_run(str(folder), step)
     config = student_config(recipe, run, teacher, cached=cache is not None)
@@ -93,13 +101,14 @@ class Student:
         )
         if config.distill.start == OWN:
             return task
-        return task._replace(start=lambda mesh: self._start(config, corpus, task.model, mesh))
+        return task._replace(start=lambda mesh: self._start(config, corpus, task, mesh))
 
     def _start(
-        self, config: ml_collections.ConfigDict, corpus: Corpus, student: Decoder, mesh: Mesh
+        self, config: ml_collections.ConfigDict, corpus: Corpus, task: Task, mesh: Mesh
     ) -> dict[str, Any]:
         """Returns the first weights, and writes the loss of every stage of the conversion."""
-        variables = restore(self._teacher, mesh)
+        student = task.model
+        variables = task.frozen or restore(self._teacher, mesh)  # a cached teacher is not there
         given = Conversion(config, self._teacher.model, variables, student, corpus.train, mesh)
         record, chosen = [], {}
         for stage in given.stages():

@@ -117,7 +117,10 @@ class Conversion(NamedTuple):
         every = {"experts_per_head": facts[MOST] * peer.experts_per_pair}
         floats = self.teacher.config.depth * peer.num_experts[0] * peer.num_experts[1]
         floats *= peer.experts_per_pair * 2 * self.teacher.config.width
-        if self.config.distill.start == MONET and floats <= LARGEST_POOLS:
+        is_small = floats <= LARGEST_POOLS
+        if not is_small:
+            print(f"the stages before the cut are left out: they have {floats:,} float weights")
+        if self.config.distill.start == MONET and is_small:
             yield stage("as PEER", {}, kept_pairs=0, **every)
             if kept:
                 yield stage("pruned", kept, **every)

@@ -141,14 +141,25 @@ class LiveTeacher(NamedTuple):
 
     def predict(self, batch: Batch, frozen: Any, weights: Distillation) -> Prediction:
         """Applies the model to a batch."""
-        keeps = [OUTPUTS] if weights.reads_outputs else []
-        logits, sown = self.model.apply(dequantize(frozen), *inputs_of(batch), mutable=keeps)
-        outputs = None
-        if keeps:
-            outputs = self.model.config.in_order(sown[OUTPUTS], "feed_forward")
-        return Prediction(
-            logits if weights.top_k is None else soft_targets(logits, weights.top_k), outputs
-        )
+        return predictions(self.model, frozen, batch, weights.top_k, weights.reads_outputs)
+
+
+def predictions(
+    model: Decoder, variables: Any, batch: Batch, top_k: int | None, with_outputs: bool
+) -> Prediction:
+    """Returns the predictions of a model for a batch.
+
+    Args:
+        model: the decoder.
+        variables: its collections "params", "pools" and "stats".
+        batch: rows of text.
+        top_k: number of likely tokens of soft targets; `None` for logits.
+        with_outputs: whether to return the outputs of feed-forward layers too.
+    """
+    keeps = [OUTPUTS] if with_outputs else []
+    logits, sown = model.apply(dequantize(variables), *inputs_of(batch), mutable=keeps)
+    outputs = model.config.in_order(sown[OUTPUTS], "feed_forward") if keeps else None
+    return Prediction(logits if top_k is None else soft_targets(logits, top_k), outputs)
 
 
 def towards(task: Task, teacher: Teacher, weights: Distillation, steps: int) -> Task:

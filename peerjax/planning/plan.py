@@ -9,6 +9,7 @@ import ml_collections
 import rich.console
 
 from peerjax.config import model_config, validate
+from peerjax.errors import UserError
 from peerjax.flops import forward_flops
 from peerjax.objectives import language_model
 from peerjax.planning.programs import Program, program_for
@@ -56,6 +57,11 @@ def plan(
     """
     validate(config)
     check_target(target)
+    if (config.mesh.fsdp, config.mesh.expert) != (1, 1):
+        raise UserError(
+            f"mesh.fsdp={config.mesh.fsdp} and mesh.expert={config.mesh.expert} cannot be planned "
+            "yet; leave both at 1"
+        )
     task, optimizer = language_model(config, vocabulary), make_optimizer(config)
     state = jax.eval_shape(lambda: create_state(config, task, optimizer))
     of_pools = memory_report(

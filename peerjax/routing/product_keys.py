@@ -97,15 +97,6 @@ def spread_ids(ids: Int[Array, "*S"], num_keys: tuple[int, int], spread: int) ->
     return jnp.where(ids < n1 * n2, found, ids)
 
 
-def gathered_ids(ids: Int[Array, "*S"], num_keys: tuple[int, int], spread: int) -> Int[Array, "*S"]:
-    """Returns the numbers `i N2 + j` of experts: the inverse of `spread_ids`."""
-    n1, n2 = num_keys
-    part, rest = ids // (n1 * n2 // spread), ids % (n1 * n2 // spread)
-    i, place = rest // (n2 // spread), rest % (n2 // spread)
-    found = i * n2 + (part - i) % spread + spread * place
-    return jnp.where(ids < n1 * n2, found, ids)
-
-
 def retrieve_by_sub_keys(
     first: SubKeys, second: SubKeys, k: int, implementation: str | None = None
 ) -> Retrieved:

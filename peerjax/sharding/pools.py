@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_lookup import lookup
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState, update
-from pallas_kernels.factored_gradient import FactoredGradient, Tap
+from pallas_kernels.factored_gradient import FactoredGradient, Tap, clip_factor
 from pallas_kernels.storage import ExpertPool
 from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import AXES, BATCH, EXPERT, pool_specs, shards_of_pool, state_specs
@@ -149,70 +149,69 @@ def sharded_update(
         implementation: as in `update`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    options: dict[str, Any] = {
-        "accumulator_bits": accumulator_bits,
-        "implementation": implementation,
-    }
+    step_of_pool = partial(
+        update, seed=seed, accumulator_bits=accumulator_bits, implementation=implementation
+    )
     if mesh.empty or shards_of_pool(pool.num_experts, mesh) == 1 or not pool.is_stack:
 
-        def whole(seed, step, pool, state, gradient, rule):
+        def whole(step, pool, state, gradient, rule):
             if clip_norm is not None:
                 gradient = gradient.clip(clip_norm, pool.num_experts)
-            return update(pool, state, gradient, rule, seed=seed, step=step, **options)
+            return step_of_pool(pool, state, gradient, rule, step=step)
 
         everywhere = gather_tokens(gradient)
-        return over_mesh(whole, P(), P())(seed, step, pool, state, everywhere, hyperparameters)
+        return over_mesh(whole, P(), P())(step, pool, state, everywhere, hyperparameters)
 
-    def part(seed, step, pool, state, gradient, rule):
-        total, pool = pool.num_experts, local_part(pool)
-        first = jax.lax.axis_index(EXPERT) * pool.num_experts
-        layers = gradient.ids.shape[0]
-
-        def of_layer(layer: Array) -> FactoredGradient:
-            def every_token(leaf: Array) -> Array:
-                own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=True)
-                return jax.lax.all_gather(own, AXES, axis=1, tiled=True)
-
-            found = jax.tree.map(every_token, gradient)
-            return found._replace(ids=local_ids(found.ids, pool.num_experts))
-
-        factor = jnp.float32(1)
-        if clip_norm is not None:
-            squares = jax.lax.fori_loop(
-                0,
-                layers,
-                lambda layer, sum: sum + jnp.square(of_layer(layer).norm(pool.num_experts)),
-                jnp.float32(0),
-            )
-            norm = jnp.sqrt(jax.lax.psum(squares, EXPERT))
-            factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-
-        def one_layer(layer: Array, carry: Any) -> Any:
-            pool, state, counts = carry
-            own = of_layer(layer)
-            own = own._replace(c_down=own.c_down * factor, c_up=own.c_up * factor)
-            pool, state, more = update(
-                pool,
-                state,
-                own,
-                rule,
-                seed=seed,
-                step=step,
-                first_layer=layer,
-                first_expert=first,
-                **options,
-            )
-            return pool, state, jax.tree.map(jnp.add, counts, more)
-
-        zeros = Statistics(*[jnp.zeros(layers, jnp.float32)] * len(Statistics._fields))
-        pool, state, counts = jax.lax.fori_loop(0, layers, one_layer, (pool, state, zeros))
-        counts = jax.tree.map(lambda leaf: jax.lax.psum(leaf, EXPERT), counts)
-        return dataclasses.replace(pool, num_experts=total), state, counts
-
+    part = partial(_update_part, step_of_pool, clip_norm)
     of_pool, of_state = pool_specs(pool, mesh), state_specs(state, mesh)
-    in_specs = (P(), P(), of_pool, of_state, P(None, AXES), P())
-    mapped = over_mesh(part, in_specs, (of_pool, of_state, P()))
-    return mapped(seed, step, pool, state, gradient, hyperparameters)
+    specs = (P(), of_pool, of_state, P(None, AXES), P())
+    mapped = over_mesh(part, specs, (of_pool, of_state, P()))
+    return mapped(step, pool, state, gradient, hyperparameters)
+
+
+def _update_part(
+    step_of_pool: Callable[..., Any],
+    clip_norm: Any,
+    step: Any,
+    whole: ExpertPool,
+    state: UpdateState,
+    gradient: FactoredGradient,
+    rule: Hyperparameters,
+) -> tuple[ExpertPool, UpdateState, Statistics]:
+    """Updates this device's experts, inside `jax.shard_map`, one layer after the other."""
+    pool, layers = local_part(whole), gradient.ids.shape[0]
+    size = pool.num_experts
+    factor: Any = 1.0
+    if clip_norm is not None:
+
+        def add_square(layer: Array, total: Array) -> Array:
+            return total + jnp.square(_of_layer(gradient, layer, size).norm(size))
+
+        own = jax.lax.fori_loop(0, layers, add_square, jnp.float32(0))
+        factor = clip_factor(jnp.sqrt(jax.lax.psum(own, EXPERT)), clip_norm)
+
+    def update_layer(layer: Array, carry: Any) -> Any:
+        pool, state, counts = carry
+        own = _of_layer(gradient, layer, size).scaled(factor)
+        place = {"first_layer": layer, "first_expert": jax.lax.axis_index(EXPERT) * size}
+        pool, state, more = step_of_pool(pool, state, own, rule, step=step, **place)
+        return pool, state, jax.tree.map(jnp.add, counts, more)
+
+    zeros = Statistics(*[jnp.zeros(layers, jnp.float32)] * len(Statistics._fields))
+    pool, state, counts = jax.lax.fori_loop(0, layers, update_layer, (pool, state, zeros))
+    counts = jax.tree.map(lambda leaf: jax.lax.psum(leaf, EXPERT), counts)
+    return dataclasses.replace(pool, num_experts=whole.num_experts), state, counts
+
+
+def _of_layer(gradient: FactoredGradient, layer: Array, num_experts: int) -> FactoredGradient:
+    """Gathers the gradient of one layer from all devices, with this device's expert numbers."""
+
+    def every_token(leaf: Array) -> Array:
+        own = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=True)
+        return jax.lax.all_gather(own, AXES, axis=1, tiled=True)
+
+    found = jax.tree.map(every_token, gradient)
+    return found._replace(ids=local_ids(found.ids, num_experts))
 
 
 def dense_pool_gradient(

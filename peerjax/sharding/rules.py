@@ -13,11 +13,13 @@ pattern matches the path applies.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,7 +68,7 @@ def mesh_for(config: ml_collections.ConfigDict) -> Mesh:
 
 
 def mesh_of_run(config: ml_collections.ConfigDict) -> Mesh:
-    """Arranges all devices as those of a run, or along `data` if there are as many no more."""
+    """Arranges all devices as a run did, or along `data` if there are not as many of them."""
     try:
         return mesh_for(config)
     except ConfigError:
@@ -82,9 +84,7 @@ def complete_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int,
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh sizes {named} are not positive, with at most one -1")
-    fixed = 1
-    for size in sizes:
-        fixed *= 1 if size == -1 else size
+    fixed = math.prod(size for size in sizes if size != -1)
     if devices % fixed or (-1 not in sizes and fixed != devices):
         raise ValueError(
             f"mesh sizes {named} do not fit {devices} device{'s' if devices > 1 else ''}"
@@ -97,9 +97,9 @@ def shards_of_pool(num_experts: int, mesh: Any) -> int:
     """Returns into how many parts a mesh splits a pool.
 
     Every part must have whole lines of words, for codes and accumulators of any width. A pool whose
-    size does not allow it is not split.
+    size does not allow it is not split. Other meshes than `make_mesh` makes split none.
     """
-    size = dict(mesh.shape).get(EXPERT, 1)
+    size = mesh.shape[EXPERT] if tuple(mesh.axis_names) == AXES else 1
     return size if num_experts % (size * UNIT) == 0 else 1
 
 
@@ -141,7 +141,8 @@ def largest(path: str, node: Any, mesh: Any) -> P:
     size = dict(mesh.shape).get(FSDP, 1)
     first = 1 if "run_" in path else 0
     fits = [axis for axis in range(first, len(node.shape)) if node.shape[axis] % size == 0]
-    if size == 1 or len(node.shape) - first < 2 or not fits or node.dtype.kind not in "fV":
+    is_float = jnp.issubdtype(node.dtype, jnp.floating)
+    if size == 1 or len(node.shape) - first < 2 or not fits or not is_float:
         return P()
     axis = max(fits, key=lambda axis: node.shape[axis])
     return P(*[None] * axis, FSDP)

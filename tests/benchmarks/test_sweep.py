@@ -64,6 +64,25 @@ def test_a_run_is_written_down_and_not_repeated(tmp_path, monkeypatch):
     assert all(line["commit"] and line["device"] for line in lines)
 
 
+def test_students_of_different_teachers_are_different_runs(tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(recipe, settings, folder, teacher=None):
+        trained.append((folder, teacher))
+        losses = {"validation": {"all": {"nats_per_token": {"after": float(len(trained))}}}}
+        (folder / "report.json").write_text(json.dumps({**losses, "experts": {}}))
+        return True
+
+    monkeypatch.setattr(sweep, "LEDGER", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(sweep, "ROOT", tmp_path / "runs")
+    monkeypatch.setattr(sweep, "_train", pretend)
+    teachers = [sweep.Teacher("reference", {"seed": seed}) for seed in (0, 1)]
+    for _ in range(2):
+        found = [sweep.train("distill/int4", {"a": 1}, teacher=each) for each in (*teachers, None)]
+        assert [each.nats_per_token for each in found] == [1.0, 2.0, 3.0]
+    assert len({folder for folder, _ in trained}) == len(trained) == 3
+
+
 def test_jobs_keep_their_order():
     assert sweep.at_once([lambda number=number: number for number in range(7)]) == [*range(7)]
 

@@ -53,6 +53,13 @@ def test_a_configuration_that_cannot_be_is_refused_before_anything_is_compiled()
         program_for("cpu", config)
 
 
+def test_a_split_mesh_is_refused_until_it_can_be_planned():
+    config = tiny_config("unused")
+    config.mesh.expert = 4
+    with pytest.raises(UserError, match="mesh.fsdp=1 and mesh.expert=4 cannot be planned yet"):
+        plan(config, "cpu", VOCABULARY)
+
+
 def test_the_script_prints_both_tables():
     command = ["plan.py", "--config=configs/peer_small.py", "--vocabulary=4096", "--nocompile"]
     found = python(*command)

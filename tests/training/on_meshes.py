@@ -66,6 +66,14 @@ def main(output: str, kind: str, *meshes: str) -> None:
                 jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
             ):
                 assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.shape, wanted)
+            embeddings = [
+                leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+                if "embedding" in jax.tree_util.keystr(path)
+            ]
+            assert len(embeddings) == 3  # with both moments
+            for leaf in embeddings:
+                assert leaf.size == fsdp * leaf.addressable_shards[0].data.size
             split = [leaf for leaf in jax.tree.leaves(state.pools) if leaf.size > 2048]
             for leaf in split:
                 shards = leaf.size // leaf.addressable_shards[0].data.size

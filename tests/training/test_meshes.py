@@ -8,6 +8,7 @@ import pytest
 from peerjax.sharding.rules import complete_sizes
 from tests.elsewhere import python
 from tests.training.on_meshes import KINDS, STEPS
+from tests.training.tiny import write_recipe
 
 MESHES = {"peer": ("8x1x1", "1x2x4", "1x1x8")}
 WORDS = (("weights", 1e-5), ("accumulators", 1e-4))  # share of words that may differ
@@ -41,14 +42,7 @@ def test_steps_are_the_same_on_every_mesh(kind, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_continues_on_another_mesh(corpus, tmp_path):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        "from tests.training.tiny import tiny_config\n"
-        "def get_config():\n"
-        f"    config = tiny_config({corpus!r})\n"
-        "    config.peer.num_experts = (32, 32)\n"
-        "    return config\n"
-    )
+    recipe = write_recipe(tmp_path / "recipe.py", corpus, **{"peer.num_experts": (32, 32)})
 
     def train(workdir, devices, steps=12, **mesh):
         flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from peerjax.errors import ConfigError
-from peerjax.processes import join
+from peerjax.processes import Place, join
 from tests.conftest import REPOSITORY
+from tests.training.tiny import write_recipe
 
 STEPS = 8
 
@@ -26,16 +27,8 @@ def free_port():
 
 @pytest.fixture
 def recipe(corpus, tmp_path):
-    path = tmp_path / "recipe.py"
-    path.write_text(
-        "from tests.training.tiny import tiny_config\n"
-        "def get_config():\n"
-        f"    config = tiny_config({corpus!r})\n"
-        "    config.peer.num_experts = (32, 32)\n"
-        f"    config.steps = {STEPS}\n"
-        "    return config\n"
-    )
-    return path
+    fields = {"peer.num_experts": (32, 32), "steps": STEPS}
+    return write_recipe(tmp_path / "recipe.py", corpus, **fields)
 
 
 def start(recipe, workdir, count, devices, *flags, per_process=()):
@@ -137,7 +130,7 @@ def test_a_port_that_is_taken_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port}"):
-            join(f"127.0.0.1:{port}", 2, 0)
+            join(Place(f"127.0.0.1:{port}", 2, 0))
 
 
 @pytest.mark.parametrize(
@@ -150,4 +143,4 @@ def test_a_port_that_is_taken_is_named():
 )
 def test_flags_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        join(*arguments)
+        join(Place(*arguments))

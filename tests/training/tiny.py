@@ -61,6 +61,18 @@ def tiny_config(pattern: str) -> ml_collections.ConfigDict:
     return config
 
 
+def write_recipe(path: Path, corpus: str, **fields: object) -> Path:
+    """Writes a recipe of `tiny_config` with other values of fields, for scripts."""
+    path.write_text(
+        "from tests.training.tiny import tiny_config\n"
+        "def get_config():\n"
+        f"    config = tiny_config({corpus!r})\n"
+        f"    config.update_from_flattened_dict({fields!r})\n"
+        "    return config\n"
+    )
+    return path
+
+
 def fill_disk_at(step: int) -> None:
     """Arranges for the writes of a save to fail."""
     save = Checkpoints.save
