@@ -181,7 +181,7 @@ def _update_part(
     """Updates this device's experts, inside `jax.shard_map`, one layer after the other."""
     pool, layers = local_part(whole), gradient.ids.shape[0]
     size = pool.num_experts
-    factor: Any = 1.0
+    factor = jnp.float32(1)
     if clip_norm is not None:
 
         def add_square(layer: Array, total: Array) -> Array:
