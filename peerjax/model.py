@@ -31,6 +31,7 @@ from peerjax.routing.auxiliary import (
 )
 from peerjax.routing.running import FIRST, MOMENTS, STATS
 from peerjax.routing.running_norm import RUNNING
+from peerjax.sharding import weights
 from peerjax.sharding.batches import over_batch
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
@@ -53,6 +54,7 @@ class ModelConfig:
     shared_tied: bool = True  # whether all layers have one set of weights of the shared path
     routing_statistics: str = RUNNING  # statistics of routers with batch normalisation
     implementation: str | None = None  # implementation of lookups and mixtures
+    exchange: str | None = None  # how devices that share a pool exchange tokens
 
     @property
     def depth(self) -> int:
@@ -76,6 +78,7 @@ class ModelConfig:
             dtype=self.dtype,
             statistics=self.routing_statistics,
             implementation=self.implementation,
+            exchange=self.exchange,
             routers=sum(count // each.period for each, count in same),
         )
 
@@ -152,10 +155,10 @@ class Block(nn.Module):
         y_BLD, routed = layer(normed, context, routed)
         x_BLD = x_BLD + y_BLD
         if config.shared_mlp and self.feed_forward.is_sparse:
-            weights = context.shared
+            shared = context.shared
             if not config.shared_tied:
-                weights = _shared_path(config)(config.width)
-            shared_BLD = apply_shared(weights, normed, jnp.dtype(config.dtype))
+                shared = _shared_path(config)(config.width)
+            shared_BLD = apply_shared(shared, normed, jnp.dtype(config.dtype))
             x_BLD, y_BLD = x_BLD + shared_BLD, y_BLD + shared_BLD
         if self.is_mutable_collection(OUTPUTS):
             sow_last(self, OUTPUTS, "feed_forward", y_BLD)
@@ -178,7 +181,7 @@ class Group(nn.Module):
     ) -> tuple[tuple[Array, KVCache | None], None]:
         """Maps `(x, cache)`. `context.layer` is the number of the group in its stack."""
         routed, period = None, self.feed_forward.period
-        unit = _unit(Block, self.config)
+        unit = _unit(self, self.config)
         for number in range(period):
             block = unit(self.config, self.feed_forward, name=f"{BLOCK}_{number}")
             own = context._replace(layer=context.layer * period + number)
@@ -203,7 +206,7 @@ class Stack(nn.Module):
             for name, num_experts in self.feed_forward.pools.items()
         }
         grouped = self.feed_forward.period > 1
-        unit = Group if grouped else _unit(Block, self.config)
+        unit = Group if grouped else _unit(self, self.config)
         length = self.length // self.feed_forward.period
         given = ("params", STATS, TAPS, REMOVED, DECODE)
         sown = (MOMENTS, FIRST, ROUTING, LOSSES, OUTPUTS, SINKS)
@@ -234,12 +237,26 @@ def _shared_path(config: ModelConfig) -> SharedPath:
     return SharedPath(config.shared_mlp, config.residual_scale, name=SHARED)
 
 
-def _unit(block: type[Block], config: ModelConfig) -> type[Block]:
-    """Returns a block class that is recomputed in the backward pass if `config.remat` is set."""
-    if not config.remat:
+def _unit(parent: nn.Module, config: ModelConfig) -> type[Block]:
+    """Returns the class of a block in a module.
+
+    It is recomputed in the backward pass if `config.remat` is set. On a mesh that splits weights,
+    it gathers its own, and again in the backward pass.
+    """
+    block, policies = Block, jax.checkpoint_policies
+    if gathers := weights.are_split() and not parent.is_initializing():
+        block = nn.map_variables(block, "params", trans_in_fn=_gathered)
+    if config.remat:
+        policy = policies.save_only_these_names(EXPERT_IDS)
+    elif gathers:
+        policy = policies.save_anything_except_these_names(weights.GATHERED)
+    else:
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(EXPERT_IDS)
     return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+def _gathered(collections: Any) -> Any:
+    return {**collections, "params": weights.gathered(collections["params"])}
 
 
 class Decoder(nn.Module):

@@ -1,6 +1,6 @@
 """The configuration of a run: its fields, their validation, and the model that they describe."""
 
-from peerjax.config.build import feed_forwards, implementation_of, model_config
+from peerjax.config.build import exchange_of, feed_forwards, implementation_of, model_config
 from peerjax.config.checks import DENSE_RULES, MONET, OWN, PLAIN, ROUNDED, SEARCHED, validate
 from peerjax.config.fields import (
     config_of_student,
@@ -20,6 +20,7 @@ __all__ = [
     "config_of_student",
     "default_config",
     "differences",
+    "exchange_of",
     "feed_forwards",
     "from_json",
     "implementation_of",

@@ -35,6 +35,7 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
         vocab_size=vocab_size,
         pool_storage=config.pool.storage,
         implementation=implementation_of(config),
+        exchange=exchange_of(config),
         **fields,
     )
 
@@ -42,3 +43,8 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
 def implementation_of(config: ml_collections.ConfigDict) -> str | None:
     """Returns `kernels.implementation` in the form that `pallas_kernels` takes."""
     return None if config.kernels.implementation == "auto" else config.kernels.implementation
+
+
+def exchange_of(config: ml_collections.ConfigDict) -> str | None:
+    """Returns `kernels.exchange` in the form that `peerjax.sharding` takes."""
+    return None if config.kernels.exchange == "auto" else config.kernels.exchange

@@ -18,6 +18,7 @@ from peerjax.layers.attention import ATTENTION_SINKS
 from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import FeedForward
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
+from peerjax.sharding.exchange import EXCHANGES
 
 # Values of `pool.rule` that need dense gradients of the pools.
 DENSE_RULES = ("adamw", "eco")
@@ -50,6 +51,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _require_choice(config, "pool.storage", STORAGES)
     _require_choice(config, "pool.rule", ("rowwise", *DENSE_RULES))
     _require_choice(config, "kernels.implementation", ("auto", *IMPLEMENTATIONS))
+    _require_choice(config, "kernels.exchange", ("auto", *EXCHANGES))
     model, data = config.model, config.data
     if data.source in ("files", "shards") and not data.pattern:
         raise ConfigError(

@@ -111,6 +111,10 @@ def default_config() -> ml_collections.ConfigDict:
     # program that is fastest on its platform, and all these programs run everywhere. Sampling and
     # evaluation of a run use "auto".
     kernels.implementation = "auto"
+    # How devices send tokens to the devices that have their experts, if the axis `expert` of the
+    # mesh is larger than 1: "gather" sends every token to all of them, "dispatch" only to those
+    # that have experts of it, "auto" does what sends fewer bytes.
+    kernels.exchange = "auto"
 
     # Sizes of the axes of the mesh of devices; -1 takes the devices that are left. Rows of a batch
     # are split over all axes, dense parameters over `fsdp`, and pools over `expert`.

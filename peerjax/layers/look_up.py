@@ -7,7 +7,7 @@ from pallas_kernels.factored_gradient import Tap
 from peerjax.layers.spec import Context
 from peerjax.routing.auxiliary import keep_choice, removed_experts
 from peerjax.routing.choice import Choice
-from peerjax.sharding.pools import sharded_lookup
+from peerjax.sharding.lookups import sharded_lookup
 
 # A collection that the caller gives, and the name of the one value of each module in it.
 TAPS, TAP = "taps", "tap"
@@ -25,10 +25,12 @@ class LookUp(nn.Module):
     Attributes:
         activation: "gelu" (exact), "relu" or "relu2".
         implementation: implementation of the lookup; `None` chooses by the platform.
+        exchange: how devices that share the pool exchange tokens; `None` chooses by bytes.
     """
 
     activation: str = "gelu"
     implementation: str | None = None
+    exchange: str | None = None
 
     @nn.compact
     def __call__(
@@ -65,6 +67,7 @@ class LookUp(nn.Module):
             activation=self.activation,
             tap=self._tap(choice, x_TD),
             implementation=self.implementation,
+            exchange=self.exchange,
         )
 
     def _tap(self, choice: Choice, x_TD: Array) -> Tap | None:

@@ -253,19 +253,20 @@ class PEER(nn.Module):
         self, x_BLD: Float[Array, "B L D"], context: Context, routed: Routed | None = None
     ) -> tuple[Float[Array, "B L D"], Routed]:
         """Applies the layer to every token."""
-        config, implementation = self.config, self.sizes.implementation
+        config = self.config
+        how = (config.activation, self.sizes.implementation, self.sizes.exchange)
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         if routed is None:
             routed = self._route(x_TD.astype(jnp.float32), training=context.step is not None)
         choice = routed.choice
         if config.biases:
             choice = dataclasses.replace(choice, hidden_bias=self._hidden_bias(routed.pairs))
-        y_TD = LookUp(config.activation, implementation, name=POOL)(x_TD, choice, context)
+        y_TD = LookUp(*how, name=POOL)(x_TD, choice, context)
         if config.biases:
             y_TD = y_TD + self._output_bias(routed, x_TD.shape[-1]).astype(y_TD.dtype)
         if config.always_on:
-            look_up = LookUp(config.activation, implementation, name=ALWAYS_ON)
-            y_TD = y_TD + look_up(x_TD, self._always_on(x_TD), context)
+            always_on = LookUp(*how, name=ALWAYS_ON)
+            y_TD = y_TD + always_on(x_TD, self._always_on(x_TD), context)
         return y_TD.reshape(x_BLD.shape), routed
 
     def _route(self, x_TD: Array, training: bool) -> Routed:

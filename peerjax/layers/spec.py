@@ -25,6 +25,8 @@ class Sizes(NamedTuple):
             `peerjax.routing.running_norm.RunningNorm.statistics`.
         implementation: implementation of lookups, product keys and mixtures, in the form that
             `pallas_kernels.dispatch` takes.
+        exchange: how devices that share a pool exchange tokens, in the form that
+            `peerjax.sharding.lookups.sharded_lookup` takes.
         routers: number of routers of the model in layers of this section. A loss that is a mean
             over routers is divided by it.
     """
@@ -34,6 +36,7 @@ class Sizes(NamedTuple):
     dtype: str = "float32"
     statistics: str = RUNNING
     implementation: str | None = None
+    exchange: str | None = None
     routers: int = 1
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
 from peerjax.optim.overwrite import Overwrite
 from peerjax.optim.packed_matrix import PackedMatrix, update_matrix, zero_state
-from peerjax.sharding.pools import sharded_update
+from peerjax.sharding.updates import sharded_update
 
 
 class AccumulationState(NamedTuple):
@@ -47,6 +47,7 @@ def int4_accumulation(
     seed: int | Array = 0,
     accumulator_bits: int | None = None,
     implementation: str | None = None,
+    exchange: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains packed parameters by normalised steps of vectors, accumulated in a few more bits.
 
@@ -94,6 +95,8 @@ def int4_accumulation(
             it in `static_args`.
         implementation: implementation of `pallas_kernels.expert_update.update`; `None` chooses by
             the platform.
+        exchange: how devices that share a pool exchange its gradient: "gather", "dispatch", or
+            `None` for the cheaper one. See `peerjax.sharding.exchange`.
 
     Returns:
         The transform. Its `init` and `update` raise a ValueError for parameters that are not
@@ -208,6 +211,7 @@ def int4_accumulation(
                 clip_norm=clip_norm,
                 accumulator_bits=accumulator_bits,
                 implementation=implementation,
+                exchange=exchange,
                 **options,
             )
             return Overwrite(pool), *rest

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.storage import ExpertPool
 from peerjax.optim.overwrite import Overwrite
-from peerjax.sharding.pools import dense_pool_gradient
+from peerjax.sharding.updates import dense_pool_gradient
 
 
 def on_dense_gradients(

@@ -1,8 +1,9 @@
 """The mesh and the placement rules: which array is split over which axis.
 
 The axes of the mesh are `data`, `fsdp` and `expert`. Rows of a batch are split over all three.
-Dense parameters and their moments are split over `fsdp`, and gathered where they are used. Pools
-are split over `expert`: a device has a contiguous range of expert numbers.
+Dense parameters are split over `fsdp`, and gathered where they are used. Their moments are split
+over all three, because a device needs those of its own part only. Pools are split over `expert`: a
+device has a contiguous range of expert numbers.
 
 A rule maps the path of a node in the train state (such as
 `params/run_0/block/attention/query/kernel`), its shapes and the mesh to a partition of its
@@ -148,6 +149,22 @@ def largest(path: str, node: Any, mesh: Any) -> P:
     return P(*[None] * axis, FSDP)
 
 
+def largest_over_all(path: str, node: Any, mesh: Any) -> P:
+    """Splits the dimension that `largest` splits, over all axes if it can be, else over `fsdp`.
+
+    If `largest` splits none, this splits the largest one that can be split over all axes.
+    """
+    first = 1 if "run_" in path else 0
+    of_parameter = largest(path, node, mesh)
+    axes = [len(of_parameter) - 1] if of_parameter else range(first, len(node.shape))
+    fits = [axis for axis in axes if node.shape[axis] % mesh.size == 0]
+    if mesh.size == 1 or len(node.shape) - first < 2 or not fits:
+        return of_parameter
+    axis = max(fits, key=lambda axis: node.shape[axis])
+    # `fsdp` is first, so that every part is within the device's part of the parameter.
+    return P(*[None] * axis, (FSDP, DATA, EXPERT))
+
+
 def replicated(path: str, node: Any, mesh: Any) -> P:
     """Every device has the whole array."""
     return P()
@@ -156,7 +173,7 @@ def replicated(path: str, node: Any, mesh: Any) -> P:
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"(.*/)?pools(/.*)?", of_pool),
     (r"params/.*", largest),
-    (r"opt_state/.*/(mu|nu)/params/.*", largest),
+    (r"opt_state/.*/(mu|nu)/params/.*", largest_over_all),
     (r".*", replicated),
 )
 
@@ -168,14 +185,26 @@ def sharding_of(mesh: Mesh, spec: P) -> NamedSharding:
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Returns the sharding of every leaf of a train state, by the first rule that matches."""
+    return jax.tree.map(
+        lambda spec: sharding_of(mesh, spec),
+        _partitions(mesh, state),
+        is_leaf=lambda spec: isinstance(spec, P),
+    )
 
+
+def in_place(state: Any) -> Any:
+    """Declares that every leaf of a train state is where the rules place it on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    return jax.lax.with_sharding_constraint(state, _partitions(mesh, state))
+
+
+def _partitions(mesh: Any, state: Any) -> Any:
     def of_node(path: Any, node: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(rule for pattern, rule in RULES if re.fullmatch(pattern, name))
-        specs = rule(name, node, mesh)
-        return jax.tree.map(
-            lambda spec: sharding_of(mesh, spec), specs, is_leaf=lambda spec: isinstance(spec, P)
-        )
+        return rule(name, node, mesh)
 
     return jax.tree_util.tree_map_with_path(
         of_node, state, is_leaf=lambda node: isinstance(node, ExpertPool | UpdateState)

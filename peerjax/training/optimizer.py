@@ -9,7 +9,7 @@ import optax
 
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.storage import ExpertPool
-from peerjax.config import DENSE_RULES, feed_forwards, implementation_of
+from peerjax.config import DENSE_RULES, exchange_of, feed_forwards, implementation_of
 from peerjax.layers.parameters import decayed, packed_storage
 from peerjax.optim import eco, int4_accumulation, is_packed_matrix, on_dense_gradients
 from peerjax.training.state import PARAMS, POOLS
@@ -76,6 +76,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         seed=config.seed,
         accumulator_bits=config.pool.accumulator_bits,
         implementation=implementation_of(config),
+        exchange=exchange_of(config),
     )
     return optax.partition({PARAMS: optax.chain(clip, of_params), POOLS: of_pools}, labels)
 

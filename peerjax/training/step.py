@@ -16,6 +16,8 @@ from peerjax.optim import apply_updates, dequantize
 from peerjax.pool import ExpertPool
 from peerjax.routing.auxiliary import by_module
 from peerjax.routing.running import FIRST, Active, updated, with_first
+from peerjax.sharding.lookups import overflows
+from peerjax.sharding.rules import in_place
 from peerjax.training.gradients import all_finite, loss_and_gradients, only_if
 from peerjax.training.optimizer import learning_rate_schedule
 from peerjax.training.state import PARAMS, POOLS, Skipped, TrainState
@@ -60,6 +62,7 @@ def make_train_step(
             **{f"losses/{name}": term for name, term in terms.items()},
             **active_metrics(task.model.config, moments),
             **update_metrics(task.model.config, state.pools, opt_state),
+            **overflow_metrics(task.model.config, state.pools, factored),
         }
         new_state = state._replace(
             params=trained[PARAMS],
@@ -67,7 +70,7 @@ def make_train_step(
             opt_state=opt_state,
             stats=updated(state.stats, moments, config.model.routing_momentum),
         )
-        new_state = _accept(finite, new_state, state)
+        new_state = in_place(_accept(finite, new_state, state))
         skipped = Skipped(
             total=state.skipped.total + ~finite,
             in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
@@ -121,6 +124,19 @@ def active_metrics(config: ModelConfig, moments: Any) -> Metrics:
             if isinstance(counts, Active):
                 by_layer = jnp.sum(counts.experts, axis=-1) / counts.tokens
                 metrics[f"active/{config.stack_name(path[0])}"] = jnp.mean(by_layer)
+    return metrics
+
+
+def overflow_metrics(config: ModelConfig, pools: Any, factored: Any) -> Metrics:
+    """Returns the share of chunks of tokens for which dispatching did not suffice, by stack."""
+    metrics = {}
+    for stack, of_stack in factored.items():
+        for own_name, gradient in of_stack.items():
+            name = config.stack_name(stack) + config.pool_name(stack, own_name)
+            num_experts = pools[stack][own_name].num_experts
+            share = overflows(gradient.ids, gradient.x, num_experts, config.exchange)
+            if share is not None:
+                metrics[f"gathered/{name}"] = share
     return metrics
 
 

@@ -13,7 +13,7 @@ import optax
 from pallas_kernels.counter_hash import hash_words, round_stochastically
 from peerjax import optim
 from peerjax.sharding import BATCH, make_mesh, sharding_of
-from peerjax.sharding.pools import gather_tokens
+from peerjax.sharding.updates import gather_tokens
 from tests.pallas_kernels.test_expert_update import make_gradient, make_pool
 
 TOKENS, STEPS = 24, 5
