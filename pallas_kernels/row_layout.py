@@ -97,6 +97,13 @@ class RowLayout(NamedTuple):
         )
         return jnp.tile(expert, (1, 1, self.experts))
 
+    def joined(
+        self, x: Float[Array, "T D"], dy: Float[Array, "T D"]
+    ) -> Float[Array, "T planes lanes"]:
+        """Puts x at the codes of every `down` of a line, and dy at those of every `up`."""
+        by_plane = [each.reshape(-1, self.planes, self.words) for each in (x, dy)]
+        return jnp.tile(jnp.concatenate(by_plane, axis=-1), (1, 1, self.experts))
+
     def collect(self, image: Float[Array, "T planes span"], vector: int) -> Float[Array, "T D"]:
         """Adds up the values at every `down` (0) or `up` (1) of a line, given those of its span."""
         if image.shape[-1] != self.words:

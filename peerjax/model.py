@@ -17,6 +17,7 @@ from peerjax.layers.look_up import TAPS
 from peerjax.layers.shared import NAME as SHARED
 from peerjax.layers.shared import SharedPath, apply_shared
 from peerjax.layers.spec import Context, FeedForward, Sizes
+from peerjax.layers.vocabulary import Embedding, Head
 from peerjax.pool import ExpertPool, initialize_pool
 from peerjax.routing.auxiliary import (
     DECODE,
@@ -33,6 +34,7 @@ from peerjax.routing.running import FIRST, MOMENTS, STATS
 from peerjax.routing.running_norm import RUNNING
 from peerjax.sharding import weights
 from peerjax.sharding.batches import over_batch
+from peerjax.sharding.over_mesh import devices
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
@@ -233,6 +235,11 @@ class Stack(nn.Module):
         )
 
 
+def head_of(config: ModelConfig, name: str | None = None) -> Head:
+    """Returns the module that maps the input of the head to logits."""
+    return Head(config.vocab_size, config.width, config.dtype, name=name)
+
+
 def _shared_path(config: ModelConfig) -> SharedPath:
     return SharedPath(config.shared_mlp, config.residual_scale, name=SHARED)
 
@@ -244,19 +251,19 @@ def _unit(parent: nn.Module, config: ModelConfig) -> type[Block]:
     it gathers its own, and again in the backward pass.
     """
     block, policies = Block, jax.checkpoint_policies
-    if gathers := weights.are_split() and not parent.is_initializing():
-        block = nn.map_variables(block, "params", trans_in_fn=_gathered)
+    if weights.have_split_gradients() and not parent.is_initializing():
+        block = nn.map_variables(block, "params", trans_in_fn=_with_whole_weights)
     if config.remat:
         policy = policies.save_only_these_names(EXPERT_IDS)
-    elif gathers:
+    elif weights.are_split():
         policy = policies.save_anything_except_these_names(weights.GATHERED)
     else:
         return block
     return nn.remat(block, policy=policy, prevent_cse=False)
 
 
-def _gathered(collections: Any) -> Any:
-    return {**collections, "params": weights.gathered(collections["params"])}
+def _with_whole_weights(collections: Any) -> Any:
+    return {**collections, "params": weights.whole(collections["params"])}
 
 
 class Decoder(nn.Module):
@@ -308,7 +315,7 @@ class Decoder(nn.Module):
             with_head: whether to return logits. Otherwise the result is the input of `Head`.
         """
         config = self.config
-        embed = nn.Embed(
+        embed = Embedding(
             config.vocab_size,
             config.width,
             dtype=config.dtype,
@@ -336,7 +343,7 @@ class Decoder(nn.Module):
         x_BLD = nn.RMSNorm(dtype=config.dtype, name="final_norm")(x_BLD)
         if not with_head:
             return x_BLD
-        logits_BLV = Head(config, name=HEAD)(x_BLD)
+        logits_BLV = head_of(config, name=HEAD)(x_BLD)
         return logits_BLV if cache is None else (logits_BLV, caches)
 
     @property
@@ -344,33 +351,15 @@ class Decoder(nn.Module):
         return bool(self.config.shared_mlp) and self.config.shared_tied
 
 
-class Head(nn.Module):
-    """Maps the last residual stream, normalised, to logits in float32."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns the logits of every token."""
-        config = self.config
-        # Initial logits are small, so a fresh model predicts nearly uniformly.
-        init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (config.width, config.vocab_size), jnp.float32)
-        # Tokens are in one axis. With two axes, XLA on CPU takes twice as long for the gradient.
-        x_TD = x_BLD.reshape(-1, config.width).astype(config.dtype)
-        logits_TV = (x_TD @ kernel.astype(config.dtype)).astype(jnp.float32)
-        return logits_TV.reshape(*x_BLD.shape[:-1], config.vocab_size)
-
-
 @functools.cache
-def kept_shapes(model: Decoder) -> dict[str, Any]:
-    """Returns the shapes of the collections "routing" and "taps", for one token per device.
+def _kept_shapes(model: Decoder, tokens: int) -> dict[str, Any]:
+    """Returns the shapes of the collections "routing" and "taps" for a number of tokens.
 
-    Axis 1 of every array is that of tokens. The model is traced once, whatever the batch is.
+    Axis 1 of every array is that of tokens.
     """
 
     def kept() -> dict[str, Any]:
-        tokens_BL = jnp.zeros((jax.device_count(), 1), jnp.int32)
+        tokens_BL = jnp.zeros((tokens, 1), jnp.int32)
         variables = model.init(jax.random.key(0), tokens_BL, tokens_BL)
         return {name: variables.get(name, {}) for name in (ROUTING, TAPS)}
 
@@ -379,9 +368,11 @@ def kept_shapes(model: Decoder) -> dict[str, Any]:
 
 def kept_of(model: Decoder, collection: str, tokens: int) -> Any:
     """Returns the shapes of the collection "routing" or "taps" for a number of tokens."""
+    # One token a device, so that the model is traced once, whatever the batch is.
+    shapes = _kept_shapes(model, devices())[collection]
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tokens, *leaf.shape[2:]), leaf.dtype),
-        kept_shapes(model)[collection],
+        shapes,
     )
 
 

@@ -246,6 +246,30 @@ def _is_loss(name: str) -> bool:
     return name.startswith("validation/") and name.endswith("/nats_per_token")
 
 
+def plot_largest_pools(
+    path: epath.Path, counts: Sequence[int], experts: Sequence[float], target: str, chips: int
+) -> None:
+    """Draws how many experts a pool can have on a number of devices.
+
+    Args:
+        path: the PNG to write.
+        counts: numbers of devices that share a pool.
+        experts: largest number of experts on each number of devices.
+        target: name of the target whose step was compiled.
+        chips: number of its chips.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.loglog(counts, experts, marker=".", base=2)
+    axes.set(
+        xlabel="devices that share a pool",
+        ylabel="experts of a pool",
+        title=f"Largest pools, estimated from {target} ({chips} chips)",
+    )
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _save(figure: matplotlib.figure.Figure, path: epath.Path) -> None:
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)

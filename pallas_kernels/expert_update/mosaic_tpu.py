@@ -30,7 +30,7 @@ from pallas_kernels.factored_gradient import FactoredGradient
 from pallas_kernels.row_copies import for_each, wait_for
 from pallas_kernels.row_layout import RowLayout
 from pallas_kernels.sorted_pairs import sort_pairs
-from pallas_kernels.storage import DOWN, UNIT, UP, ExpertPool
+from pallas_kernels.storage import UNIT, ExpertPool
 
 BLOCK = 128  # pairs per grid step
 GROUP = 8  # lines that are rewritten together, the sublanes of a register
@@ -82,8 +82,7 @@ def update_stack(
         ids, c_down, c_up, x, dy = (leaf[number] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
         prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
-        images = layout.spread(x.astype(jnp.float32), DOWN)
-        images = images + layout.spread(dy.astype(jnp.float32), UP)
+        images = layout.joined(x, dy).astype(jnp.float32)
         codes, accumulators, sums = _rewrite(
             carry, layer, rows, images, rule, prefix, part, layout, interpret
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peerjax.evaluation.probe import ALL, Probe
-from peerjax.model import Decoder, kept_shapes
+from peerjax.model import Decoder, kept_of
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 
 # Number of ranks, evenly spread on a logarithmic scale, at which `Usage` reads shares of experts.
@@ -39,7 +39,7 @@ def routers(model: Decoder) -> tuple[Router, ...]:
     """Returns the modules of a model that sow a router's choices, in the order of their layers."""
     found = {
         path: sown
-        for path, sown in by_module(kept_shapes(model)[ROUTING]).items()
+        for path, sown in by_module(kept_of(model, ROUTING, 1)).items()
         if getattr(sown[CHOICE], "is_routed", True)
     }
     places = {path: model.config.place(path) for path in found}

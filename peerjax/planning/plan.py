@@ -1,73 +1,96 @@
-"""FLOPs of a configuration by formula, and the memory of a target's chip by part."""
+"""FLOPs, memory and exchanges of a configuration on a target, which need not be present."""
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import rich.console
+from jax.sharding import AbstractMesh, AxisType
 
+from pallas_kernels.storage import UNIT
+from peerjax import plots
 from peerjax.config import model_config, validate
-from peerjax.errors import UserError
+from peerjax.errors import ConfigError
 from peerjax.flops import forward_flops
 from peerjax.objectives import language_model
-from peerjax.planning.programs import Program, program_for
-from peerjax.planning.targets import GIB, MEMORY, check_target, kind_of
+from peerjax.planning.programs import Program, on_one_device, program_for
+from peerjax.planning.targets import (
+    FLOPS,
+    GIB,
+    MEMORY,
+    MEMORY_RATE,
+    check_target,
+    chips_of,
+    kind_of,
+    network_rate,
+)
 from peerjax.pool import memory_report
+from peerjax.sharding import state_shardings
+from peerjax.sharding.rules import AXES, EXPERT, complete_sizes
 from peerjax.tables import print_table
+from peerjax.training.checkpoint import abstract
 from peerjax.training.gradients import gradient_shapes
 from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.state import create_state
 
 
 class Plan(NamedTuple):
-    """FLOPs and memory of a configuration.
+    """FLOPs, memory and exchanges of a configuration.
 
     Attributes:
         target: name of the target.
+        mesh: sizes of the axes of the mesh.
         flops: forward FLOPs a token by part of the model.
-        state: bytes of the train state on a chip, by part.
+        state: bytes of the train state on a chip, by part, and of the factored gradient of the
+            chip's tokens.
         program: measurements of the compiled step; `None` if it was not compiled.
         limit: memory of a chip in bytes; `None` if it is unknown.
+        seconds: least seconds of a step by each resource of a chip, at the rates that the makers of
+            the chips state. Nothing was run.
+        largest: estimate of the largest number of experts of a pool that fits; `None` if the step
+            was not compiled, the limit is unknown, or the model has not exactly one size of pools.
     """
 
     target: str
+    mesh: dict[str, int]
     flops: dict[str, float]
     state: dict[str, int]
     program: Program | None
     limit: int | None
+    seconds: dict[str, float]
+    largest: int | None
 
 
 def plan(
     config: ml_collections.ConfigDict, target: str, vocabulary: int, *, compile: bool = True
 ) -> Plan:
-    """Computes FLOPs and memory of a configuration.
+    """Computes FLOPs, memory and exchanges of a configuration.
 
     Args:
         config: configuration of a run; see `peerjax.config`.
         target: name of a target; see `peerjax.planning.targets.check_target`. The target need not
             be present.
         vocabulary: number of entries of the tokenizer.
-        compile: whether to compile the step too, to find its temporary memory.
+        compile: whether to compile the step too, to find its temporary memory and its exchanges.
 
     Raises:
-        UserError: if the configuration is not valid, the target is unknown, or its compiler is not
-            installed.
+        UserError: if the configuration is not valid, does not fit the number of chips, the target
+            is unknown, or its compiler is not installed.
     """
     validate(config)
     check_target(target)
-    if (config.mesh.fsdp, config.mesh.expert) != (1, 1):
-        raise UserError(
-            f"mesh.fsdp={config.mesh.fsdp} and mesh.expert={config.mesh.expert} cannot be planned "
-            "yet; leave both at 1"
-        )
+    mesh = _mesh_for(config, target)
     task, optimizer = language_model(config, vocabulary), make_optimizer(config)
-    state = jax.eval_shape(lambda: create_state(config, task, optimizer))
+    shapes = jax.eval_shape(lambda: create_state(config, task, optimizer))
+    state = on_one_device(abstract(shapes, state_shardings(mesh, shapes)))
+    tokens = config.data.batch_size * config.data.sequence_length // mesh.size
     of_pools = memory_report(
-        state.pools,
-        state_of_pools(state.opt_state),
-        gradient_shapes(task, config.data.batch_size * config.data.sequence_length),
+        state.pools, state_of_pools(state.opt_state), gradient_shapes(task, tokens)
     )
     parameters, moments = _bytes_of(state.params), _bytes_of(state.opt_state)
     kept = of_pools.kept - _bytes_of(state.pools)  # optimizer state of pools
@@ -76,13 +99,102 @@ def plan(
         "optimizer state of parameters": moments - kept,
         **{f"pools: {part}": size for part, size in of_pools.parts.items()},
     }
+    flops = forward_flops(model_config(config, vocabulary), config.data.sequence_length)
+    program = program_for(target, config, vocabulary) if compile else None
+    limit = MEMORY.get(kind_of(target))
     return Plan(
         target,
-        forward_flops(model_config(config, vocabulary), config.data.sequence_length),
+        dict(mesh.shape),
+        flops,
         parts,
-        program_for(target, config, vocabulary) if compile else None,
-        MEMORY.get(kind_of(target)),
+        program,
+        limit,
+        _seconds(config, target, tokens, flops, parts, program),
+        _largest(program, shapes.pools, limit, mesh.shape[EXPERT]),
     )
+
+
+def _mesh_for(config: ml_collections.ConfigDict, target: str) -> Any:
+    chips = chips_of(target)
+    try:
+        sizes = complete_sizes((config.mesh.data, config.mesh.fsdp, config.mesh.expert), chips)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error} ({target}); set mesh.data=-1, other sizes, or another target"
+        ) from None
+    if config.data.batch_size % chips:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} is not divisible by the {chips} chips of "
+            f"{target}; choose a multiple"
+        )
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _seconds(
+    config: ml_collections.ConfigDict,
+    target: str,
+    tokens: int,
+    flops: dict[str, float],
+    parts: dict[str, int],
+    program: Program | None,
+) -> dict[str, float]:
+    """Returns the least seconds of a step by resource, for `tokens` tokens of a chip.
+
+    The backward pass computes twice the FLOPs of the forward pass, which `model.remat` repeats. The
+    chip reads the weights in every pass, and reads and writes the state of parameters once. Reads
+    of experts are counted as if every token read its own.
+    """
+    kind = kind_of(target)
+    if kind not in FLOPS:
+        return {}
+    passes = 4 if config.model.remat else 3
+    of_a_token = sum(flops.values())
+    pool = {name.partition(": ")[2]: size for name, size in parts.items() if ": " in name}
+    moved: float = sum(2 * parts[name] for name in ("parameters", "optimizer state of parameters"))
+    moved += passes * parts["parameters"]
+    experts = (
+        flops.get("lookup", 0.0) / 4
+    )  # a multiply-add of a number of `down` or `up` is 4 FLOPs
+    bits = {"int8": 8, "float32": 32, "bfloat16": 16}.get(config.pool.storage, 4)
+    moved += 2 * tokens * experts * 2 * bits / 8  # forward and backward
+    moved += 2 * 2 * pool.get("factored gradient", 0)
+    found = {
+        "computing": passes * of_a_token * tokens / FLOPS[kind],
+        "memory": moved / MEMORY_RATE[kind],
+    }
+    if program is not None:
+        found["network"] = sum(each.bytes for each in program.collectives) / network_rate(target)
+    return found
+
+
+def _largest(program: Program | None, pools: Any, limit: int | None, parts: int) -> int | None:
+    """Returns the largest N that fits if everything but the pools takes the same memory.
+
+    N is a square that can be split into the parts.
+    """
+    sizes = {pool.num_experts for of_stack in pools.values() for pool in of_stack.values()}
+    if program is None or limit is None or len(sizes) != 1:
+        return None
+    room = limit - (program.total - program.pools)
+    most = int(sizes.pop() * max(room, 0) / program.pools)
+    side = math.isqrt(most)
+    multiple = UNIT * parts
+    return next((n * n for n in range(side, 0, -1) if n * n % multiple == 0), None)
+
+
+def write_plan(found: Plan, folder: str) -> None:
+    """Writes `plan.json`, and `experts.png` if the largest number of experts is known."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    record = found._asdict()
+    if found.program is not None:
+        exchanges = [each._asdict() for each in found.program.collectives]
+        record["program"] = {**found.program._asdict(), "collectives": exchanges}
+    (Path(folder) / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
+    if found.largest is not None:
+        chips = math.prod(found.mesh.values())
+        counts = [2**power for power in range(12)]
+        fits = [found.largest * count / found.mesh[EXPERT] for count in counts]
+        plots.plot_largest_pools(Path(folder) / "experts.png", counts, fits, found.target, chips)
 
 
 def print_plan(found: Plan) -> None:
@@ -91,20 +203,33 @@ def print_plan(found: Plan) -> None:
     rows = [[part, f"{each / 1e6:,.2f}"] for part, each in found.flops.items()]
     rows.append(["all", f"{sum(found.flops.values()) / 1e6:,.2f}"])
     print_table(console, "Forward FLOPs a token", ("part", "MFLOPs"), rows)
-    sizes = dict(found.state)
-    if found.program is not None:
-        sizes["temporary memory, the gradient included"] = found.program.temp
-        sizes["all, by the compiled step"] = found.program.total
+    sizes, program = dict(found.state), found.program
+    if program is not None:
+        sizes["temporary memory, the gradient included"] = program.temp
+        sizes["all, by the compiled step"] = program.total
     rows = [[part, f"{size / GIB:,.3f}"] for part, size in sizes.items()]
     print_table(console, f"Memory of a chip ({found.target})", ("part", "GiB"), rows)
-    if found.program is not None and found.limit is not None:
-        used = found.program.total
+    if program is not None and program.collectives:
+        rows = [
+            [f"{each.kind} over {each.axes}", f"{each.times:,}", f"{each.bytes / GIB:,.3f}"]
+            for each in program.collectives
+        ]
+        columns = ("exchange", "times", "GiB that a chip sends")
+        print_table(console, "Exchanges of a step", columns, rows)
+    if found.seconds:
+        rows = [[name, f"{1e3 * each:,.1f}"] for name, each in found.seconds.items()]
+        title = "Roofline estimate of a step (not measured)"
+        print_table(console, title, ("resource", "least ms"), rows)
+    if program is not None and found.limit is not None:
+        used = program.total
         verdict = "fits" if used <= found.limit else "does not fit"
         console.print(
             f"{verdict}: {used / GIB:,.1f} of {found.limit / GIB:,.0f} GiB on each of "
-            f"{found.program.chips} chip{'s' if found.program.chips > 1 else ''}, "
-            f"{found.program.rows} rows a chip"
+            f"{program.chips} chip{'s' if program.chips > 1 else ''}, {program.rows} "
+            f"row{'s' if program.rows > 1 else ''} a chip"
         )
+    if found.largest is not None:
+        console.print(f"about {found.largest:,} experts a pool fit, everything else being the same")
 
 
 def _bytes_of(tree: Any) -> int:

@@ -22,6 +22,7 @@ import ml_collections
 
 from peerjax.config import from_json, validate
 from peerjax.objectives import language_model
+from peerjax.planning.collectives import Collective, collectives
 from peerjax.planning.targets import check_target, mesh_of, run_for
 from peerjax.pool import memory_report
 from peerjax.sharding import BATCH, sharding_of, state_shardings
@@ -44,12 +45,14 @@ class Program(NamedTuple):
         aliased: bytes of arguments that are rewritten in place.
         pools: bytes of the pools and of their optimizer state.
         expert_parameters: number of weights of all experts.
-        words: number of words of the codes of all pools.
+        words: number of words of the codes of the first stack of pools, on a chip.
         largest_float: elements of the largest float array anywhere in the program.
         largest_other: elements of the largest array of another type. Arrays as large as the words
             of the pools are not counted, because the program also views these in other shapes.
         pool_copies: number of instructions that copy an array with as many words as the pools.
         kernels: number of calls of Pallas kernels. A call in a loop counts once.
+        peak: largest number of bytes in use at any time, by the compiler; 0 if it does not say.
+        collectives: what the chips exchange.
     """
 
     chips: int
@@ -64,6 +67,8 @@ class Program(NamedTuple):
     largest_other: int
     pool_copies: int
     kernels: int
+    peak: int = 0
+    collectives: tuple[Collective, ...] = ()
 
 
 def program_for(
@@ -87,7 +92,8 @@ def program_for(
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config.to_dict()))
         found = run_for(target, "peerjax.planning.programs", str(path), str(vocabulary))
-    return Program(**found)
+    exchanges = tuple(Collective(*each) for each in found.pop("collectives"))
+    return Program(**found, collectives=exchanges)
 
 
 def compile_step(
@@ -97,7 +103,7 @@ def compile_step(
     compile: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
 ) -> Program:
     """Compiles the step of a configuration in this process; see `program_for`."""
-    mesh = mesh_of(target)
+    mesh = mesh_of(target, **config.mesh)
     step, state, batch = step_of(config, vocabulary)
     state = abstract(state, state_shardings(mesh, state))
     batch = abstract(batch, jax.tree.map(lambda _: sharding_of(mesh, BATCH), batch))
@@ -105,7 +111,9 @@ def compile_step(
         compiled = compile(step.lower(state, batch))
     memory: Any = compiled.memory_analysis()
     of_pools = memory_report(state.pools, state_of_pools(state.opt_state))
-    pools = jax.tree.leaves(state.pools)
+    on_chip = on_one_device(state)
+    kept = memory_report(on_chip.pools, state_of_pools(on_chip.opt_state)).kept
+    pools = jax.tree.leaves(on_chip.pools)
     words = pools[0].size if pools else 0
     text = compiled.as_text() or ""
     largest = _largest_arrays(text, words)
@@ -115,12 +123,14 @@ def compile_step(
         temp=memory.temp_size_in_bytes,
         total=total_bytes(memory),
         aliased=memory.alias_size_in_bytes,
-        pools=of_pools.kept,
+        pools=kept,
         expert_parameters=of_pools.parameters,
         words=words,
         largest_float=largest[True],
         largest_other=largest[False],
         pool_copies=pool_copies(text, words),
+        peak=memory.peak_memory_in_bytes,
+        collectives=tuple(collectives(text, dict(mesh.shape))),
         kernels=len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)),
     )
 
@@ -136,6 +146,13 @@ def step_of(
     names = ("inputs", "targets", "positions", "segments")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     return jax.jit(make_train_step(config, task, optimizer), donate_argnums=0), state, batch
+
+
+def on_one_device(placed: Any) -> Any:
+    """Returns the shapes that arrays have on one device, from shapes with shardings."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), placed
+    )
 
 
 def total_bytes(memory: Any) -> int:

@@ -4,6 +4,7 @@ A separate process compiles for each target. `environment` returns its environme
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,12 @@ TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:
 GPUS = ("h100",)
 TARGETS = (*TPUS, *GPUS)
 GIB = 1 << 30
+# Peak rates of a chip, as their makers state them. A GPU sends over NVLink within a host of 8, and
+# over InfiniBand beyond it.
+FLOPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12, "h100": 989e12}  # bfloat16
+MEMORY_RATE = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7380e9, "h100": 3350e9}
+NETWORK_RATE = {"v5e": 200e9, "v5p": 600e9, "v6e": 448e9, "tpu7x": 1200e9, "h100": 450e9}
+BETWEEN_HOSTS = 50e9
 MEMORY = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 79 * GIB}
 # Description of a GPU that XLA needs to compile for it.
 H100 = """
@@ -52,7 +59,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def check_target(target: str) -> None:
-    """Checks the name of a target: "cpu", a key of `MEMORY`, or TPU chips such as "v5p:4x4x4".
+    """Checks the name of a target: "cpu", a key of `MEMORY`, or several chips.
+
+    Several TPU chips are such as "v5p:4x4x4", several GPUs such as "h100:64".
 
     Raises:
         UserError: if there is no such target.
@@ -60,11 +69,24 @@ def check_target(target: str) -> None:
     kind, _, chips = target.partition(":")
     if target == "cpu" or (kind in TARGETS and not chips):
         return
-    if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", chips):
+    form = r"\d+(x\d+)+" if kind in TPUS else r"[1-9]\d*"
+    if kind not in TARGETS or not re.fullmatch(form, chips):
         raise UserError(
-            f"target {target!r} is unknown; choose cpu, {', '.join(TARGETS)}, or chips of a TPU "
-            "such as v5p:4x4x4"
+            f"target {target!r} is unknown; choose cpu, {', '.join(TARGETS)}, chips of a TPU such "
+            "as v5p:4x4x4, or GPUs such as h100:64"
         )
+
+
+def chips_of(target: str) -> int:
+    """Returns the number of chips of a target."""
+    chips = target.partition(":")[2]
+    return math.prod(map(int, chips.split("x"))) if chips else 1
+
+
+def network_rate(target: str) -> float:
+    """Returns the bytes a second that a chip of a target can send to the others."""
+    kind = kind_of(target)
+    return BETWEEN_HOSTS if kind in GPUS and chips_of(target) > 8 else NETWORK_RATE[kind]
 
 
 def kind_of(target: str) -> str:
@@ -79,18 +101,36 @@ def device_of(target: str) -> Any:
     if target in TPUS:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
     else:
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology="1x1x1", topology_name=""
-        )
+        topology = _gpus(1)
     return topology.devices[0]
 
 
-def mesh_of(target: str) -> jax.sharding.Mesh:
-    """Returns a mesh of one device of a target, or of all chips in its name. None need exist."""
-    if ":" in target:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=target)
-        return make_mesh(found.devices)
-    return make_mesh([device_of(target) or jax.devices()[0]])
+def mesh_of(target: str, **sizes: int) -> jax.sharding.Mesh:
+    """Returns a mesh of one device of a target, or of all chips in its name. None need exist.
+
+    Args:
+        target: name of a target; see `check_target`.
+        **sizes: sizes of the axes; see `peerjax.sharding.make_mesh`.
+
+    Raises:
+        ValueError: if the sizes do not fit the number of devices.
+    """
+    kind, _, chips = target.partition(":")
+    if not chips:
+        devices = [device_of(target) or jax.devices()[0]]
+    elif kind in TPUS:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    else:
+        devices = _gpus(int(chips)).devices
+    return make_mesh(devices, **sizes)
+
+
+def _gpus(count: int) -> Any:
+    """Returns a number of GPUs, 8 on each host."""
+    hosts, on_host = (count // 8, 8) if count % 8 == 0 else (1, count)
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=H100, topology=f"1x{hosts}x{on_host}", topology_name=""
+    )
 
 
 def on(device: Any, tree: Any) -> Any:

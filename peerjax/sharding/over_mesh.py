@@ -8,6 +8,12 @@ import jax
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def devices() -> int:
+    """Returns the number of devices of the current mesh; without a mesh, of all devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() if mesh.empty else mesh.size
+
+
 def over_mesh(function: Function, in_specs: Any, out_specs: Any) -> Function:
     """Maps a function over the current mesh; without a mesh, returns the function itself.
 

@@ -1,9 +1,9 @@
 """The mesh and the placement rules: which array is split over which axis.
 
 The axes of the mesh are `data`, `fsdp` and `expert`. Rows of a batch are split over all three.
-Dense parameters are split over `fsdp`, and gathered where they are used. Their moments are split
-over all three, because a device needs those of its own part only. Pools are split over `expert`: a
-device has a contiguous range of expert numbers.
+Dense parameters are split over `fsdp`, and gathered where they are used. Their gradients and
+moments are split over all three, because a device needs only those of its own part. Pools are split
+over `expert`: a device has a contiguous range of expert numbers.
 
 A rule maps the path of a node in the train state (such as
 `params/run_0/block/attention/query/kernel`), its shapes and the mesh to a partition of its

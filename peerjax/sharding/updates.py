@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.expert_update import Hyperparameters, Statistics, UpdateState, update
 from pallas_kernels.factored_gradient import FactoredGradient, clip_factor
 from pallas_kernels.storage import ExpertPool
-from peerjax.sharding.exchange import Dispatch, Gather, dispatch_for
+from peerjax.sharding.exchange import Dispatch, Gather, dispatch_for, exchanged
 from peerjax.sharding.lookups import sent_ids
 from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import AXES, DATA, EXPERT, FSDP, pool_specs, shards_of_pool, state_specs
 
-# Pairs of all tokens from which a device leaves out others' pairs before it sorts its own.
+# Pairs of all tokens from which a device leaves out others' pairs before it sorts its own ones.
 MANY_PAIRS = 1 << 20
 
 
@@ -136,73 +136,78 @@ def _with_received(
 ) -> Any:
     """Applies a function of the gradient of a device's experts in one layer, and of a carry.
 
-    Tokens are in the order of the batch, so that sums over tokens are the same on every mesh. If
-    there are very many pairs, those of other devices are left out before the pairs are sorted.
+    Tokens are in the order of the batch, so that sums over tokens are the same on every mesh.
     """
     own = jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), gradient
     )
     tokens, num_chosen = own.ids.shape
+    columns = num_chosen
+    if tokens * num_chosen * jax.lax.axis_size(AXES) >= MANY_PAIRS:
+        columns = _columns_for(num_chosen, parts)
 
     def joined(of_tokens: FactoredGradient, axes: tuple[str, ...]) -> FactoredGradient:
         join = partial(jax.lax.all_gather, axis_name=axes, axis=0, tiled=True)
         return jax.tree.map(join, of_tokens)
 
-    def received(by: Gather | Dispatch) -> FactoredGradient:
-        ids = sent_ids(by, own.ids, num_experts)
-        return joined(FactoredGradient(ids, *map(by.send, own[1:])), (DATA, FSDP))
-
     def apply(found: FactoredGradient, carry: Any) -> Any:
         return function(jax.tree.map(lambda leaf: leaf[None], found), carry)
 
+    def apply_received(by: Gather | Dispatch) -> Any:
+        received = jax.tree.map(by.send, own)._replace(ids=sent_ids(by, own.ids, num_experts))
+        found = joined(received, (DATA, FSDP))
+        return _few_columns(found, num_experts, columns, apply, carry)
+
     if parts == 1:
         return apply(joined(own, AXES), carry)
-    columns = _columns_for(num_chosen, parts)
-    if tokens * num_chosen * jax.lax.axis_size(AXES) < MANY_PAIRS:
-        columns = num_chosen
-    dispatch = dispatch_for(exchange, own.ids, num_experts)
-    if dispatch is None and columns == num_chosen:
-        return apply(received(Gather()), carry)
-
-    def apply_few(_: Array, carry: Any) -> Any:
-        return apply(_narrowed(received(dispatch or Gather()), columns), carry)
-
-    def apply_all(_: Array, carry: Any) -> Any:
-        return apply(received(Gather()), carry)
-
-    fits = _fit_columns(own.ids, num_experts, columns, parts)
-    if dispatch is not None:
-        fits &= dispatch.fits
-    # A loop of one or no iteration rewrites its carry in place. A conditional might copy it.
-    carry = jax.lax.fori_loop(0, fits.astype(jnp.int32), apply_few, carry)
-    return jax.lax.fori_loop(0, (~fits).astype(jnp.int32), apply_all, carry)
+    return exchanged(dispatch_for(exchange, own.ids, num_experts), apply_received)
 
 
 def _columns_for(num_chosen: int, parts: int) -> int:
     """Returns how many experts of a token one part of a pool is expected to have at most.
 
-    This is four times the mean and 12 more, so that a step in which some token has more is rare.
+    This is four times the mean and 12 more, so that a token rarely has more.
     """
     return min(num_chosen, 4 * -(-num_chosen // parts) + 12)
 
 
-def _fit_columns(ids: Array, num_experts: int, columns: int, parts: int) -> Bool[Array, ""]:
-    """Returns whether, on the whole mesh, no token has more experts of one part of a pool."""
-    token = jnp.arange(ids.shape[0])[:, None]
-    counts_TE = jnp.zeros((ids.shape[0], parts), jnp.int32)
-    counts_TE = counts_TE.at[token, ids // num_experts].add(1, mode="drop")
-    return jax.lax.pmax(jnp.max(counts_TE), AXES) <= columns
+def _few_columns(
+    gradient: FactoredGradient,
+    num_experts: int,
+    columns: int,
+    function: Callable[[FactoredGradient, Any], Any],
+    carry: Any,
+) -> Any:
+    """Applies a function of a gradient without most of its "no expert"s, and of a carry.
 
-
-def _narrowed(gradient: FactoredGradient, columns: int) -> FactoredGradient:
-    """Returns the gradient with only the first `columns` experts of each token that exist."""
+    An update sorts all pairs, and most of those that a device receives are of others' experts. A
+    pass applies the function to at most `columns` pairs of each token. One pass is enough unless
+    some token has more. Every pass has all pairs of its experts, which are a range. (Only if a
+    token chose one expert more than `columns` times, that expert is in several passes.)
+    """
     ids, c_down, c_up, x, dy = gradient
     if columns == ids.shape[1]:
-        return gradient
-    # "No expert" is the largest number, so it comes last.
-    pairs = jax.lax.sort((ids, c_down, c_up), dimension=1, num_keys=1)
-    ids, c_down, c_up = (each[:, :columns] for each in pairs)
-    return FactoredGradient(ids, c_down, c_up, x, dy)
+        return function(gradient, carry)
+
+    def more_pairs(state: Any) -> Array:
+        ids = state[0]
+        return jnp.any(ids < num_experts)
+
+    def one_pass(state: Any) -> Any:
+        *pairs, carry = state
+        # "No expert" is the largest number, so it comes last.
+        pairs = jax.lax.sort(pairs, dimension=1, num_keys=1)
+        ids, c_down, c_up = pairs
+        few = ids[:, :columns]
+        end = jnp.maximum(jnp.min(ids[:, columns]), jnp.min(ids[:, 0]) + 1)
+        found = FactoredGradient(
+            jnp.where(few < end, few, num_experts), c_down[:, :columns], c_up[:, :columns], x, dy
+        )
+        left = jnp.where(few < end, num_experts, few)
+        ids = jnp.concatenate([left, ids[:, columns:]], axis=1)
+        return ids, c_down, c_up, function(found, carry)
+
+    return jax.lax.while_loop(more_pairs, one_pass, (ids, c_down, c_up, carry))[-1]
 
 
 def dense_pool_gradient(

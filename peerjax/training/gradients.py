@@ -15,7 +15,7 @@ from peerjax.optim import dequantize
 from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
 from peerjax.routing.running import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
-from peerjax.sharding.weights import gathered
+from peerjax.sharding.weights import whole
 from peerjax.training.head_loss import mean_loss
 
 
@@ -67,7 +67,7 @@ def loss_and_gradients(
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
         params = {
-            name: own if name.startswith("run_") else gathered(own) for name, own in params.items()
+            name: own if name.startswith("run_") else whole(own) for name, own in params.items()
         }
         trained = {**fixed, "params": params, TAPS: taps}
         x_BLD, kept = model.apply(

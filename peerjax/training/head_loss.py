@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.platforms import by_platform
-from peerjax.model import Head
+from peerjax.model import head_of
 from peerjax.objectives.task import Batch, Task
 from peerjax.sharding.batches import split_rows
+from peerjax.sharding.over_mesh import devices
 
 # Logits of one part, in numbers. Parts of this size and of half of it were fastest on CPUs.
 LARGEST_PART = 1 << 21
@@ -46,7 +47,7 @@ def mean_loss(
     """
 
     def loss_of_rows(head: Any, x_BLD: Array, rows: Batch, fixed: Any) -> Array:
-        logits: Any = Head(task.model.config).apply({"params": head}, x_BLD)
+        logits: Any = head_of(task.model.config).apply({"params": head}, x_BLD)
         kept, frozen, step = fixed
         return task.loss(logits, kept, rows, frozen, step)
 
@@ -63,7 +64,7 @@ def mean_loss(
 
 def number_of_parts(rows: int, numbers: int) -> int:
     """Returns into how many parts to split rows whose logits are `numbers` numbers together."""
-    per_device = rows // jax.device_count()
+    per_device = rows // devices()
     return next(
         (
             parts

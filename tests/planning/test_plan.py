@@ -1,11 +1,13 @@
 """What `plan.py` shows, beside the arrays that training has."""
 
+import json
+
 import jax
 import pytest
 
 from peerjax.errors import ConfigError, UserError
 from peerjax.objectives import language_model
-from peerjax.planning.plan import plan, print_plan
+from peerjax.planning.plan import plan, print_plan, write_plan
 from peerjax.planning.programs import program_for
 from peerjax.planning.targets import check_target
 from peerjax.training.optimizer import make_optimizer
@@ -40,7 +42,7 @@ def test_the_step_is_compiled_in_a_process_of_its_own_and_holds_the_state():
     assert (found.program.chips, found.program.rows) == (1, 8)
 
 
-@pytest.mark.parametrize("target", ["v9", "h100:2x2", "v5p:4by4", "cpu:2x2"])
+@pytest.mark.parametrize("target", ["v9", "h100:2x2", "v5p:4by4", "v5p:8", "cpu:2x2"])
 def test_an_unknown_target_is_named(target):
     with pytest.raises(UserError, match=f"target '{target}' is unknown; choose cpu, v5e"):
         check_target(target)
@@ -53,11 +55,29 @@ def test_a_configuration_that_cannot_be_is_refused_before_anything_is_compiled()
         program_for("cpu", config)
 
 
-def test_a_split_mesh_is_refused_until_it_can_be_planned():
+def test_a_mesh_or_batch_that_does_not_fit_the_chips_is_refused():
     config = tiny_config("unused")
     config.mesh.expert = 4
-    with pytest.raises(UserError, match="mesh.fsdp=1 and mesh.expert=4 cannot be planned yet"):
+    with pytest.raises(ConfigError, match=r"expert=4 do not fit 1 device \(cpu\)"):
         plan(config, "cpu", VOCABULARY)
+    with pytest.raises(ConfigError, match="data.batch_size=8 is not divisible by the 128 chips"):
+        plan(config, "v5p:4x4x8", VOCABULARY)
+
+
+def test_a_chip_keeps_its_part_of_the_state(tmp_path):
+    config = tiny_config("unused")
+    config.peer.num_experts = (32, 32)
+    whole = plan(config, "cpu", VOCABULARY, compile=False)
+    config.mesh.expert = 8
+    found = plan(config, "v5p:2x2x2", VOCABULARY, compile=False)
+    assert found.mesh == {"data": 1, "fsdp": 1, "expert": 8}
+    for part in ("pools: codes", "pools: accumulators", "pools: factored gradient"):
+        assert 8 * found.state[part] == whole.state[part]
+    assert found.state["parameters"] == whole.state["parameters"]
+    moments = "optimizer state of parameters"
+    assert found.state[moments] < whole.state[moments] / 2
+    write_plan(found, str(tmp_path))
+    assert json.loads((tmp_path / "plan.json").read_text())["mesh"]["expert"] == 8
 
 
 def test_the_script_prints_both_tables():

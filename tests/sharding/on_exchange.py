@@ -29,8 +29,10 @@ def integers(key, shape, low=-2, high=3):
 
 
 def ids_of(choice):
+    scores = jax.random.uniform(jax.random.key(0), (LAYERS, TOKENS, CHOICES[choice]))
+    ids = jax.lax.top_k(scores, CHOSEN)[1]
+    ids = ids.at[:, ::3, 1].set(ids[:, ::3, 0])  # some tokens choose an expert twice
     # Some places have "no expert".
-    ids = jax.random.randint(jax.random.key(0), (LAYERS, TOKENS, CHOSEN), 0, CHOICES[choice])
     return jnp.where(integers(1, ids.shape, 0, 5) == 0, EXPERTS, ids).astype(jnp.int32)
 
 
@@ -82,7 +84,9 @@ def of_update(pool, state, ids, exchange, **options):
 
 
 def main(output: str, *meshes: str) -> None:
-    updates.MANY_PAIRS = 0  # always leave out the pairs of other devices before sorting
+    # Pairs of other devices are always left out before sorting, and many tokens need two passes.
+    updates.MANY_PAIRS = 0
+    updates._columns_for = lambda *_: 2
     found = {"devices": jax.device_count()}
 
     def keep(prefix, tree):
