@@ -27,8 +27,23 @@ _CALLS = re.compile(
 )
 
 
-# How often, and bytes, by kind and axes.
-Counts = dict[tuple[str, str], np.ndarray]
+class Count(NamedTuple):
+    """How often exchanges run, the bytes that a chip sends, and the bytes of the largest one."""
+
+    times: int = 0
+    bytes: int = 0
+    largest: int = 0
+
+    def plus(self, other: Count, times: int = 1) -> Count:
+        """Adds exchanges that run a number of times."""
+        return Count(
+            self.times + times * other.times,
+            self.bytes + times * other.bytes,
+            max(self.largest, other.largest),
+        )
+
+
+Counts = dict[tuple[str, str], Count]  # by kind and axes
 
 
 class Collective(NamedTuple):
@@ -40,12 +55,14 @@ class Collective(NamedTuple):
         times: how often a step runs them.
         bytes: bytes that a chip sends in a step. Rings are assumed: to gather n bytes from g chips,
             a chip sends n (g - 1) / g.
+        largest: bytes of the largest array that one of them gives or takes on a chip.
     """
 
     kind: str
     axes: str
     times: int
     bytes: int
+    largest: int
 
 
 def collectives(program: str, mesh: dict[str, int]) -> list[Collective]:
@@ -60,14 +77,14 @@ def collectives(program: str, mesh: dict[str, int]) -> list[Collective]:
 
     def of(name: str) -> Counts:
         if name not in memo:
-            total: Counts = defaultdict(lambda: np.zeros(2, np.int64))
+            total: Counts = defaultdict(Count)
             memo[name] = total
             for line in computations.get(name, ()):
-                for key, count in _of_line(name, line):
-                    total[key] = total[key] + count
+                for key, times, count in _of_line(name, line):
+                    total[key] = total[key].plus(count, times)
         return memo[name]
 
-    def _of_line(name: str, line: str) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    def _of_line(name: str, line: str) -> Iterator[tuple[tuple[str, str], int, Count]]:
         found = _INSTRUCTION.match(line)
         if found is None:
             return
@@ -80,22 +97,19 @@ def collectives(program: str, mesh: dict[str, int]) -> list[Collective]:
                 if kind == "reduce-scatter":  # its result is a part
                     size *= len(groups)
                 sent = _sent(_kind_in(kind, name), size, len(groups))
-                yield (_kind_in(kind, name), _axes(groups, mesh)), np.array([1, sent])
+                yield (_kind_in(kind, name), _axes(groups, mesh)), 1, Count(1, sent, size)
             return
         called = [each for names in _CALLS.findall(line) for each in _names(names)]
         if operation == "conditional":
             branches = [of(each) for each in called]
-            called_once = min(branches, key=lambda branch: sum(each[1] for each in branch.values()))
-            yield from called_once.items()
-        elif operation == "while":
-            times = _iterations(line, computations)
-            for each in called:
-                yield from ((key, times * count) for key, count in of(each).items())
-        else:
-            for each in called:
-                yield from of(each).items()
+            cheapest = min(branches, key=lambda branch: sum(each.bytes for each in branch.values()))
+            yield from ((key, 1, count) for key, count in cheapest.items())
+            return
+        times = _iterations(line, computations) if operation == "while" else 1
+        for each in called:
+            yield from ((key, times, count) for key, count in of(each).items())
 
-    found = [Collective(*key, *map(int, count)) for key, count in of(entry).items()]
+    found = [Collective(*key, *count) for key, count in of(entry).items()]
     return sorted(found, key=lambda each: -each.bytes)
 
 
@@ -152,8 +166,8 @@ def _size(shape: str, operation: str) -> int:
         for kind, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
         if kind in BYTES
     ]
-    if operation == "all-gather-start":  # operands, then results
-        return sum(parts[len(parts) // 2 :])
+    if operation in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
+        return sum(parts[len(parts) // 2 :])  # operands, then results
     return parts[0] if operation == "collective-permute-start" else sum(parts)
 
 

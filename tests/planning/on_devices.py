@@ -38,7 +38,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         program = jax.jit(over_mesh(local, BATCH, BATCH)).lower(x).compile().as_text()
     found = collectives(program, dict(mesh.shape))
-    print(json.dumps([each._asdict() for each in found]))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
