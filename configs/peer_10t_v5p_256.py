@@ -10,8 +10,8 @@ from configs import peer_60b_one_gpu
 def get_config():
     config = peer_60b_one_gpu.get_config()
     config.mesh.expert = 128
-    config.model.width = 2048
-    config.model.layers = (("peer", 48),)
+    config.model.width = 1024
+    config.model.layers = (("peer", 96),)
     config.model.heads = 16
     config.model.kv_heads = 4
     config.model.remat = True

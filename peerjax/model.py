@@ -18,7 +18,7 @@ from peerjax.layers.shared import NAME as SHARED
 from peerjax.layers.shared import SharedPath, apply_shared
 from peerjax.layers.spec import Context, FeedForward, Sizes
 from peerjax.layers.vocabulary import Embedding, Head
-from peerjax.pool import ExpertPool, initialize_pool
+from peerjax.pool import ExpertPool, initialize_pool, places_for
 from peerjax.routing.auxiliary import (
     DECODE,
     EXPERT_IDS,
@@ -57,6 +57,7 @@ class ModelConfig:
     routing_statistics: str = RUNNING  # statistics of routers with batch normalisation
     implementation: str | None = None  # implementation of lookups and mixtures
     exchange: str | None = None  # how devices that share a pool exchange tokens
+    pool_parts: int = 1  # equal parts into which a mesh splits pools, which are padded for it
 
     @property
     def depth(self) -> int:
@@ -83,6 +84,16 @@ class ModelConfig:
             exchange=self.exchange,
             routers=sum(count // each.period for each, count in same),
         )
+
+    def places(self, num_experts: int) -> int:
+        """Returns for how many experts the arrays of a pool have room."""
+        return places_for(num_experts, self.width, self.pool_storage, self.pool_parts)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Number of weights of all experts."""
+        experts = sum(count * sum(spec.pools.values()) for spec, count in self.layers)
+        return 2 * experts * self.width
 
     def stack_name(self, key: str) -> str:
         """Returns the name of a stack in metrics, from its key in trees, such as "run_1"."""
@@ -232,6 +243,7 @@ class Stack(nn.Module):
             self.config.width,
             residual_scale=self.config.sizes(self.feed_forward).residual_scale,
             storage=self.config.pool_storage,
+            places=self.config.places(num_experts),
         )
 
 

@@ -21,6 +21,7 @@ from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.storage import (
     DOWN,
     FLOAT_DTYPES,
+    UNIT,
     UP,
     ExpertPool,
     array_forms,
@@ -42,6 +43,7 @@ def initialize_pool(
     *,
     residual_scale: float = 1.0,
     storage: str = "float32",
+    places: int | None = None,
 ) -> ExpertPool:
     """Draws a stack of fresh pools, a few experts at a time.
 
@@ -66,6 +68,8 @@ def initialize_pool(
             drawn in packed form. If `experts_per_row` divides N, they equal the float pool of the
             same key, rounded to nearest. Each vector has the target scale of training. Otherwise
             experts are drawn in other portions.
+        places: number of experts that the arrays have room for; see `places_for`. By default, N.
+            The others are drawn like experts, and no router chooses them.
 
     Returns:
         A stack of pools.
@@ -79,6 +83,10 @@ def initialize_pool(
     portions = _Portions.of(num_experts, width, storage)
     keys = jax.random.split(key, num_layers * portions.per_pool)
     keys = keys.reshape(num_layers, portions.per_pool)
+    if places is not None:
+        per_pool = -(-places // portions.size)
+        keys = keys[:, jnp.minimum(jnp.arange(per_pool), portions.per_pool - 1)]
+        portions, num_experts = portions._replace(num_experts=places, per_pool=per_pool), places
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else shards_of_pool(num_experts, mesh)
 
@@ -98,6 +106,49 @@ def initialize_pool(
     # Every device draws its own experts, so that none ever has the whole pool.
     whole = jax.eval_shape(lambda: portions.pool(draw, keys.reshape(-1), num_layers))
     return over_mesh(own, (P(None, EXPERT),), pool_specs(whole, mesh))(keys)
+
+
+def places_for(num_experts: int, width: int, storage: str, parts: int) -> int:
+    """Returns for how many experts the arrays of a pool need room to be split into equal parts.
+
+    A pool is not padded by more than an eighth. It then has room for its own experts only, and is
+    not split.
+
+    Args:
+        num_experts: N, experts of the pool.
+        width: D.
+        storage: storage of the pool.
+        parts: number of parts.
+    """
+    if num_experts % (parts * UNIT) == 0:
+        return num_experts
+    # Whole portions, so that every part can be drawn on its own; else whole lines.
+    portion = _Portions.of(num_experts, width, storage).size
+    for multiple in (math.lcm(portion, UNIT) * parts, UNIT * parts):
+        places = -(-num_experts // multiple) * multiple
+        if 8 * (places - num_experts) <= num_experts:
+            return places
+    return num_experts
+
+
+def with_places(pool: ExpertPool, places: int) -> ExpertPool:
+    """Returns a stack of pools with room for more experts, which are zeros."""
+    if places == pool.num_experts:
+        return pool
+    forms = array_forms(pool.storage, places, pool.width)
+
+    def padded(array: Array, form: jax.ShapeDtypeStruct) -> Array:
+        more = [(0, 0)] + [
+            (0, new - old) for new, old in zip(form.shape, array.shape[1:], strict=True)
+        ]
+        return jnp.pad(array, more)
+
+    return dataclasses.replace(
+        pool,
+        weights=padded(pool.weights, forms["weights"]),
+        scales=None if pool.scales is None else padded(pool.scales, forms["scales"]),
+        num_experts=places,
+    )
 
 
 WeightsOf = Callable[[Array, Array], Array]

@@ -9,7 +9,7 @@ from pallas_kernels.codes import CODES
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.expert_update.integer_step import nearest
 from pallas_kernels.storage import read_floats
-from peerjax.pool import initialize_pool, memory_report, stored_as
+from peerjax.pool import initialize_pool, memory_report, places_for, stored_as, with_places
 from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.test_expert_update import make_gradient
 
@@ -34,6 +34,33 @@ def test_int4_keeps_about_a_byte_a_parameter(width, most):
     assert 1 < report.bytes_per_parameter <= most
     assert report.adamw_bytes == 16 * report.parameters
     assert report.experts_per_gb == pytest.approx(1e9 / (2 * width * report.bytes_per_parameter))
+
+
+@pytest.mark.parametrize("storage", ["int4", "float32"])
+def test_room_for_more_experts_changes_none(storage):
+    few = make(storage, 16, 2000)
+    many = jax.eval_shape(lambda: with_places(few, 2048))
+    drawn = initialize_pool(jax.random.key(0), 2, 2000, 16, storage=storage, places=2048)
+    for roomy in (with_places(few, 2048), drawn):
+        assert jax.tree.structure(roomy) == jax.tree.structure(many)
+        assert jax.tree.map(jnp.shape, roomy) == jax.tree.map(jnp.shape, many)
+        ids = jnp.arange(2000)
+        for layer in range(2):
+            for old, new in zip(
+                read_floats(few.at_layer(layer), ids),
+                read_floats(roomy.at_layer(layer), ids),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(old, new)
+
+
+def test_a_pool_is_padded_for_parts_of_whole_lines_but_not_by_much():
+    assert places_for(2048, 16, "int4", 4) == 2048
+    assert places_for(2000, 16, "int4", 4) == 2048
+    assert places_for(4, 16, "int4", 4) == 4  # a line on every device would be 512 experts
+    million = places_for(1000**2, 256, "int4", 8)
+    assert 1000**2 < million < 1.02 * 1000**2
+    assert million % (8 * 4096) == 0  # every device draws whole portions
 
 
 def test_other_storages_and_the_gradient():

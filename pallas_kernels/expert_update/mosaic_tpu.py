@@ -33,7 +33,6 @@ from pallas_kernels.sorted_pairs import sort_pairs
 from pallas_kernels.storage import UNIT, ExpertPool
 
 BLOCK = 128  # pairs per grid step
-IMAGES = 8192  # tokens whose x and dy are turned into lines together
 GROUP = 8  # lines that are rewritten together, the sublanes of a register
 RESIDENT_BYTES = 16 << 20  # x and dy stay in VMEM up to this size; above, they are fetched by pair
 VMEM_BYTES = 48 << 20
@@ -83,7 +82,7 @@ def update_stack(
         ids, c_down, c_up, x, dy = (leaf[number] for leaf in gradient)
         rows = SortedRows.of(sort_pairs(ids, c_down, c_up, num_experts), layout)
         prefix = hash_words(seed, Purpose.POOL_STEP, step, layer, jnp.arange(2))
-        images = _images(x, dy, layout)
+        images = layout.joined(x, dy).astype(jnp.float32)
         codes, accumulators, sums = _rewrite(
             carry, layer, rows, images, rule, prefix, part, layout, interpret
         )
@@ -91,30 +90,6 @@ def update_stack(
         return finish(carry, layer, rows, sums, rule, layout)
 
     return jax.lax.fori_loop(0, count, one_layer, carry)
-
-
-def _images(
-    x: Float[Array, "T D"], dy: Float[Array, "T D"], layout: RowLayout
-) -> Float[Array, "T planes lanes"]:
-    """Returns x and dy of all tokens as lines in float32, which takes no other memory.
-
-    A few tokens are written at a time. A single expression would take as much memory again.
-    """
-
-    def images(first: Any, count: int) -> Array:
-        tokens = (jax.lax.dynamic_slice_in_dim(each, first, count) for each in (x, dy))
-        return layout.joined(*tokens).astype(jnp.float32)
-
-    if x.shape[0] % IMAGES:
-        return images(0, x.shape[0])
-
-    def write(chunk: Array, all_images: Array) -> Array:
-        first = chunk * IMAGES
-        return jax.lax.dynamic_update_slice_in_dim(all_images, images(first, IMAGES), first, 0)
-
-    # A constant would be made once for all layers, and copied for each.
-    start = jnp.full((x.shape[0], layout.planes, layout.lanes), x[0, 0], jnp.float32)
-    return jax.lax.fori_loop(0, x.shape[0] // IMAGES, write, start)
 
 
 def _rewrite(

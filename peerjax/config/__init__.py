@@ -1,6 +1,12 @@
 """The configuration of a run: its fields, their validation, and the model that they describe."""
 
-from peerjax.config.build import exchange_of, feed_forwards, implementation_of, model_config
+from peerjax.config.build import (
+    exchange_of,
+    feed_forwards,
+    implementation_of,
+    model_config,
+    pool_parts_of,
+)
 from peerjax.config.checks import DENSE_RULES, MONET, OWN, PLAIN, ROUNDED, SEARCHED, validate
 from peerjax.config.fields import (
     config_of_student,
@@ -25,6 +31,7 @@ __all__ = [
     "from_json",
     "implementation_of",
     "model_config",
+    "pool_parts_of",
     "validate",
     "with_fields_of",
 ]

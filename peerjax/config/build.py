@@ -1,5 +1,6 @@
 """Turns a configuration into the description of its model."""
 
+import jax
 import ml_collections
 
 from peerjax.config.fields import with_tuples
@@ -7,6 +8,7 @@ from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.attention import AttentionConfig
 from peerjax.layers.spec import FeedForward
 from peerjax.model import ModelConfig
+from peerjax.sharding.rules import AXES, complete_sizes
 
 
 def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward, int], ...]:
@@ -43,6 +45,17 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelCon
 def implementation_of(config: ml_collections.ConfigDict) -> str | None:
     """Returns `kernels.implementation` in the form that `pallas_kernels` takes."""
     return None if config.kernels.implementation == "auto" else config.kernels.implementation
+
+
+def pool_parts_of(config: ml_collections.ConfigDict) -> int:
+    """Returns into how many parts `config.mesh` splits pools; 1 if it does not fit the devices."""
+    data, fsdp, expert = (config.mesh[axis] for axis in AXES)
+    if expert == -1:
+        try:
+            expert = complete_sizes((data, fsdp, expert), jax.device_count())[-1]
+        except ValueError:
+            return 1
+    return expert
 
 
 def exchange_of(config: ml_collections.ConfigDict) -> str | None:

@@ -39,8 +39,8 @@ class LookUp(nn.Module):
         """Looks up the experts of every token.
 
         Raises:
-            ValueError: if the layer has no pool of the module's name, or the choice and the pool
-                have different numbers of experts.
+            ValueError: if the layer has no pool of the module's name, or the pool has no room for
+                the experts to choose from.
         """
         if self.name not in context.pools:
             raise ValueError(
@@ -48,7 +48,7 @@ class LookUp(nn.Module):
                 f"{', '.join(context.pools) or 'none'}; name a key of the layer's `pools`"
             )
         pool = context.pools[self.name]
-        if choice.num_experts != pool.num_experts:
+        if choice.num_experts > pool.num_experts:
             raise ValueError(
                 f"the choice is among {choice.num_experts} experts, but the pool "
                 f"{self.name!r} has {pool.num_experts}"
@@ -58,6 +58,7 @@ class LookUp(nn.Module):
         if (removed := removed_experts(self)) is not None:
             choice = choice.without(removed)
         keep_choice(self, choice)
+        choice = choice.among(pool.num_experts)
         return sharded_lookup(
             pool.at_layer(context.layer),
             choice.ids,

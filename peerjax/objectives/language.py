@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float
 
-from peerjax.config import model_config
+from peerjax.config import model_config, pool_parts_of
 from peerjax.data.pipeline import Corpus
 from peerjax.errors import ConfigError
 from peerjax.model import Decoder
@@ -31,8 +32,12 @@ def language(config: ml_collections.ConfigDict, corpus: Corpus) -> Task:
 
 
 def language_model(config: ml_collections.ConfigDict, vocab_size: int) -> Task:
-    """Returns the next-token task for any text with a vocabulary of `vocab_size` entries."""
-    model = Decoder(model_config(config, vocab_size))
+    """Returns the next-token task for any text with a vocabulary of `vocab_size` entries.
+
+    Pools have room for as many experts as the mesh of the configuration needs to split them.
+    """
+    sizes = model_config(config, vocab_size)
+    model = Decoder(dataclasses.replace(sizes, pool_parts=pool_parts_of(config)))
     return Task(model, partial(drawn_variables, model), next_token_loss)
 
 

@@ -41,6 +41,13 @@ class Choice:
         """Returns the choice without some experts. The gates of the others do not change."""
         return self._where(~jnp.append(removed, True)[self.ids])
 
+    def among(self, places: int) -> Choice:
+        """Returns the same experts in a pool with room for more, where "no expert" is `places`."""
+        if places == self.num_experts:
+            return self
+        ids = jnp.where(self.ids == self.num_experts, places, self.ids)
+        return dataclasses.replace(self, ids=ids, num_experts=places)
+
     def moved(self, metaexpert: Int[Array, "*S T"], total: int) -> Choice:
         """Returns the same experts, numbered in the pool that all metaexperts share.
 

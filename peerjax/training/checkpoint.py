@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -213,14 +214,17 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
     Args:
         checkpoint: the folder of a step's checkpoint.
         part: the fields to read, each with the tree of its shapes, dtypes and shardings. A leaf
-            that is `ocp.PLACEHOLDER` is not read.
+            that is `ocp.PLACEHOLDER` is not read. Arrays of pools may have room for more or fewer
+            experts than the saved ones. What is added is zeros.
 
     Raises:
         ValueError: if the state has no such leaf, or one of another shape.
     """
     arguments = ocp.args.PyTreeRestore(
         item=part,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+        restore_args=jax.tree_util.tree_map_with_path(
+            _any_room, ocp.checkpoint_utils.construct_restore_args(part)
+        ),
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -229,6 +233,14 @@ def restore_part(checkpoint: epath.Path, part: dict[str, Any]) -> dict[str, Any]
         if isinstance(leaf, jax.ShapeDtypeStruct):  # orbax leaves it as it was asked for
             raise ValueError(f"it has no {jax.tree_util.keystr(path, simple=True, separator='/')}")
     return restored
+
+
+def _any_room(path: Any, arguments: Any) -> Any:
+    """Lets orbax cut or pad the arrays of pools and of their state."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if "pools" not in names or not isinstance(arguments, ocp.ArrayRestoreArgs):
+        return arguments
+    return dataclasses.replace(arguments, strict=False)
 
 
 def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:

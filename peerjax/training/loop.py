@@ -22,7 +22,7 @@ from peerjax.evaluation import ALL, Evaluation, evaluate, figures_of, probes_for
 from peerjax.flops import forward_flops
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language
-from peerjax.pool import count_expert_parameters, memory_report
+from peerjax.pool import memory_report
 from peerjax.processes import check_agreement, code_digest, is_first
 from peerjax.routing.running import needs_first_batch
 from peerjax.sharding import mesh_for, state_shardings
@@ -34,7 +34,7 @@ from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.optimizer import make_optimizer, state_of_pools
 from peerjax.training.pending import Pending, Warnings
 from peerjax.training.preemption import StopSignals
-from peerjax.training.start import Source
+from peerjax.training.start import Source, with_room
 from peerjax.training.state import TrainState, create_state, state_of
 from peerjax.training.step import make_train_step, set_by_first_batch
 from peerjax.training.workdir import (
@@ -124,8 +124,10 @@ def _train_in(
         elif source is not None:
             state, batches = source.state(task, optimizer, mesh), train_batches(config, train_rows)
         elif task.start is not None:
+            first = task.start(mesh)
+            first["pools"] = with_room(first["pools"], task.model)
             make_state = jax.jit(partial(state_of, optimizer=optimizer), out_shardings=shardings)
-            state, batches = make_state(task.start(mesh)), train_batches(config, train_rows)
+            state, batches = make_state(first), train_batches(config, train_rows)
         else:
             state = jax.jit(fresh_state, out_shardings=shardings)()
             batches = train_batches(config, train_rows)
@@ -156,6 +158,8 @@ def _train_in(
         progress.say(_describe(config, task.model, shapes, mesh, step))
         if shapes.pools:
             progress.say(dispatch.describe(implementation_of(config)))
+        for line in report.describe_split(task.model.config):
+            progress.say(line)
         if kernels_before not in (None, kernels):
             progress.say(
                 f"until now {kernels_before} computed the run; {kernels} adds floats in another "
@@ -234,7 +238,7 @@ def _train_in(
             "tokens_per_step": tokens_per_step,
             "tokens_per_second": progress.tokens_per_second or None,
             "parameters": count_parameters(shapes.params),
-            "expert_parameters": count_expert_parameters(shapes.pools),
+            "expert_parameters": task.model.config.expert_parameters,
             "kernels": kernels,
             "checkpoint": checkpoints.path(step).relative_to(folder).as_posix(),
         }
@@ -259,7 +263,7 @@ def _describe(
 ) -> str:
     length, parameters = config.data.sequence_length, count_parameters(shapes.params)
     flops = sum(forward_flops(model.config, length).values())
-    experts = count_expert_parameters(shapes.pools)
+    experts = model.config.expert_parameters
     devices = f"{mesh.size} {jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
     beginning = f"continuing from step {start}" if start else "starting"
     return (

@@ -1,4 +1,4 @@
-"""The short report at the end of a run."""
+"""What a run reports about its pools at the start, and the short report at its end."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,10 @@ from typing import Any
 import rich.console
 from etils import epath
 
+from pallas_kernels.storage import UNIT
 from peerjax.atomic import write_atomically
 from peerjax.evaluation import ALL, Evaluation
+from peerjax.model import ModelConfig
 from peerjax.plots import plot_expert_usage, plot_losses, plot_pools
 from peerjax.pool import MemoryReport
 from peerjax.tables import print_table
@@ -64,6 +66,25 @@ def is_of(workdir: epath.Path, step: int) -> bool:
     """Returns whether the folder has a report of the run after `step`."""
     path = workdir / FILE
     return path.exists() and json.loads(path.read_text())["steps"] == step
+
+
+def describe_split(config: ModelConfig) -> list[str]:
+    """Returns a line for each size of pools that the mesh can split only with room, or not."""
+    parts = config.pool_parts
+    lines: list[str] = []
+    for num_experts in sorted({size for spec, _ in config.layers for size in spec.pools.values()}):
+        places = config.places(num_experts)
+        if parts > 1 and places % (parts * UNIT):
+            lines.append(
+                f"pools of {num_experts:,} experts are whole on every device, because equal parts "
+                f"of them would not be whole lines on {parts} devices"
+            )
+        elif places > num_experts:
+            lines.append(
+                f"pools of {num_experts:,} experts have room for {places:,}, so that {parts} "
+                "devices have equal parts"
+            )
+    return lines
 
 
 def print_memory(memory: MemoryReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from peerjax.layers.parameters import packed
 from peerjax.model import Decoder
 from peerjax.objectives.task import Task, drawn_variables
 from peerjax.optim import dequantize, is_packed_matrix
-from peerjax.pool import stored_as
+from peerjax.pool import stored_as, with_places
 from peerjax.sharding import state_shardings
 from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
 from peerjax.training.state import TrainState, state_of
@@ -128,6 +129,7 @@ def first_difference(old: Decoder, new: Decoder) -> str | None:
 
     Storages may differ.
     """
+    new = Decoder(dataclasses.replace(new.config, pool_parts=1))  # without the room for others
     found, wanted = _shapes(_drawn(old)), _shapes(_drawn(new))
     for path in sorted(found.keys() | wanted.keys()):
         there, here = (each.get(path, "missing") for each in (found, wanted))
@@ -140,7 +142,7 @@ def as_stored(variables: dict[str, Any], old: Decoder, new: Decoder) -> dict[str
     """Returns the variables of a model in the storages of another one of the same shape.
 
     Pools and packed matrices are rounded to nearest, each vector with the scale that training aims
-    at. What both models store alike does not change.
+    at. What both models store alike does not change. Pools get the room that the new model needs.
 
     Args:
         variables: the collections "params", "pools" and "stats".
@@ -158,7 +160,17 @@ def as_stored(variables: dict[str, Any], old: Decoder, new: Decoder) -> dict[str
         variables["pools"],
         is_leaf=_is_pool,
     )
+    pools = with_room(pools, new)
     return {**variables, "params": packed(new.config.layers, params), "pools": pools}
+
+
+def with_room(pools: Any, model: Decoder) -> Any:
+    """Returns the pools of a model with room for as many experts as the model needs."""
+    return jax.tree.map(
+        lambda pool: with_places(pool, model.config.places(pool.num_experts)),
+        pools,
+        is_leaf=_is_pool,
+    )
 
 
 def _drawn(model: Decoder) -> dict[str, Any]:

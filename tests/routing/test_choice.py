@@ -104,8 +104,14 @@ def test_a_budget_and_removal_act_on_what_is_looked_up():
                 expected[token] += gate * max(float(down @ np.asarray(x)[token]), 0) * up
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert (kept["routing"]["choice"].ids == N).sum() > 10
-    other = {"pool": initialize_pool(jax.random.key(0), 1, 13, WIDTH)}
-    with pytest.raises(ValueError, match="among 12 experts, but the pool 'pool' has 13"):
+    # In a pool with room for more experts, "no expert" is still none.
+    roomy = initialize_pool(jax.random.key(0), 1, N, WIDTH, places=N + 5).at_layer(jnp.int32(0))
+    again = layer.apply(
+        variables, x, choice, context._replace(pools={"pool": roomy}, budget=budget)
+    )
+    np.testing.assert_array_equal(again, found)
+    other = {"pool": initialize_pool(jax.random.key(0), 1, 11, WIDTH)}
+    with pytest.raises(ValueError, match="among 12 experts, but the pool 'pool' has 11"):
         layer.apply({}, x, choice, context._replace(pools=other))
 
 

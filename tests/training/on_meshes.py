@@ -37,6 +37,10 @@ KINDS = {
         "model.layers": (("monet_hd", 2),), "monet.num_experts": 16, "monet.top_k": 2,
         "monet.heads": 2, "monet.storage": "int4",
     },
+    # 2,000 experts get room for 2,048 on four devices.
+    "padded": {
+        "model.layers": (("peer", 1),), "peer.num_experts": (40, 50), "mesh.expert": 4,
+    },
     "moe": {"model.layers": (("moe", 1), ("peer", 1))},
 }  # fmt: skip
 

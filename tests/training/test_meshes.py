@@ -66,7 +66,8 @@ def test_steps_are_the_same_in_several_processes(processes, devices):
 
 @pytest.mark.slow
 def test_a_run_continues_on_another_mesh(corpus, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.py", corpus, **{"peer.num_experts": (32, 32)})
+    # Some meshes split the pools with room for other numbers of experts.
+    recipe = write_recipe(tmp_path / "recipe.py", corpus, **{"peer.num_experts": (40, 50)})
 
     def train(workdir, devices, steps=12, **mesh):
         flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
