@@ -18,7 +18,7 @@ def get_config():
     config.peer.num_experts = (7168, 7168)
     config.peer.heads = 8
     config.peer.experts_per_head = 16
-    config.peer.key_width = 64
+    config.peer.key_width = 32
     config.peer.spread = 1024
     # Steps are bounded without it. With it, every gradient would be exchanged twice.
     config.pool.clip_norm = 0.0
