@@ -18,7 +18,10 @@ WORKDIR = flags.DEFINE_string(
 CACHE = flags.DEFINE_string(
     "cache", None, "Folder for the teacher's predictions. Default: the teacher runs at every step."
 )
+JOINT = script.Joint.define()
 flags.mark_flags_as_required(["config", "teacher", "workdir"])
 
 if __name__ == "__main__":
-    script.run(lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG)
+    script.run(
+        lambda: distill(CONFIG.value, WORKDIR.value, TEACHER.value, CACHE.value), CONFIG, JOINT
+    )

@@ -12,6 +12,7 @@ from peerjax.inference.evaluating import (
     write_evaluation,
 )
 from peerjax.inference.trained import open_run
+from peerjax.processes import is_first
 from peerjax.training.workdir import folder_of
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
@@ -31,20 +32,24 @@ SINKS = flags.DEFINE_bool(
     "sinks", False, "Also measure attention sinks and large activations, by layer and head."
 )
 OUTPUT = flags.DEFINE_string("output", None, "Output folder. Default: evaluation/ in the workdir.")
+JOINT = script.Joint.define()
 
 
 def main() -> None:
     """Prints the loss by domain and expert usage, and losses without the experts of domains."""
     run = open_run(WORKDIR.value, STEP.value)
-    print(describe())
+    if is_first():
+        print(describe())
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     make_folder(folder)
     further = SINK_PROBES if SINKS.value else ()
     evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value, further)
+    if not is_first():
+        return
     facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
     write_evaluation(folder, evaluation, facts, removals)
     print_evaluation(folder)
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run(main, joint=JOINT)

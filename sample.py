@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 from absl import flags
@@ -11,8 +12,8 @@ from pallas_kernels.dispatch import describe
 from peerjax import script
 from peerjax.inference.prompts import check, continue_prompts, encode, read_prompts
 from peerjax.inference.sampling import Sampling
-from peerjax.inference.trained import open_run, restore
-from peerjax.sharding import make_mesh
+from peerjax.inference.trained import Run, open_run, restore
+from peerjax.sharding import mesh_of_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint. Default: the newest.")
@@ -41,7 +42,13 @@ def main() -> None:
     run = open_run(WORKDIR.value, STEP.value)
     print(describe(), file=sys.stderr)
     encode(run, prompts)  # reports a bad prompt before the model is read
-    variables = restore(run, make_mesh(jax.local_devices()[:1]))
+    mesh = mesh_of_run(run.config)
+    with jax.set_mesh(mesh):
+        _continue(run, restore(run, mesh), prompts, sampling)
+
+
+def _continue(run: Run, variables: Any, prompts: list[str], sampling: Sampling) -> None:
+    """Continues prompts on the current mesh, and prints them."""
     if PROMPTS.value is None:
         print(prompts[0], end="", flush=True)
         show = partial(print, end="", flush=True)

@@ -150,6 +150,12 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def share(what: str) -> None:
+    """Waits until every process has reached the point of a name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def is_first() -> bool:
     """Returns whether this process writes what is written once."""
     return jax.process_index() == 0

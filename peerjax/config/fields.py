@@ -116,9 +116,10 @@ def default_config() -> ml_collections.ConfigDict:
     # that have experts of it, "auto" does what sends fewer bytes.
     kernels.exchange = "auto"
 
-    # Sizes of the axes of the mesh of devices; -1 takes the devices that are left. Rows of a batch
-    # are split over all axes, dense parameters over `fsdp`, and pools over `expert`.
-    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "expert": 1})
+    # Sizes of the axes of the mesh of devices. -1 takes the devices that are left. Of several -1,
+    # the last does. Rows of a batch are split over all axes, dense parameters over `fsdp`, and
+    # pools over `expert`. So pools are split over all devices, unless other sizes are set.
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "expert": -1})
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.learning_rate = 3e-3  # peak for all parameters except pools

@@ -7,6 +7,8 @@ shards. A shard appears under its name when it is complete.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,6 +38,8 @@ from peerjax.objectives.distillation import Distillation, Prediction, prediction
 from peerjax.objectives.soft_targets import TEMPERATURES, SoftTargets
 from peerjax.objectives.task import Batch
 from peerjax.optim import dequantize
+from peerjax.processes import is_first, share
+from peerjax.sharding.batches import get_whole
 from peerjax.training.checkpoint import CHECKSUMS
 
 INDEX = "index.json"
@@ -155,6 +159,8 @@ class Cache:
     ) -> None:
         """Makes the shards that are missing, and prints a line for each.
 
+        All processes compute predictions together, and process 0 writes them.
+
         Args:
             model: the teacher.
             variables: its variables.
@@ -166,26 +172,34 @@ class Cache:
             UserError: if the folder cannot be used, another process fills it, or a file cannot be
                 written.
         """
+        missing = self.missing()
+        share("the cache is read")  # before process 0 writes
         make_folder(self.folder)
-        with alone_in(self.folder):
-            text = json.dumps(dataclasses.asdict(self.contents), indent=1)
-            write_atomically(self.folder / INDEX, text)
+        with alone_in(self.folder) if is_first() else contextlib.nullcontext():
+            if is_first():
+                text = json.dumps(dataclasses.asdict(self.contents), indent=1)
+                write_atomically(self.folder / INDEX, text)
             predict = jax.jit(partial(_fields, model, self.contents))
-            variables, missing = jax.jit(dequantize)(variables), self.missing()
+            variables = jax.jit(dequantize)(variables)
             for done, number in enumerate(missing):
-                print(
-                    f"caching the teacher's predictions, {self.contents.bytes_per_token:,} bytes a "
-                    f"token: {done} of {len(missing)} shards",
-                    flush=True,
-                )
+                if is_first():
+                    print(
+                        f"caching the teacher's predictions, {self.contents.bytes_per_token:,} "
+                        f"bytes a token: {done} of {len(missing)} shards",
+                        flush=True,
+                    )
                 batches = whole_batches(rows, self._shards[number], batch_size, mesh)
                 found = (
                     self._as_record({name: leaf[place] for name, leaf in fields.items()})
                     for batch, count in batches
-                    for fields in [jax.device_get(predict(variables, batch))]
+                    for fields in [get_whole(predict(variables, batch))]
                     for place in range(count)
                 )
-                write_records(self._path(number), found)
+                if is_first():
+                    write_records(self._path(number), found)
+                else:
+                    collections.deque(found, maxlen=0)  # takes part in the computation
+        share("the cache is complete")
 
     def read(self, row: int) -> dict[str, np.ndarray]:
         """Returns the fields of a row of text.

@@ -21,6 +21,7 @@ from peerjax.objectives.language import next_token_loss
 from peerjax.objectives.soft_targets import divergence
 from peerjax.objectives.task import inputs_of
 from peerjax.optim import dequantize
+from peerjax.sharding.batches import get_whole
 
 DRAWS = 2000  # of the bootstrap
 
@@ -65,7 +66,7 @@ def compare(
     found = {}
     for name, text in texts.items():
         parts = [
-            [figure[:count] for figure in jax.device_get(figures(*variables, batch))]
+            [figure[:count] for figure in get_whole(figures(*variables, batch))]
             for batch, count in whole_batches(text, validation_rows(text, rows), batch_size, mesh)
         ]
         found[name] = Rows(*map(np.concatenate, zip(*parts, strict=True)))

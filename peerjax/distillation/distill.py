@@ -18,12 +18,12 @@ from peerjax.distillation.cache import Cache, CachedTeacher, Contents
 from peerjax.distillation.comparison import compare, summary
 from peerjax.distillation.starts import Conversion
 from peerjax.distillation.student import check_text, student_config, weights_of
-from peerjax.errors import ConfigError
 from peerjax.evaluation import ALL
 from peerjax.inference.trained import Run, open_run, restore
 from peerjax.model import Decoder
 from peerjax.objectives import Task, language_model
 from peerjax.objectives.distillation import LiveTeacher, Teacher, towards
+from peerjax.processes import is_first, share
 from peerjax.sharding import mesh_for
 from peerjax.training.loop import train
 from peerjax.training.report import is_of
@@ -38,7 +38,7 @@ def distill(
 ) -> None:
     """Trains a student, or continues from the newest checkpoint in `workdir`, and reports.
 
-    It runs in one process with all devices.
+    Several processes can run it together, as they can run `train`.
 
     Args:
         recipe: configuration of the student, as `student_config` takes it.
@@ -51,16 +51,12 @@ def distill(
     Raises:
         UserError: a subclass of it, with one sentence that names the problem and the remedy.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"JAX runs as {jax.process_count()} processes, but distillation supports only one; "
-            "start it on a single host"
-        )
     folder, step = workdir_and_step(teacher)
     run = open_run(str(folder), step)
     config = student_config(recipe, run, teacher, cached=cache is not None)
     student = Student(run, folder_of(workdir), None if cache is None else epath.Path(cache))
     train(config, workdir, student.task)
+    share("the run has ended")  # process 0 has written its report
     if is_of(student.folder, config.steps):
         student.report(config)
 
@@ -115,14 +111,16 @@ class Student:
             texts = self._compare(config, corpus, variables, stage.model, stage.variables, mesh)
             record.append({"title": stage.title, "texts": texts, **stage.facts})
             of_all = texts[ALL]
-            print(
-                f"{stage.title}: {of_all['student']:.4f} nats/token, {of_all['gap']:+.4f} from the "
-                f"teacher, KL {of_all['divergence']:.4f}",
-                flush=True,
-            )
+            if is_first():
+                print(
+                    f"{stage.title}: {of_all['student']:.4f} nats/token, {of_all['gap']:+.4f} from "
+                    f"the teacher, KL {of_all['divergence']:.4f}",
+                    flush=True,
+                )
             if stage.is_start:
                 chosen = stage.variables
-        write_atomically(self.folder / report.STARTS, json.dumps(record, indent=1))
+        if is_first():
+            write_atomically(self.folder / report.STARTS, json.dumps(record, indent=1))
         return chosen
 
     def _compare(
@@ -149,10 +147,14 @@ class Student:
     def report(self, config: ml_collections.ConfigDict) -> None:
         """Compares the finished student with its teacher, writes the report and prints it."""
         assert self._corpus is not None
-        if not report.is_written(self.folder, config.steps):
+        is_written = report.is_written(self.folder, config.steps)
+        share("the report is looked for")  # before process 0 writes it
+        if not is_written:
             student, mesh = open_run(str(self.folder)), mesh_for(config)
             with jax.set_mesh(mesh):
                 one, other = (restore(each, mesh) for each in (self._teacher, student))
                 texts = self._compare(config, self._corpus, one, student.model, other, mesh)
-            report.write(self.folder, config, texts, one, other)
-        report.print_report(self.folder)
+            if is_first():
+                report.write(self.folder, config, texts, one, other)
+        if is_first():
+            report.print_report(self.folder)

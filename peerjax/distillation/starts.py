@@ -26,6 +26,7 @@ from peerjax.model import Decoder
 from peerjax.objectives.language import next_token_loss
 from peerjax.objectives.task import inputs_of
 from peerjax.optim import dequantize
+from peerjax.sharding.batches import get_whole
 from peerjax.training.start import as_stored
 
 # A stage whose pools have more float weights than this is left out.
@@ -134,7 +135,7 @@ class Conversion(NamedTuple):
         count = jax.jit(pair_gates(self.teacher))
         sums: dict[str, Any] = {}
         for batch, _ in calibration_batches(self):
-            for name, found in jax.device_get(count(self.variables, batch)).items():
+            for name, found in get_whole(count(self.variables, batch)).items():
                 join = np.maximum if name == MOST else np.add
                 sums[name] = join(sums[name], found) if name in sums else found
         facts: dict[str, Any] = {MOST: int(sums.pop(MOST))}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from peerjax.model import Decoder, decode, empty_cache
 from peerjax.optim import dequantize
+from peerjax.sharding.over_mesh import size_of_mesh
 
 
 class Sampling(NamedTuple):
@@ -77,9 +78,13 @@ def generate(
         sampling: settings for sampling.
         first_prompt: number of the first prompt; the next prompts have the next numbers.
 
+    On a mesh of several devices, prompts are split over them. Copies fill up the last part.
+
     Yields:
         The next token of every prompt, `count` times.
     """
+    asked = len(prompts)
+    prompts = [*prompts, *[prompts[0]] * (-asked % size_of_mesh())]
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -97,9 +102,9 @@ def generate(
         # Starts the next step before waiting for the tokens of this one.
         places = np.asarray(lengths + step, np.int32)[:, None]
         following, cache = read(cache, drawn[:, None], places, first, numbers)
-        yield np.asarray(drawn)
+        yield np.asarray(drawn)[:asked]
         drawn = following
-    yield np.asarray(drawn)
+    yield np.asarray(drawn)[:asked]
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

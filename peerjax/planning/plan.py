@@ -18,7 +18,7 @@ from peerjax.config import model_config, validate
 from peerjax.errors import ConfigError
 from peerjax.flops import forward_flops
 from peerjax.objectives import language_model
-from peerjax.planning.programs import Program, on_one_device, program_for
+from peerjax.planning.programs import Program, on_one_device, program_for, with_mesh
 from peerjax.planning.targets import (
     FLOPS,
     GIB,
@@ -85,6 +85,7 @@ def plan(
     validate(config)
     check_target(target)
     mesh = _mesh_for(config, target)
+    config = with_mesh(config, mesh)
     task, optimizer = language_model(config, vocabulary), make_optimizer(config)
     shapes = jax.eval_shape(lambda: create_state(config, task, optimizer))
     state = on_one_device(abstract(shapes, state_shardings(mesh, shapes)))

@@ -104,6 +104,7 @@ def compile_step(
 ) -> Program:
     """Compiles the step of a configuration in this process; see `program_for`."""
     mesh = mesh_of(target, **config.mesh)
+    config = with_mesh(config, mesh)
     step, state, batch = step_of(config, vocabulary)
     state = abstract(state, state_shardings(mesh, state))
     batch = abstract(batch, jax.tree.map(lambda _: sharding_of(mesh, BATCH), batch))
@@ -133,6 +134,13 @@ def compile_step(
         collectives=tuple(collectives(text, dict(mesh.shape))),
         kernels=len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)', text)),
     )
+
+
+def with_mesh(config: ml_collections.ConfigDict, mesh: Any) -> ml_collections.ConfigDict:
+    """Returns a configuration with the sizes of a mesh, for a process without its devices."""
+    config = config.copy_and_resolve_references()
+    config.mesh = ml_collections.ConfigDict(dict(mesh.shape))
+    return config
 
 
 def step_of(

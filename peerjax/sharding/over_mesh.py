@@ -14,6 +14,12 @@ def devices() -> int:
     return jax.device_count() if mesh.empty else mesh.size
 
 
+def size_of_mesh() -> int:
+    """Returns the number of devices of the current mesh, or 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def over_mesh(function: Function, in_specs: Any, out_specs: Any) -> Function:
     """Maps a function over the current mesh; without a mesh, returns the function itself.
 

@@ -42,7 +42,7 @@ def make_mesh(
 
     Args:
         devices: the devices; all of them by default.
-        data: size of the axis; -1 takes the devices that are left.
+        data: size of the axis; -1 takes the devices that are left. Of several -1, the last does.
         fsdp: likewise.
         expert: likewise.
 
@@ -77,20 +77,24 @@ def mesh_of_run(config: ml_collections.ConfigDict) -> Mesh:
 
 
 def complete_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
-    """Returns the sizes of the axes, with the devices that are left in place of -1.
+    """Returns the sizes of the axes, with the devices that are left in place of the last -1.
 
     Raises:
         ValueError: if the sizes do not fit the number of devices.
     """
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh sizes {named} are not positive, with at most one -1")
+    if any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh sizes {named} are not positive or -1")
     fixed = math.prod(size for size in sizes if size != -1)
     if devices % fixed or (-1 not in sizes and fixed != devices):
         raise ValueError(
             f"mesh sizes {named} do not fit {devices} device{'s' if devices > 1 else ''}"
         )
-    data, fsdp, expert = (devices // fixed if size == -1 else size for size in sizes)
+    complete, left = [], devices // fixed
+    for size in reversed(sizes):
+        complete.append(left if size == -1 else size)
+        left = 1 if size == -1 else left
+    expert, fsdp, data = complete
     return data, fsdp, expert
 
 

@@ -79,7 +79,7 @@ def test_a_run_continues_on_another_mesh(corpus, tmp_path):
     for devices, steps, mesh in (
         (8, 3, {"data": 1, "fsdp": 2, "expert": 4}),
         (8, 6, {"expert": 8}),
-        (4, 9, {"fsdp": 4}),
+        (4, 9, {"fsdp": 4, "expert": 1}),
         (1, 12, {}),
     ):
         found = train("many", devices, steps, **mesh)
@@ -105,6 +105,9 @@ def test_the_devices_that_are_left_go_to_one_axis():
     assert complete_sizes((-1, 1, 1), 8) == (8, 1, 1)
     assert complete_sizes((2, -1, 2), 8) == (2, 2, 2)
     assert complete_sizes((1, 2, 4), 8) == (1, 2, 4)
-    for sizes in ((3, 1, 1), (-1, -1, 1), (0, 1, 1), (2, 2, 1), (-1, 3, 1)):
+    # Of several, the last one takes them.
+    assert complete_sizes((-1, 1, -1), 8) == (1, 1, 8)
+    assert complete_sizes((-1, -1, 2), 8) == (1, 4, 2)
+    for sizes in ((3, 1, 1), (0, 1, 1), (-2, 1, 1), (2, 2, 1), (-1, 3, 1)):
         with pytest.raises(ValueError, match="mesh sizes"):
             complete_sizes(sizes, 8)

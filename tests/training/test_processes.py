@@ -31,15 +31,16 @@ def recipe(corpus, tmp_path):
     return write_recipe(tmp_path / "recipe.py", corpus, **fields)
 
 
-def start(recipe, workdir, count, devices, *flags, per_process=()):
-    """Starts processes that train together; one alone is given no coordinator."""
+def start(recipe, workdir, count, devices, *flags, per_process=(), script="train.py"):
+    """Starts processes that work together; one alone is given no coordinator."""
     options = f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}"
     environment = {**os.environ, "XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
     port, processes = free_port(), []
     for index in range(count):
         joint = (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}")
         own = per_process[index] if per_process else ()
-        command = [sys.executable, "train.py", f"--config={recipe}", f"--workdir={workdir}", *flags]
+        of_recipe = [f"--config={recipe}"] if recipe else []
+        command = [sys.executable, script, *of_recipe, f"--workdir={workdir}", *flags]
         processes.append(
             subprocess.Popen(
                 [*command, *(joint if count > 1 else ()), *own],
