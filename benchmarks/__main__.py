@@ -22,6 +22,7 @@ BENCHMARKS = {
     "one_accelerator": "expert parameters that train on one H100 or one v5e, by compiled steps",
     "plans": "memory and exchanges of steps on many chips, compiled for absent TPUs and GPUs",
     "weak_scaling": "what grows from 8 to 2,048 chips, by compiled steps of two layers",
+    "mesh_time": "time of the quickstart's step on two devices and in two processes of one CPU",
     "spread_load": "load of the worst device, by peer.spread, on trained and drawn ids",
     "kernels": "time of lookup and update on this device, compared with a copy",
     "device_step": "time and memory of the recipe for one accelerator, executed on this device",
