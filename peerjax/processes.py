@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,8 @@ def join(place: Place) -> None:
         raise ConfigError(f"--coordinator={address} is not an address such as 10.0.0.1:4321")
     if index == 0:
         _check_port(host, int(port))
+    else:
+        _wait_for_port(host, int(port))
     _initialize(
         {
             "coordinator_address": address,
@@ -117,6 +120,23 @@ def _check_port(host: str, port: int) -> None:
             f"the coordinator cannot listen at {host}:{port} ({error.strerror}); choose another "
             "port for --coordinator"
         ) from None
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Waits until the coordinator listens. JAX would end the process with a stack of C++."""
+    begin = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+        except OSError as error:
+            if time.monotonic() - begin > TIMEOUT:
+                raise ConfigError(
+                    f"the coordinator does not answer at {host}:{port} for {TIMEOUT} seconds "
+                    f"({error}); start process 0, or correct --coordinator"
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:

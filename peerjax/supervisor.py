@@ -24,6 +24,12 @@ LOST = (
     "error: another process of the run was lost, so this one ended too; run the same command for "
     "all processes again to continue from the last checkpoint"
 )
+# What JAX was doing when it ended a process whose partners never came.
+REGISTERING = "CoordinationService/RegisterTask"
+MISSING = (
+    "error: the other processes of the run did not come in time; start all of them, with the same "
+    "--coordinator and --processes"
+)
 
 
 def is_child() -> bool:
@@ -35,8 +41,8 @@ def supervise(arguments: Sequence[str]) -> int:
     """Runs `python arguments...` with the present environment.
 
     Returns:
-        The exit status for this process: 1 if another process of the run was lost, else that of the
-        child.
+        The exit status for this process: 1 if another process of the run was lost or did not come,
+        else that of the child.
     """
     child = subprocess.Popen(
         [sys.executable, *arguments],
@@ -51,7 +57,7 @@ def supervise(arguments: Sequence[str]) -> int:
     lost, held = _pass_on(child.stderr)
     status = child.wait()
     if lost and status == -signal.SIGABRT:
-        print(LOST, file=sys.stderr)
+        print(MISSING if REGISTERING in held else LOST, file=sys.stderr)
         return 1
     sys.stderr.write(held)
     return status if status >= 0 else 128 - status

@@ -84,6 +84,8 @@ def test_a_run_continues_on_another_mesh(corpus, tmp_path):
     ):
         found = train("many", devices, steps, **mesh)
         assert not found.returncode, found.stderr
+        said = "pools of 2,000 experts have room for 2,048, so that 4 devices have equal parts"
+        assert (said in found.stdout) == (mesh.get("expert") == 4)
     reports = [
         json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "many")
     ]
