@@ -5,6 +5,7 @@ file's metadata. `save_floats` writes plain weights, which any tool reads.
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from peerjax.exchange.descriptions import (
     tensor_names,
     write_descriptions,
 )
-from peerjax.exchange.files import named_leaves, write_tensors
+from peerjax.exchange.files import Parts, named_leaves, write_tensors
 from peerjax.optim import PackedMatrix
 
 # Types that NumPy reads back. Safetensors also writes 8-bit floats, but makes no arrays of them.
@@ -38,7 +39,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a tree of pools, packed matrices and arrays, with all bits unchanged.
 
     Names are the paths of the leaves, joined by dots. Python numbers are written as the 64-bit
-    arrays that NumPy makes of them. The file appears when it is complete.
+    arrays that NumPy makes of them. Arrays on several devices are written part by part, so that no
+    host has a whole pool. The file appears when it is complete.
 
     Raises:
         UserError: if two leaves or their tensors have the same name, a leaf could not be read
@@ -59,7 +61,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
                     "of the file; rename one of them"
                 )
             owners[tensor] = name
-            tensors[tensor] = _as_numpy(tensor, array)
+            tensors[tensor] = _checked(tensor, array)
     write_tensors(path, tensors, write_descriptions(descriptions))
 
 
@@ -131,20 +133,23 @@ def save_floats(
         UserError: in the same cases as `save`.
     """
 
-    def as_floats(name: str, leaf: Any) -> np.ndarray:
+    def as_floats(name: str, leaf: Any) -> Any:
         if isinstance(leaf, PackedMatrix):
             return np.asarray(leaf.floats()).astype(dtype)
         if not isinstance(leaf, ExpertPool):
-            return _as_numpy(name, leaf)
-        layers = leaf.weights.shape[0] if leaf.is_stack else 1
-        parts = []
-        for layer in range(layers):
-            pool = leaf.at_layer(jnp.int32(layer)) if leaf.is_stack else leaf
-            for begin in range(0, leaf.num_experts, experts_at_once):
-                end = min(begin + experts_at_once, leaf.num_experts)
-                parts.append(np.asarray(read_floats(pool, jnp.arange(begin, end))).astype(dtype))
-        weights = np.concatenate(parts).reshape(layers, leaf.num_experts, 2, leaf.width)
-        return weights if leaf.is_stack else weights[0]
+            return _checked(name, leaf)
+        layers = leaf.weights.shape[:1] if leaf.is_stack else ()
+        shape = (*layers, leaf.num_experts, 2, leaf.width)
+
+        def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+            for number in np.ndindex(*layers):
+                pool = leaf.at_layer(jnp.int32(number[0])) if leaf.is_stack else leaf
+                for begin in range(0, leaf.num_experts, experts_at_once):
+                    end = min(begin + experts_at_once, leaf.num_experts)
+                    floats = np.asarray(read_floats(pool, jnp.arange(begin, end))).astype(dtype)
+                    yield (*number, begin, 0, 0), floats.reshape(*[1] * len(number), *floats.shape)
+
+        return Parts(shape, np.dtype(dtype), parts)
 
     tensors = {
         name: as_floats(name, leaf) for name, leaf in named_leaves(tree, is_described).items()
@@ -163,7 +168,7 @@ def _parts(name: str, leaf: Any, description: dict[str, Any]) -> dict[str, Any]:
     return {tensor: arrays[attribute] for attribute, tensor in tensor_names(name, forms).items()}
 
 
-def _as_numpy(name: str, leaf: Any) -> np.ndarray:
+def _checked(name: str, leaf: Any) -> Any:
     """Returns an array that can be written. JAX is not used, because it cuts 64 bits to 32."""
     dtype = dtype_of(leaf)
     if dtype.name not in READABLE:
@@ -171,7 +176,7 @@ def _as_numpy(name: str, leaf: Any) -> np.ndarray:
             f"{name!r} is of type {dtype.name}, which cannot be read back from safetensors; "
             "convert it, or leave it out"
         )
-    return np.asarray(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _as_jax(array: np.ndarray) -> Any:

@@ -12,7 +12,10 @@ import safetensors.numpy
 from pallas_kernels.storage import STORAGES, read_codes
 from peerjax import exchange, optim
 from peerjax.errors import UserError
+from peerjax.exchange.files import Parts
 from peerjax.pool import initialize_pool
+from tests.elsewhere import python
+from tests.exchange.on_devices import tree
 
 
 def make_pool(storage, layers=2):
@@ -318,3 +321,15 @@ def test_a_file_of_another_kind_is_refused_in_one_sentence(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*a.safetensors as safetensors: [^\n]*$"):
         exchange.load(path)
+
+
+def test_a_pool_on_several_devices_becomes_the_same_file(tmp_path):
+    (tmp_path / "many").mkdir()
+    found = python("-m", "tests.exchange.on_devices", str(tmp_path / "many"), devices=4)
+    assert not found.returncode, found.stderr
+    exchange.save(tmp_path / "packed.safetensors", tree())
+    exchange.save_floats(tmp_path / "floats.safetensors", tree())
+    for name in ("packed.safetensors", "floats.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+    ((_, part), *more) = Parts.of(tree()["pools"].weights).parts()
+    assert (part.shape[0], len(more)) == (1, 1)  # a layer at a time
