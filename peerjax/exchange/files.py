@@ -157,4 +157,4 @@ def _write_part(
             for start, more, stride in zip(first, place, strides, strict=True)
         )
         file.seek(begin + number * whole.dtype.itemsize)
-        file.write(np.ascontiguousarray(part[outer]).tobytes())
+        file.write(part[outer].astype(whole.dtype.newbyteorder("<"), copy=False).tobytes())

@@ -12,6 +12,7 @@ import safetensors.numpy
 from pallas_kernels.storage import STORAGES, read_codes
 from peerjax import exchange, optim
 from peerjax.errors import UserError
+from peerjax.exchange import files
 from peerjax.exchange.files import Parts
 from peerjax.pool import initialize_pool
 from tests.elsewhere import python
@@ -298,11 +299,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     tree, path = {"b": jnp.ones(3)}, tmp_path / "a.safetensors"
     exchange.save(path, tree)
 
-    def full_disk(arrays, to, metadata):
-        to.write_bytes(b"half")
+    def full_disk(file, *rest):
+        file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
+    monkeypatch.setattr(files, "_write_part", full_disk)
     for write in (exchange.save, exchange.save_floats):
         with pytest.raises(UserError, match=r"cannot write .*a.safetensors .* no space left"):
             write(path, {"b": jnp.zeros(3)})

@@ -34,7 +34,8 @@ KINDS = {
         "model.layers": (("peer", 1),), "pool.storage": "float32", "pool.rule": "adamw",
     },
     "monet": {
-        "model.layers": (("monet_hd", 2),), "monet.num_experts": 16, "monet.top_k": 2,
+        "model.layers": (("monet_hd", 2), ("monet_vd", 2)),
+        "monet.num_experts": 16, "monet.top_k": 2,
         "monet.heads": 2, "monet.storage": "int4",
     },
     # 2,000 experts get room for 2,048 on four devices.
