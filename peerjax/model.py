@@ -327,13 +327,7 @@ class Decoder(nn.Module):
             with_head: whether to return logits. Otherwise the result is the input of `Head`.
         """
         config = self.config
-        embed = Embedding(
-            config.vocab_size,
-            config.width,
-            dtype=config.dtype,
-            embedding_init=nn.initializers.normal(1.0),
-            name="embed",
-        )
+        embed = Embedding(config.vocab_size, config.width, config.dtype, name="embed")
         x_BLD = over_batch(embed(tokens_BL))
         if segments_BL is None and cache is None:
             segments_BL = jnp.zeros_like(tokens_BL)

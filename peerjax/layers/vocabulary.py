@@ -9,20 +9,27 @@ from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import BATCH
 
 
-class Embedding(nn.Embed):
+class Embedding(nn.Module):
     """Maps tokens to vectors of the compute dtype."""
 
-    def __call__(self, inputs: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    vocab_size: int
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the vectors of tokens.
 
         Every device sums the gradient over its own tokens, in float32. The compiler would rather
         send all tokens to the devices that have the moments of a part of the table.
         """
+        init = nn.initializers.normal(1.0)
+        table = self.param("embedding", init, (self.vocab_size, self.width), jnp.float32)
 
-        def take(table: Array, tokens: Array) -> Array:
-            return jnp.take(table, tokens, axis=0).astype(self.dtype)
+        def take(table: Array, tokens_BL: Array) -> Array:
+            return jnp.take(table, tokens_BL, axis=0).astype(self.dtype)
 
-        return over_mesh(take, (P(), BATCH), BATCH)(self.embedding, inputs)
+        return over_mesh(take, (P(), BATCH), BATCH)(table, tokens_BL)
 
 
 class Head(nn.Module):

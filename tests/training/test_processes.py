@@ -14,7 +14,6 @@ import pytest
 from peerjax import processes as joining
 from peerjax.errors import ConfigError
 from peerjax.processes import Place, join
-from peerjax.supervisor import supervise
 from tests.conftest import REPOSITORY
 from tests.training.tiny import write_recipe
 
@@ -170,12 +169,18 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
 
 
 @pytest.mark.slow
-def test_a_first_process_that_stays_alone_ends_with_one_sentence(capfd):
-    code = (
+def test_a_first_process_that_stays_alone_ends_with_one_sentence():
+    alone = (
         "import peerjax.processes as joining; joining.TIMEOUT = 2; "
         f"joining.join(joining.Place('127.0.0.1:{free_port()}', 2, 0))"
     )
-    assert supervise(["-c", code]) == 1
-    error = capfd.readouterr().err
-    assert "the other processes of the run did not come in time" in error.splitlines()[-1]
-    assert "stack trace" not in error
+    parent = (
+        "import sys; from peerjax.supervisor import supervise; "
+        f"sys.exit(supervise(['-c', {alone!r}]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", parent], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1
+    assert "the other processes of the run did not come in time" in found.stderr.splitlines()[-1]
+    assert "stack trace" not in found.stderr
