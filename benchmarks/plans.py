@@ -2,7 +2,7 @@
 
 from benchmarks.recipes import config_of
 from benchmarks.result import Figure, Result
-from peerjax.planning.plan import plan
+from peerjax.planning.plan import plan, record_of
 from peerjax.planning.targets import GIB, MEMORY, kind_of
 
 VOCABULARY = 32_000
@@ -35,11 +35,7 @@ def run(quick: bool) -> Result:
         program = found.program
         assert program is not None
         name = f"{recipe} on {target}"
-        details[name] = {
-            **found._asdict(),
-            "program": program._asdict(),
-            "collectives": [each._asdict() for each in program.collectives],
-        }
+        details[name] = record_of(found)
         sent = sum(each.bytes for each in program.collectives)
         rows.append(
             [

@@ -148,6 +148,11 @@ def packed_shape(num_experts: int, width: int, storage: str) -> tuple[int, int]:
     return rows * units_per_row(width, storage), UNIT
 
 
+def splits_into(num_experts: int, parts: int) -> bool:
+    """Returns whether equal parts of a pool have whole units, with codes of any width."""
+    return num_experts % (parts * UNIT) == 0
+
+
 def array_forms(storage: str, num_experts: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of a pool's arrays by attribute, without axes of layers.
 

@@ -34,7 +34,7 @@ from peerjax.routing.running import FIRST, MOMENTS, STATS
 from peerjax.routing.running_norm import RUNNING
 from peerjax.sharding import weights
 from peerjax.sharding.batches import over_batch
-from peerjax.sharding.over_mesh import devices
+from peerjax.sharding.over_mesh import size_of_mesh
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
@@ -375,7 +375,7 @@ def _kept_shapes(model: Decoder, tokens: int) -> dict[str, Any]:
 def kept_of(model: Decoder, collection: str, tokens: int) -> Any:
     """Returns the shapes of the collection "routing" or "taps" for a number of tokens."""
     # One token a device, so that the model is traced once, whatever the batch is.
-    shapes = _kept_shapes(model, devices())[collection]
+    shapes = _kept_shapes(model, size_of_mesh())[collection]
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], tokens, *leaf.shape[2:]), leaf.dtype),
         shapes,

@@ -28,6 +28,7 @@ from pallas_kernels.storage import (
     experts_per_row,
     pack_experts,
     read_floats,
+    splits_into,
 )
 from peerjax.sharding.over_mesh import over_mesh
 from peerjax.sharding.rules import EXPERT, pool_specs, shards_of_pool
@@ -120,7 +121,7 @@ def places_for(num_experts: int, width: int, storage: str, parts: int) -> int:
         storage: storage of the pool.
         parts: number of parts.
     """
-    if num_experts % (parts * UNIT) == 0:
+    if splits_into(num_experts, parts):
         return num_experts
     # Whole portions, so that every part can be drawn on its own; else whole lines.
     portion = _Portions.of(num_experts, width, storage).size

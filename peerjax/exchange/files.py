@@ -15,7 +15,7 @@ import numpy as np
 from peerjax.atomic import replace_whole
 from peerjax.errors import UserError
 
-# Names of types in the header of a file.
+# Types that NumPy reads back, by their names in the header of a file. There are 8-bit floats too.
 TYPES = {
     **{"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"},
     **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},

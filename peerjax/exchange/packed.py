@@ -27,12 +27,8 @@ from peerjax.exchange.descriptions import (
     tensor_names,
     write_descriptions,
 )
-from peerjax.exchange.files import Parts, named_leaves, write_tensors
+from peerjax.exchange.files import TYPES, Parts, named_leaves, write_tensors
 from peerjax.optim import PackedMatrix
-
-# Types that NumPy reads back. Safetensors also writes 8-bit floats, but makes no arrays of them.
-INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-READABLE = ("bool", *INTEGERS, "bfloat16", "float16", "float32", "float64", "complex64")
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -171,7 +167,7 @@ def _parts(name: str, leaf: Any, description: dict[str, Any]) -> dict[str, Any]:
 def _checked(name: str, leaf: Any) -> Any:
     """Returns an array that can be written. JAX is not used, because it cuts 64 bits to 32."""
     dtype = dtype_of(leaf)
-    if dtype.name not in READABLE:
+    if dtype.name not in TYPES:
         raise UserError(
             f"{name!r} is of type {dtype.name}, which cannot be read back from safetensors; "
             "convert it, or leave it out"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from peerjax.layers.parameters import packed
 from peerjax.model import Decoder
 from peerjax.routing.running import STATS
-from peerjax.sharding.over_mesh import devices
+from peerjax.sharding.over_mesh import size_of_mesh
 
 Batch = dict[str, Array]
 # (logits_BLV, kept, batch, frozen, step) -> nats_BL
@@ -62,7 +62,7 @@ def inputs_of(batch: Batch) -> tuple[Array, Array, Array]:
 def drawn_variables(model: Decoder, key: Key[Array, ""]) -> dict[str, Any]:
     """Draws a model's variables. Parameters that are stored packed are packed in the result."""
     # Variables do not depend on the batch. This is the smallest one that splits over the devices.
-    tokens = jnp.zeros((devices(), 1), jnp.int32)
+    tokens = jnp.zeros((size_of_mesh(), 1), jnp.int32)
     variables = model.init(key, tokens, tokens, tokens)
     return {
         "params": packed(model.config.layers, variables["params"]),

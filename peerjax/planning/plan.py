@@ -12,7 +12,7 @@ import ml_collections
 import rich.console
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels.storage import UNIT
+from pallas_kernels.storage import ExpertPool, splits_into
 from peerjax import plots
 from peerjax.config import model_config, validate
 from peerjax.errors import ConfigError
@@ -110,7 +110,7 @@ def plan(
         parts,
         program,
         limit,
-        _seconds(config, target, tokens, flops, parts, program),
+        _seconds(config, target, tokens, flops, parts, _bytes_of_weight(shapes.pools), program),
         _largest(program, shapes.pools, limit, mesh.shape[EXPERT]),
     )
 
@@ -137,6 +137,7 @@ def _seconds(
     tokens: int,
     flops: dict[str, float],
     parts: dict[str, int],
+    bytes_of_weight: float,
     program: Program | None,
 ) -> dict[str, float]:
     """Returns the least seconds of a step by resource, for `tokens` tokens of a chip.
@@ -150,15 +151,11 @@ def _seconds(
         return {}
     passes = 4 if config.model.remat else 3
     of_a_token = sum(flops.values())
-    pool = {name.partition(": ")[2]: size for name, size in parts.items() if ": " in name}
     moved: float = sum(2 * parts[name] for name in ("parameters", "optimizer state of parameters"))
     moved += passes * parts["parameters"]
-    experts = (
-        flops.get("lookup", 0.0) / 4
-    )  # a multiply-add of a number of `down` or `up` is 4 FLOPs
-    bits = {"int8": 8, "float32": 32, "bfloat16": 16}.get(config.pool.storage, 4)
-    moved += 2 * tokens * experts * 2 * bits / 8  # forward and backward
-    moved += 2 * 2 * pool.get("factored gradient", 0)
+    # A weight of an expert takes a multiply-add, and is read forward and backward.
+    bytes_read = flops.get("lookup", 0.0) / 2 * bytes_of_weight
+    moved += 2 * tokens * bytes_read + 4 * parts.get("pools: factored gradient", 0)
     found = {
         "computing": passes * of_a_token * tokens / FLOPS[kind],
         "memory": moved / MEMORY_RATE[kind],
@@ -179,18 +176,13 @@ def _largest(program: Program | None, pools: Any, limit: int | None, parts: int)
     room = limit - (program.total - program.pools)
     most = int(sizes.pop() * max(room, 0) / program.pools)
     side = math.isqrt(most)
-    multiple = UNIT * parts
-    return next((n * n for n in range(side, 0, -1) if n * n % multiple == 0), None)
+    return next((n * n for n in range(side, 0, -1) if splits_into(n * n, parts)), None)
 
 
 def write_plan(found: Plan, folder: str) -> None:
     """Writes `plan.json`, and `experts.png` if the largest number of experts is known."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    record = found._asdict()
-    if found.program is not None:
-        exchanges = [each._asdict() for each in found.program.collectives]
-        record["program"] = {**found.program._asdict(), "collectives": exchanges}
-    (Path(folder) / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
+    (Path(folder) / "plan.json").write_text(json.dumps(record_of(found), indent=1) + "\n")
     if found.largest is not None:
         chips = math.prod(found.mesh.values())
         counts = [2**power for power in range(12)]
@@ -231,6 +223,22 @@ def print_plan(found: Plan) -> None:
         )
     if found.largest is not None:
         console.print(f"about {found.largest:,} experts a pool fit, everything else being the same")
+
+
+def record_of(found: Plan) -> dict[str, Any]:
+    """Returns a plan as a tree that JSON can hold."""
+    record = found._asdict()
+    if found.program is not None:
+        exchanges = [each._asdict() for each in found.program.collectives]
+        record["program"] = {**found.program._asdict(), "collectives": exchanges}
+    return record
+
+
+def _bytes_of_weight(pools: Any) -> float:
+    """Returns the bytes that a weight of an expert takes, without scales; 0 without experts."""
+    every = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
+    weights = sum(pool.num_parameters for pool in every)
+    return sum(_bytes_of(pool.weights) for pool in every) / weights if weights else 0.0
 
 
 def _bytes_of(tree: Any) -> int:

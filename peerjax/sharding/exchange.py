@@ -26,8 +26,8 @@ from peerjax.sharding.rules import AXES, EXPERT
 
 GATHER, DISPATCH = "gather", "dispatch"
 EXCHANGES = (GATHER, DISPATCH)
-# Capacity over the number of tokens that a device has for another one if all experts are used
-# alike. They are not.
+# A capacity is this many times the number of tokens that a device would have for another one if
+# all experts were used alike.
 SLACK = 1.5
 # Inputs of experts that a device receives at a time.
 BYTES_AT_A_TIME = 1 << 28

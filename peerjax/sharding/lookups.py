@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,10 @@ def sharded_lookup(
     gates: Float[Array, "T K"],
     x: Float[Array, "T D"],
     *,
-    activation: str,
     hidden_bias: Float[Array, "T K"] | None = None,
     tap: Tap | None = None,
-    implementation: str | None = None,
     exchange: str | None = None,
+    **options: Any,
 ) -> Float[Array, "T D"]:
     """Runs `pallas_kernels.expert_lookup.lookup` over the mesh.
 
@@ -64,19 +63,18 @@ def sharded_lookup(
         ids: as in `lookup`.
         gates: as in `lookup`.
         x: as in `lookup`.
-        activation: as in `lookup`.
         hidden_bias: as in `lookup`.
         tap: as in `lookup`.
-        implementation: as in `lookup`.
         exchange: "gather", "dispatch", or `None` for the cheaper one; see
             `peerjax.sharding.exchange`.
+        **options: `activation` and `implementation` of `lookup`.
     """
     if tap is None:
         tap = Tap.zeros_for(ids, x)
     if hidden_bias is None:
         hidden_bias = jnp.zeros(ids.shape, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
-    look_up = partial(lookup, activation=activation, implementation=implementation)
+    look_up = partial(lookup, **options)
     is_split = not mesh.empty and shards_of_pool(pool.num_experts, mesh) > 1
     static = _Static(look_up, exchange)
 

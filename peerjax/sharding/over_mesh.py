@@ -8,12 +8,6 @@ import jax
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def devices() -> int:
-    """Returns the number of devices of the current mesh; without a mesh, of all devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() if mesh.empty else mesh.size
-
-
 def size_of_mesh() -> int:
     """Returns the number of devices of the current mesh, or 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

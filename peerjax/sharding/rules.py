@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.storage import UNIT, ExpertPool
+from pallas_kernels.storage import ExpertPool, splits_into
 from peerjax.errors import ConfigError
 
 Rule = Callable[[str, Any, Any], Any]
@@ -101,11 +101,16 @@ def complete_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int,
 def shards_of_pool(num_experts: int, mesh: Any) -> int:
     """Returns into how many parts a mesh splits a pool.
 
-    Every part must have whole lines of words, for codes and accumulators of any width. A pool whose
-    size does not allow it is not split. Other meshes than `make_mesh` makes split none.
+    A pool is not split if equal parts would not have whole units. Other meshes than `make_mesh`
+    makes split none.
     """
-    size = mesh.shape[EXPERT] if tuple(mesh.axis_names) == AXES else 1
-    return size if num_experts % (size * UNIT) == 0 else 1
+    size = mesh.shape[EXPERT] if has_our_axes(mesh) else 1
+    return size if splits_into(num_experts, size) else 1
+
+
+def has_our_axes(mesh: Any) -> bool:
+    """Returns whether a mesh has the axes of `make_mesh`."""
+    return tuple(mesh.axis_names) == AXES
 
 
 def pool_specs(pool: ExpertPool, mesh: Any) -> ExpertPool:

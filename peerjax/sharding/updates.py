@@ -18,7 +18,16 @@ from pallas_kernels.storage import ExpertPool
 from peerjax.sharding.exchange import Dispatch, Gather, dispatch_for, exchanged
 from peerjax.sharding.lookups import sent_ids
 from peerjax.sharding.over_mesh import over_mesh
-from peerjax.sharding.rules import AXES, DATA, EXPERT, FSDP, pool_specs, shards_of_pool, state_specs
+from peerjax.sharding.rules import (
+    AXES,
+    DATA,
+    EXPERT,
+    FSDP,
+    has_our_axes,
+    pool_specs,
+    shards_of_pool,
+    state_specs,
+)
 
 # Pairs of all tokens from which a device leaves out others' pairs before it sorts its own ones.
 MANY_PAIRS = 1 << 20
@@ -61,7 +70,7 @@ def sharded_update(
     step_of_pool = partial(
         update, seed=seed, accumulator_bits=accumulator_bits, implementation=implementation
     )
-    if mesh.size <= 1 or tuple(mesh.axis_names) != AXES or not pool.is_stack:
+    if mesh.size <= 1 or not has_our_axes(mesh) or not pool.is_stack:
 
         def whole(step, pool, state, gradient, rule):
             if clip_norm is not None:

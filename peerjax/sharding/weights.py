@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from peerjax.sharding.rules import AXES, FSDP, largest_over_all
+from peerjax.sharding.rules import FSDP, has_our_axes, largest_over_all
 
 # Name of gathered weights for policies of `jax.checkpoint`. Gathering again takes no memory.
 GATHERED = "gathered_weights"
@@ -24,7 +24,7 @@ def are_split() -> bool:
 def have_split_gradients() -> bool:
     """Returns whether the current mesh splits gradients and moments of dense weights."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size > 1 and tuple(mesh.axis_names) == AXES
+    return mesh.size > 1 and has_our_axes(mesh)
 
 
 def whole(params: Any) -> Any:

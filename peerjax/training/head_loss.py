@@ -17,7 +17,7 @@ from pallas_kernels.platforms import by_platform
 from peerjax.model import head_of
 from peerjax.objectives.task import Batch, Task
 from peerjax.sharding.batches import split_rows
-from peerjax.sharding.over_mesh import devices
+from peerjax.sharding.over_mesh import size_of_mesh
 
 # Logits of one part, in numbers. Parts of this size and of half of it were fastest on CPUs.
 LARGEST_PART = 1 << 21
@@ -64,7 +64,7 @@ def mean_loss(
 
 def number_of_parts(rows: int, numbers: int) -> int:
     """Returns into how many parts to split rows whose logits are `numbers` numbers together."""
-    per_device = rows // devices()
+    per_device = rows // size_of_mesh()
     return next(
         (
             parts

@@ -7,7 +7,7 @@ from typing import Any
 import rich.console
 from etils import epath
 
-from pallas_kernels.storage import UNIT
+from pallas_kernels.storage import splits_into
 from peerjax.atomic import write_atomically
 from peerjax.evaluation import ALL, Evaluation
 from peerjax.model import ModelConfig
@@ -74,10 +74,10 @@ def describe_split(config: ModelConfig) -> list[str]:
     lines: list[str] = []
     for num_experts in sorted({size for spec, _ in config.layers for size in spec.pools.values()}):
         places = config.places(num_experts)
-        if parts > 1 and places % (parts * UNIT):
+        if parts > 1 and not splits_into(places, parts):
             lines.append(
                 f"pools of {num_experts:,} experts are whole on every device, because equal parts "
-                f"of them would not be whole lines on {parts} devices"
+                f"of them would not have whole units on {parts} devices"
             )
         elif places > num_experts:
             lines.append(

@@ -122,6 +122,16 @@ def test_two_processes_train_as_one_and_survive_a_signal_and_a_loss(recipe, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_in_other_numbers_of_processes(recipe, tmp_path):
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
+    for count, devices, steps in ((2, 2, 4), (4, 1, 6), (1, 1, 8)):
+        flags = (f"--config.steps={steps}", *(mesh if count > 1 else ()))
+        results = finish(start(recipe, tmp_path / "run", count, devices, *flags))
+        assert [status for status, _, _ in results] == [0] * count, results
+    assert list(losses(tmp_path / "run")) == list(range(1, 9))
+
+
+@pytest.mark.slow
 def test_processes_that_disagree_stop(recipe, tmp_path):
     different = (("--config.seed=1",), ("--config.seed=2",))
     found = finish(start(recipe, tmp_path / "run", 2, 1, per_process=different))
