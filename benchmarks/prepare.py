@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import REPOSITORY, Figure, Result
-from peerjax.data.documents import TEXT_PACKAGES, read_packages
+from peerjax.data.packages import DEFAULT_DOMAINS, read_packages
 from peerjax.data.shards import ShardIndex
 
 BOUND_MB = 600  # bound on memory, for any size of text
@@ -57,7 +57,7 @@ def run(quick: bool) -> Result:
 
 def write_text(folder: Path, size: int) -> str:
     """Writes JSON lines and one large text file; returns the pattern that finds them."""
-    texts = [document.text for document in read_packages(list(TEXT_PACKAGES))]
+    texts = [document.text for document in read_packages(DEFAULT_DOMAINS)]
 
     def numbered() -> Iterator[str]:
         for number, text in enumerate(itertools.cycle(texts)):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.sweep import ROOT, Settings
-from peerjax.data.documents import TEXT_PACKAGES, read_packages
+from peerjax.data.packages import DEFAULT_DOMAINS, read_packages
 
 RECIPE = "quickstart"
 PIECES = ROOT / "pieces"
@@ -36,7 +36,7 @@ class Condition(NamedTuple):
         """Returns the fields of a run without a remedy against sinks."""
         text: Settings = {}
         if self.short_documents:
-            pattern = ";".join(f"{domain}={PIECES / domain}.jsonl" for domain in TEXT_PACKAGES)
+            pattern = ";".join(f"{domain}={PIECES / domain}.jsonl" for domain in DEFAULT_DOMAINS)
             text = {"data.source": "files", "data.pattern": pattern}
         return {
             **COMMON, **text, "model.layers": ((kind, self.depth),), "steps": self.steps,
@@ -55,7 +55,7 @@ CONDITIONS = (
 
 def write_pieces(characters: int = 500) -> None:
     """Writes the default text as documents of whole lines, each of at least `characters`."""
-    for domain in TEXT_PACKAGES:
+    for domain in DEFAULT_DOMAINS:
         path = PIECES / f"{domain}.jsonl"
         if path.exists():
             continue

@@ -11,6 +11,7 @@ from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import STORAGES
 from peerjax.config.build import feed_forwards
 from peerjax.config.fields import flatten
+from peerjax.data.documents import checked_weights
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
@@ -59,6 +60,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if data.source == "files":
         domain_globs(data.pattern)
+    # Only shards themselves say what their domains are.
+    if data.weights and data.source != "shards":
+        named = data.domains
+        if data.source == "files":
+            named = [domain for domain, _ in domain_globs(data.pattern)]
+        checked_weights(data.weights, list(dict.fromkeys(named)))
     if data.source == "shards" and data.tokenizer:
         raise ConfigError(
             "data.source='shards' uses the tokenizer of the shards; leave data.tokenizer empty"

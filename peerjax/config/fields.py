@@ -49,14 +49,19 @@ def default_config() -> ml_collections.ConfigDict:
 
     data = config.data = ml_collections.ConfigDict()
     data.source = "packages"  # "packages", "files", or "shards" (written by prepare.py)
-    data.domains = ("speeches", "drama", "code")  # domains to read with source "packages"
+    # Domains to read with source "packages". `peerjax.data.packages` has the list.
+    data.domains = ("speeches", "drama", "code")
     # With source "files": a glob such as "corpus/**/*.txt", or several globs as named domains such
     # as "web=corpus/**/*.txt;notes=notes/*.jsonl". With source "shards": the folder of the shards.
     data.pattern = ""
     data.text_field = "text"  # field of JSON lines that has the text, with source "files"
-    # Path of a tokenizer JSON, which is copied into the workdir. Empty selects the tokenizer that
-    # comes with peerjax or with the shards.
+    # Path of a tokenizer JSON, which is copied into the workdir; or "bpe_4096" or "bpe_8192", which
+    # come with peerjax. Empty selects "bpe_4096" or the tokenizer of the shards.
     data.tokenizer = ""
+    # Shares of the domains in the rows of training, such as (("speeches", 2.0), ("drama", 1.0)).
+    # Rows of a domain are repeated as often as its share requires. By default, every row is read
+    # once in an epoch.
+    data.weights = ()
     data.validation_fraction = 0.05  # share of the documents used for validation
     data.sequence_length = 256  # tokens in a sequence
     data.batch_size = 8  # sequences in a step, over all devices

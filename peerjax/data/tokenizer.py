@@ -27,6 +27,10 @@ BATCH, MOST_PIECES = 1 << 20, 4096
 CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
+# Tokenizers that come with peerjax: of the default text, and of all text packages.
+DEFAULT, BUILTIN = "bpe_4096", ("bpe_4096", "bpe_8192")
+
+
 class Tokenizer:
     """Encodes documents. Every document begins with the end-of-text token.
 
@@ -60,17 +64,24 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str = "") -> Tokenizer:
-        """Loads a tokenizer JSON, or the one that comes with peerjax if `path` is empty.
+        """Loads a tokenizer JSON, or one that comes with peerjax.
+
+        Args:
+            path: path of a JSON; a name in `BUILTIN`; or empty, for the first of these.
 
         Raises:
             DataError: if the file is missing, is not a tokenizer, has no end-of-text token, or is
                 not a BPE tokenizer that keeps every byte.
         """
-        if path and not Path(path).is_file():
-            raise DataError(f"the tokenizer {path!r} does not exist")
-        builtin = importlib.resources.files("peerjax.data") / "bpe_4096.json"
+        path = path or DEFAULT
+        own = importlib.resources.files("peerjax.data") / f"{path}.json"
+        file = own if path in BUILTIN else Path(path)
+        if not file.is_file():
+            raise DataError(
+                f"the tokenizer {path!r} does not exist; give a path or one of {', '.join(BUILTIN)}"
+            )
         try:
-            json = (Path(path) if path else builtin).read_text(encoding="utf-8")
+            json = file.read_text(encoding="utf-8")
             tokenizer = Tokenizer(json)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer JSON: {error}") from None

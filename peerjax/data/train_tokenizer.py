@@ -3,22 +3,20 @@
     python -m peerjax.data.train_tokenizer --output=tok.json --pattern='corpus/**/*.txt'
 
 Without a pattern it makes `peerjax/data/bpe_4096.json` from the training split of the default
-text. The same packages give a byte-identical file.
+text. The same packages give a byte-identical file. This command makes `bpe_8192.json`:
+
+    python -m peerjax.data.train_tokenizer --output=bpe_8192.json --domains=all --vocab_size=8192 \
+        --characters_per_domain=4_000_000
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peerjax.atomic import make_folder, write_atomically
-from peerjax.data.documents import (
-    TEXT_PACKAGES,
-    TRAIN,
-    read_packages,
-    split_of,
-    without_duplicates,
-)
+from peerjax.data.documents import TRAIN, by_digest, split_of, without_duplicates
+from peerjax.data.packages import DEFAULT_DOMAINS, TEXT_PACKAGES, read_packages
 from peerjax.data.plan import make_plan, read_planned, scan
 from peerjax.data.text_files import find_files
 from peerjax.data.tokenizer import pieces, train_bpe
@@ -34,6 +32,8 @@ def train_tokenizer(
     vocab_size: int | None = None,
     text_field: str = "text",
     validation_fraction: float = 0.05,
+    domains: Sequence[str] = DEFAULT_DOMAINS,
+    characters_per_domain: int | None = None,
 ) -> None:
     """Trains a byte-level BPE tokenizer and writes its JSON to `output`.
 
@@ -46,6 +46,9 @@ def train_tokenizer(
             text may give fewer.
         text_field: field of JSON lines that holds the text.
         validation_fraction: share of the documents held out for validation.
+        domains: domains to read from the text packages.
+        characters_per_domain: bound on the text of each of these domains. Documents with the lowest
+            digests are taken. `None` means all text.
 
     Raises:
         ConfigError: if `vocab_size` is too small for the bytes, or `output` is a folder.
@@ -66,14 +69,20 @@ def train_tokenizer(
     if pattern:
         texts = _files(pattern, text_field, validation_fraction)
     else:
-        texts = _packages(validation_fraction)
+        texts = _packages(domains, characters_per_domain, validation_fraction)
     write_atomically(target, train_bpe(texts, size))
 
 
-def _packages(validation_fraction: float) -> Iterator[str]:
-    for document in without_duplicates(read_packages(list(TEXT_PACKAGES))):
-        if split_of(document, validation_fraction) == TRAIN:
-            yield document.text
+def _packages(domains: Sequence[str], limit: int | None, fraction: float) -> Iterator[str]:
+    for domain in domains:
+        documents = without_duplicates(read_packages([domain]))
+        taken = 0
+        for document in documents if limit is None else by_digest(documents):
+            if split_of(document, fraction) == TRAIN:
+                taken += len(document.text)
+                if limit is not None and taken > limit:
+                    break
+                yield document.text
 
 
 def _files(pattern: str, text_field: str, validation_fraction: float) -> Iterator[str]:
@@ -111,6 +120,12 @@ if __name__ == "__main__":
         0.05,
         "Share of the documents held out for validation. They are not used here.",
     )
+    domains_flag = flags.DEFINE_list(
+        "domains", list(DEFAULT_DOMAINS), "Domains of the text packages, or all."
+    )
+    characters_flag = flags.DEFINE_integer(
+        "characters_per_domain", None, "Bound on the text of a domain of the packages."
+    )
     flags.mark_flag_as_required("output")
     script.run(
         lambda: train_tokenizer(
@@ -119,5 +134,7 @@ if __name__ == "__main__":
             size_flag.value,
             str(field_flag.value),
             fraction_flag.value,
+            list(TEXT_PACKAGES) if domains_flag.value == ["all"] else domains_flag.value,
+            characters_flag.value,
         )
     )

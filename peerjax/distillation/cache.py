@@ -275,6 +275,11 @@ class RowsWithPredictions:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def mix(self) -> list[tuple[range, float]]:
+        """Numbers and weights of the text's rows."""
+        return self._rows.mix
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {**self._rows[index], **self._cache.read(int(index))}
 

