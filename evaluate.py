@@ -31,6 +31,9 @@ ROWS = flags.DEFINE_integer(
 SINKS = flags.DEFINE_bool(
     "sinks", False, "Also measure attention sinks and large activations, by layer and head."
 )
+SPECIALISATION = flags.DEFINE_bool(
+    "specialisation", False, "Also measure how far experts and metaexperts belong to domains."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Output folder. Default: evaluation/ in the workdir.")
 JOINT = script.Joint.define()
 
@@ -43,11 +46,13 @@ def main() -> None:
     folder = run.folder / "evaluation" if OUTPUT.value is None else folder_of(OUTPUT.value)
     make_folder(folder)
     further = SINK_PROBES if SINKS.value else ()
-    evaluation, removals = evaluate_without(run, REMOVE.value, PATTERN.value, ROWS.value, further)
+    found = evaluate_without(
+        run, REMOVE.value, PATTERN.value, ROWS.value, further, SPECIALISATION.value
+    )
     if not is_first():
         return
     facts = {"workdir": str(run.folder), "step": run.step, "pattern": PATTERN.value}
-    write_evaluation(folder, evaluation, facts, removals)
+    write_evaluation(folder, found, facts)
     print_evaluation(folder)
 
 

@@ -45,7 +45,7 @@ def run(quick: bool) -> Result:
 
 def evaluate(workdir: str, rows: int | None = None) -> list[dict[str, Any]]:
     """Returns the removals of a run, as values for JSON."""
-    _, removals = evaluate_without(open_run(workdir), [ALL], rows=rows)
+    removals = evaluate_without(open_run(workdir), [ALL], rows=rows).removals
     return [dataclasses.asdict(removal) for removal in removals]
 
 

@@ -23,6 +23,7 @@ from benchmarks.sweep import ROOT, Run, Settings, from_seeds, made_by, paired, t
 from peerjax.data.pipeline import load_corpus, validation_rows
 from peerjax.evaluation import evaluate
 from peerjax.evaluation.domains import mutual_information
+from peerjax.evaluation.specialisation import shuffled
 from peerjax.evaluation.usage import GateSums
 from peerjax.inference.trained import open_run, restore
 from peerjax.routing.gates import GATES
@@ -193,14 +194,9 @@ def information_of(workdir: str) -> dict[str, dict[str, float]]:
                 for layer in LAYERS
             }
 
-        of_domains, every = information(texts), [row for text in texts.values() for row in text]
-        of_groups = []
-        for rng in np.random.default_rng(0).spawn(DRAWS):
-            order, begin, groups = rng.permutation(len(every)), 0, {}
-            for name, text in texts.items():
-                groups[name] = [every[place] for place in order[begin : begin + len(text)]]
-                begin += len(text)
-            of_groups.append(information(groups))
+        of_domains = information(texts)
+        rngs = np.random.default_rng(0).spawn(DRAWS)
+        of_groups = [information(shuffled(texts, rng)) for rng in rngs]
     return {
         layer: {
             "domains": of_domains[layer],

@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     POOL_STEP = 1
     MATRIX_STEP = 2
     ECO = 3
+    OPENED = 4
 
 
 def _mix(state: UInt[Array, "*S"]) -> UInt[Array, "*S"]:

@@ -252,6 +252,10 @@ def head_of(config: ModelConfig, name: str | None = None) -> Head:
     return Head(config.vocab_size, config.width, config.dtype, name=name)
 
 
+def _places(cache: dict[str, KVCache]) -> Int[Array, " S"]:
+    return jnp.arange(next(iter(cache.values())).key.shape[2])
+
+
 def _shared_path(config: ModelConfig) -> SharedPath:
     return SharedPath(config.shared_mlp, config.residual_scale, name=SHARED)
 
@@ -306,6 +310,7 @@ class Decoder(nn.Module):
         budget_BL: Int[Array, "B L"] | None = None,
         seed: Int[Array, ""] | int | None = None,
         step: Int[Array, ""] | int | None = None,
+        rows_B: Int[Array, " B"] | None = None,
         with_head: bool = True,
     ) -> Any:
         """Returns the logits of the next token, float32 [B, L, V].
@@ -324,6 +329,8 @@ class Decoder(nn.Module):
             budget_BL: number of experts of a pool that each token may use; no limit by default.
             seed: seed of the run in training, for layers that draw random numbers.
             step: number of the training step, for layers that draw random numbers.
+            rows_B: number of each sequence in the training text, for layers that draw random
+                numbers.
             with_head: whether to return logits. Otherwise the result is the input of `Head`.
         """
         config = self.config
@@ -337,6 +344,8 @@ class Decoder(nn.Module):
             budget=budget_BL,
             seed=None if seed is None else jnp.asarray(seed),
             step=None if step is None else jnp.asarray(step),
+            rows=rows_B,
+            places=None if cache is None else _places(cache),
             shared=_shared_path(config)(config.width) if self._has_tied_path else None,
         )
         caches = {}

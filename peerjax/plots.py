@@ -205,6 +205,28 @@ def plot_sinks(
     _save(figure, path)
 
 
+def plot_metaexperts(
+    path: epath.Path, by_domain: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> None:
+    """Draws the share of every metaexpert in each domain of text, as a heat map for each layer.
+
+    Args:
+        path: the PNG to write.
+        by_domain: results of the probe `Metaexperts`, by domain and layer.
+    """
+    layers = list(next(iter(by_domain.values())))
+    size = (3 + 4 * len(layers), 2 + 0.3 * len(by_domain))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for axes, layer in zip(panels, layers, strict=True):
+        shares = np.stack([found[layer]["shares"] for found in by_domain.values()])
+        image = axes.imshow(shares, cmap="viridis", vmin=0, aspect="auto")
+        figure.colorbar(image, ax=axes)
+        axes.set_yticks(range(len(by_domain)), list(by_domain))
+        axes.set(title=f"{layer.replace('_', ' ')}: shares of metaexperts", xlabel="metaexpert")
+    _save(figure, path)
+
+
 def plot_pools(path: epath.Path, records: Sequence[Mapping[str, float | int]]) -> None:
     """Draws packed pools over steps: hit experts, step size, saturated rows, shares of codes.
 

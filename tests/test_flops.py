@@ -5,6 +5,7 @@ XLA counts one iteration of a loop, so runs have one block; it also counts eleme
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from peerjax.flops import forward_flops
 from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.attention import AttentionConfig
 from peerjax.layers.dense import DenseConfig
+from peerjax.layers.metapeer import MetaPeerConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.model import Decoder
+from peerjax.routing.metaexperts import Routers, scores_of_chosen
 from peerjax.routing.token_choice import block_size
 from tests.conftest import compile_as_users_do
 from tests.test_model import CONFIG, MOE, MONET_HD, MONET_VD
@@ -94,6 +97,26 @@ def test_mixture_with_the_padding_of_its_blocks():
     slots = (pairs + MOE.num_experts * (block - 1)) // block * block
     padding = flops["experts"] * (slots / pairs - 1)
     assert_counted(compiled_flops(config), sum(flops.values()) + padding)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_only_the_scores_of_chosen_metaexperts_are_computed(chosen):
+    spec = MetaPeerConfig(metaexperts=8, chosen=chosen, peer=PEER)
+    (n1, n2), heads, d = PEER.num_experts, PEER.heads, PEER.key_width
+    routers = Routers(
+        *(
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in [(8, 64, heads * 2 * d), (8, heads, n1, d), (8, heads, n2, d)]
+        )
+    )
+    x = jax.ShapeDtypeStruct((TOKENS, 64), jnp.float32)
+    ids = jax.ShapeDtypeStruct((TOKENS, chosen), jnp.int32)
+    score = functools.partial(scores_of_chosen, implementation="mosaic_gpu")  # all at once
+    pairs = TOKENS * chosen
+    block = block_size(pairs, 8)
+    slots = (pairs + 8 * (block - 1)) // block * block
+    expected = spec.flops(64)["router"] * TOKENS * slots / pairs
+    assert_counted(_count(score, x, ids, routers), expected)
 
 
 @pytest.mark.parametrize("kind", [MONET_HD, MONET_VD])

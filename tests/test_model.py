@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peerjax.layers import metapeer
 from peerjax.layers.attention import AttentionConfig, rotate
 from peerjax.layers.dense import DenseConfig
+from peerjax.layers.metapeer import MetaPeerConfig
 from peerjax.layers.moe import MoeConfig
 from peerjax.layers.monet import MonetHDConfig, MonetVDConfig
 from peerjax.layers.peer import PeerConfig
@@ -18,6 +20,12 @@ from peerjax.routing.running import FIRST, with_first
 VOCAB, LENGTH = 61, 24
 DENSE = DenseConfig(hidden=64)
 PEER = PeerConfig(num_experts=(8, 16), heads=2, experts_per_head=4, key_width=8)
+META = MetaPeerConfig(
+    metaexperts=5,
+    chosen=2,
+    chunk=4,
+    peer=PeerConfig(num_experts=(4, 8), heads=2, experts_per_head=4, key_width=8),
+)
 MOE = MoeConfig(num_experts=5, experts_per_token=2, hidden=24)
 MONET_HD, MONET_VD = (
     kind(num_experts=64, expert_width=4, heads=2, top_k=3, group=2)
@@ -48,6 +56,11 @@ VARIANTS = {
     "remat": dataclasses.replace(CONFIG, remat=True),
     "moe": with_layers((MOE, 2), (DENSE, 1)),
     "moe, bfloat16": with_layers((MOE, 2), dtype="bfloat16"),
+    "metapeer token": with_layers((META, 2)),
+    "metapeer sequence": with_layers((dataclasses.replace(META, choice="sequence"), 2)),
+    "metapeer, one choice": with_layers(
+        (dataclasses.replace(META, choice="sequence", switch=False, chosen=1), 2), remat=True
+    ),
     "jumprelu": with_layers(
         (dataclasses.replace(PEER, gate="jumprelu", target=5.0, always_on=3), 2),
         attention=AttentionConfig(4, 2, 10_000.0, "logit"),
@@ -121,6 +134,18 @@ def test_the_papers_batch_normalisation_leaks_the_future(name):
     assert np.any(train(*inputs)[:, :-1] != train(*changed)[:, :-1])
 
 
+def test_a_metarouter_that_reads_whole_documents_leaks_the_future(monkeypatch):
+    def mean_of_all(sums_BPM, places_BL, counts_BL, otherwise_M):
+        return jnp.broadcast_to(sums_BPM[:, -1:] / LENGTH, (*places_BL.shape, len(otherwise_M)))
+
+    monkeypatch.setattr(metapeer, "means_before", mean_of_all)
+    config = VARIANTS["metapeer sequence"]
+    _, _, inputs = make(config)
+    changed = (inputs[0].at[:, -1].add(1) % VOCAB, *inputs[1:])
+    for mode in train_and_eval.__wrapped__(config):
+        assert np.any(mode(*inputs)[:, :-1] != mode(*changed)[:, :-1])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
     _, _, (tokens, _, _) = make(VARIANTS[name])
@@ -137,8 +162,9 @@ def test_changing_one_document_leaves_its_neighbours_bit_equal(name):
         assert np.all(np.any(logits[:, middle] != other[:, middle], axis=-1))
 
 
-def test_a_document_reads_the_same_alone_and_packed():
-    model, variables, (tokens, _, _) = make(CONFIG)
+@pytest.mark.parametrize("name", ["peer", "metapeer sequence"])
+def test_a_document_reads_the_same_alone_and_packed(name):
+    model, variables, (tokens, _, _) = make(VARIANTS[name])
     readable = readable_of(variables)
     apply = jax.jit(model.apply)
     alone = apply(

@@ -13,12 +13,10 @@ from peerjax.sharding.rules import AXES, complete_sizes
 
 def feed_forwards(config: ml_collections.ConfigDict) -> tuple[tuple[FeedForward, int], ...]:
     """Returns the feed-forward layers in `model.layers`, each with its number of blocks."""
-    layers = []
-    for kind, count in config.model.layers:
-        cls = FEED_FORWARDS[kind]
-        fields = with_tuples(config[cls.section].to_dict())
-        layers.append((cls(**fields), count))
-    return tuple(layers)
+    sections = {
+        kind.section: with_tuples(config[kind.section].to_dict()) for kind in FEED_FORWARDS.values()
+    }
+    return tuple((FEED_FORWARDS[kind].of(sections), count) for kind, count in config.model.layers)
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:

@@ -16,6 +16,7 @@ from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.attention import ATTENTION_SINKS
+from peerjax.layers.metapeer import MetaPeerConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import FeedForward
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
@@ -111,7 +112,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "model.shared_tied=False unties the weights of a shared path, but model.shared_mlp=0 "
             "means that there is none; set model.shared_mlp to a width"
         )
-    if not any(isinstance(spec, PeerConfig) for spec, _ in layers):
+    for spec, _ in layers:
+        if isinstance(spec, MetaPeerConfig) and spec.needs_means:
+            _require_chunk(config, spec.chunk)
+    if not any(isinstance(spec, PeerConfig | MetaPeerConfig) for spec, _ in layers):
         for name, default in (("gate", PeerConfig.gate), ("always_on", PeerConfig.always_on)):
             if (value := config.peer[name]) != default:
                 raise ConfigError(
@@ -129,6 +133,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
+
+
+def _require_chunk(config: ml_collections.ConfigDict, chunk: int) -> None:
+    if chunk > config.data.sequence_length:
+        raise ConfigError(
+            f"metapeer.chunk={chunk} is longer than data.sequence_length="
+            f"{config.data.sequence_length}, so no document would have a second chunk"
+        )
 
 
 def _validate_pool(config: ml_collections.ConfigDict) -> None:

@@ -1,6 +1,5 @@
 """All fields of a configuration with their defaults, and configurations as JSON."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -93,7 +92,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.routing_momentum = 0.9
 
     for kind in FEED_FORWARDS.values():
-        config[kind.section] = ml_collections.ConfigDict(dataclasses.asdict(kind()))
+        config[kind.section] = ml_collections.ConfigDict(kind.defaults())
 
     pool = config.pool = ml_collections.ConfigDict()
     pool.storage = "int4"  # "int4", "int8", "bfloat16" or "float32"

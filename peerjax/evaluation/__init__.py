@@ -8,6 +8,7 @@ from peerjax.evaluation.active import ActiveExperts
 from peerjax.evaluation.codes import Codes
 from peerjax.evaluation.evaluate import evaluate
 from peerjax.evaluation.loss import Loss
+from peerjax.evaluation.metaexperts import Metaexperts
 from peerjax.evaluation.probe import ALL, Evaluation, Probe, figures_of
 from peerjax.evaluation.sinks import Sinks
 from peerjax.evaluation.usage import Usage
@@ -27,6 +28,7 @@ __all__ = [
 PROBES: dict[str, type[Probe]] = {
     "loss": Loss,
     "experts": Usage,
+    "metaexperts": Metaexperts,
     "active": ActiveExperts,
     "codes": Codes,
 }

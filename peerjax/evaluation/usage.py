@@ -35,12 +35,18 @@ class Router(NamedTuple):
 
 
 @functools.cache
-def routers(model: Decoder) -> tuple[Router, ...]:
-    """Returns the modules of a model that sow a router's choices, in the order of their layers."""
+def routers(model: Decoder, name: str = CHOICE) -> tuple[Router, ...]:
+    """Returns the modules of a model that sow a router's choices, in the order of their layers.
+
+    Args:
+        model: the decoder.
+        name: name under which they are sown: "choice" for those of experts, "metaexperts" for those
+            of metarouters.
+    """
     found = {
-        path: sown
+        path: sown[name]
         for path, sown in by_module(kept_of(model, ROUTING, 1)).items()
-        if getattr(sown[CHOICE], "is_routed", True)
+        if name in sown and getattr(sown[name], "is_routed", True)
     }
     places = {path: model.config.place(path) for path in found}
     owners = [layer for place in places.values() for layer in place.layers]
@@ -50,7 +56,7 @@ def routers(model: Decoder) -> tuple[Router, ...]:
             f"layer_{layer}" if owners.count(layer) == 1 else f"layer_{layer}.{path[-1]}"
             for layer in place.layers
         )
-        result.append(Router(path, names, found[path][CHOICE].num_experts))
+        result.append(Router(path, names, found[path].num_experts))
     return tuple(result)
 
 

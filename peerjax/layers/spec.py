@@ -7,7 +7,8 @@ configuration. `peerjax.layers.FEED_FORWARDS` lists the kinds by name.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 
@@ -55,6 +56,8 @@ class Context(NamedTuple):
         seed: seed of the run, an integer, for random draws of layers in training. It is `None`
             outside of training.
         step: number of the training step, an integer; `None` outside of training.
+        rows: number of each sequence in the training text, integers [B]; `None` if not known.
+        places: the places of the cache, integers [S] from 0; `None` without a cache.
         shared: `peerjax.layers.shared.SharedWeights` if all blocks have the same; else `None`.
     """
 
@@ -65,6 +68,8 @@ class Context(NamedTuple):
     budget: Any = None
     seed: Any = None
     step: Any = None
+    rows: Any = None
+    places: Any = None
     shared: Any = None
 
 
@@ -86,6 +91,16 @@ class FeedForward:
     undecayed: ClassVar[tuple[str, ...]] = ()
     packable: ClassVar[tuple[str, ...]] = ()
     is_sparse: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Builds the layer from the sections of a configuration."""
+        return cls(**sections[cls.section])
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns the fields of the section with their defaults."""
+        return dataclasses.asdict(cls())
 
     @property
     def period(self) -> int:

@@ -23,7 +23,7 @@ OUTPUTS = "outputs"
 # A collection that evaluation makes mutable: figures of attention sinks and large activations.
 SINKS = "sinks"
 # Names within collections.
-CHOICE, EXPERTS = "choice", "experts"
+CHOICE, METAEXPERTS, EXPERTS = "choice", "metaexperts", "experts"
 # Every rematerialisation policy must save arrays with this name.
 EXPERT_IDS = "expert_ids"
 

@@ -48,16 +48,21 @@ class Choice:
         ids = jnp.where(self.ids == self.num_experts, places, self.ids)
         return dataclasses.replace(self, ids=ids, num_experts=places)
 
-    def moved(self, metaexpert: Int[Array, "*S T"], total: int) -> Choice:
-        """Returns the same experts, numbered in the pool that all metaexperts share.
+    def moved(self, metaexpert: Int[Array, "*S T"], total: int, spread: int = 1) -> Choice:
+        """Returns the same experts, numbered in the pool that all M metaexperts share.
 
-        Expert i of metaexpert m has number `m * N + i` there, and "no expert" becomes `total`.
+        Expert n of metaexpert m has the number `v M N / V + m N / V + r` there, with
+        `v, r = divmod(n, N / V)`. A range of M N / V numbers thus has equally many experts of each
+        metaexpert. With V = 1, the number is `m N + n`. "No expert" becomes `total`.
 
         Args:
             metaexpert: m of each token.
-            total: number of experts in that pool, a multiple of N.
+            total: M N, number of experts in that pool.
+            spread: V, a divisor of N, as in `peerjax.routing.product_keys.spread_ids`.
         """
-        ids = metaexpert[..., None] * self.num_experts + self.ids
+        part, place = jnp.divmod(self.ids, self.num_experts // spread)
+        ids = part * (total // spread) + metaexpert[..., None] * (self.num_experts // spread)
+        ids = ids + place
         ids = jnp.where(self.ids == self.num_experts, total, ids)
         return dataclasses.replace(self, ids=ids, num_experts=total)
 

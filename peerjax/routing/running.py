@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int
 STATS, MOMENTS, FIRST = "stats", "moments", "first"
 # Largest change of a threshold in one step, in deviations of the scores of the first batch.
 THRESHOLD_RATE = 0.2
+# Weight of a step in running shares of metaexperts. A few documents fill a step, so shares of one
+# step vary.
+SHARE_RATE = 0.1
 
 
 class Moments(NamedTuple):
@@ -82,6 +85,31 @@ class ScoreScale(NamedTuple):
     deviation: Float[Array, ""]
 
 
+class Shares(NamedTuple):
+    """Figures of metaexperts: of a batch, or running ones over steps.
+
+    Attributes:
+        probability: mean probability of each metaexpert.
+        chosen: share of each metaexpert in the choices.
+    """
+
+    probability: Float[Array, "*layers M"]
+    chosen: Float[Array, "*layers M"]
+
+    @staticmethod
+    def even(metaexperts: int) -> Shares:
+        """Returns equal shares."""
+        return Shares(*(jnp.full(metaexperts, 1 / metaexperts) for _ in range(2)))
+
+    def pooled(self) -> Shares:
+        """Returns the shares of a whole from those of its equal parts, on a leading axis."""
+        return Shares(self.probability.mean(0), self.chosen.mean(0))
+
+    def after(self, seen: Shares, momentum: float) -> Shares:
+        """Returns the running shares after a step. They change slowly, whatever `momentum` is."""
+        return jax.tree.map(lambda old, new: old + SHARE_RATE * (new - old), self, seen)
+
+
 def pooled(parts: Any) -> Any:
     """Returns the collection "moments" of a whole from those of its equal parts, stacked."""
     return jax.tree.map(lambda each: each.pooled(), parts, is_leaf=_is_of_batch)
@@ -115,10 +143,10 @@ def needs_first_batch(stats: Any) -> bool:
     """Returns whether the first batch of a fresh run sets some of the collection "stats"."""
 
     def is_set(node: Any) -> bool:
-        return isinstance(node, Moments | Threshold | ScoreScale)
+        return isinstance(node, Moments | Threshold | ScoreScale | Shares)
 
     return any(map(is_set, jax.tree.leaves(stats, is_leaf=is_set)))
 
 
 def _is_of_batch(node: Any) -> bool:
-    return isinstance(node, Moments | Active)
+    return isinstance(node, Moments | Active | Shares)

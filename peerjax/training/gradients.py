@@ -75,6 +75,7 @@ def loss_and_gradients(
             *inputs_of(part),
             seed=seed,
             step=step,
+            rows_B=part.get("row"),
             mutable=kept_collections,
             with_head=False,
         )

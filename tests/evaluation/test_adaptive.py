@@ -163,7 +163,7 @@ def test_large_activations_are_those_of_the_residual_stream():
 
 def test_evaluation_with_sinks_is_in_the_file_the_tables_and_a_plot(finished, tmp_path, capsys):
     run = open_run(str(finished))
-    found, _ = evaluate_without(run, (), rows=3, further=SINK_PROBES)
+    found = evaluate_without(run, (), rows=3, further=SINK_PROBES)
     folder = epath.Path(tmp_path)
     write_evaluation(folder, found, {"step": run.step})
     record = json.loads((folder / "evaluation.json").read_text())["texts"]

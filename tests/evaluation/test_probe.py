@@ -11,7 +11,7 @@ from etils import epath
 
 from peerjax.evaluation import PROBES, Probe, evaluate
 from peerjax.evaluation.loss import Loss
-from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_evaluation
+from peerjax.inference.evaluating import Found, evaluate_run, print_evaluation, write_evaluation
 from peerjax.inference.trained import open_run
 from peerjax.objectives.task import inputs_of
 from peerjax.sharding import make_mesh
@@ -38,7 +38,7 @@ def test_a_new_probe_is_in_the_file_and_in_the_table(finished, tmp_path, monkeyp
     monkeypatch.setitem(PROBES, "certainty", Certainty)
     run = open_run(str(finished))
     found = evaluate_run(run, rows=3)
-    write_evaluation(epath.Path(tmp_path), found, {"step": run.step})
+    write_evaluation(epath.Path(tmp_path), Found(found), {"step": run.step})
     record = json.loads((tmp_path / "evaluation.json").read_text())
     of_all = record["texts"]["all"]["certainty"]
     assert of_all["read"] == record["texts"]["all"]["loss"]["tokens"]

@@ -64,7 +64,8 @@ def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
     kind, texts, tmp_path, capsys
 ):
     run = trained(kind, texts, tmp_path)
-    evaluation, removals = evaluate_without(run, ["all"])
+    found = evaluate_without(run, ["all"])
+    evaluation, removals, _ = found
     assert evaluation["all"]["loss"]["tokens"] > 0
     assert [removal.domain for removal in removals] == ["one", "two"]
     for removal in removals:
@@ -76,7 +77,7 @@ def test_losses_without_a_domain_are_told_beside_those_without_random_experts(
     if kind == "peer":
         assert sum(sum(removal.experts.values()) for removal in removals)
         assert any(removal.changes != removal.control for removal in removals)
-    write_evaluation(epath.Path(tmp_path / "out"), evaluation, {"step": run.step}, removals)
+    write_evaluation(epath.Path(tmp_path / "out"), found, {"step": run.step})
     print_evaluation(epath.Path(tmp_path / "out"))
     assert "as many at random" in capsys.readouterr().out
     assert (tmp_path / "out" / "removals.png").exists()
@@ -98,7 +99,7 @@ def test_a_removed_expert_of_a_pool_is_one_whose_weights_are_0():
     assert found != loss_of(task.model, state.variables)
 
 
-@pytest.mark.parametrize("kind", ["peer", "moe", "monet_hd", "monet_vd"])
+@pytest.mark.parametrize("kind", ["peer", "moe", "metapeer", "monet_hd", "monet_vd"])
 def test_every_kind_of_layer_leaves_out_what_is_removed(kind):
     _, task, _, state = make(
         **{

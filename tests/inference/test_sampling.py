@@ -11,6 +11,7 @@ import pytest
 
 from peerjax.inference.sampling import Sampling, draw, generate, nucleus
 from peerjax.model import empty_cache
+from peerjax.routing.auxiliary import DECODE
 from tests.test_model import CONFIG, LENGTH, VARIANTS, make, readable_of
 
 GREEDY = Sampling(temperature=0)
@@ -30,9 +31,14 @@ def test_reading_token_by_token_gives_the_logits_of_reading_at_once(name):
     @jax.jit
     def further(cache, tokens, positions):
         (logits, of_attention), kept = model.apply(
-            readable, tokens, positions, cache=cache["attention"], mutable=["routing"]
+            {**readable, DECODE: cache[DECODE]},
+            tokens,
+            positions,
+            cache=cache["attention"],
+            mutable=["routing", DECODE],
         )
-        return (logits, {"attention": of_attention}), kept
+        state = {"attention": of_attention, DECODE: kept.pop(DECODE, {})}
+        return (logits, state), kept
 
     expected, routing = jax.jit(at_once)(tokens, positions)
     for prompt in (1, 9):
@@ -59,8 +65,9 @@ def test_reading_token_by_token_gives_the_logits_of_reading_at_once(name):
                 np.testing.assert_array_equal(jnp.concatenate(joined, axis=2), whole)
 
 
-def test_prompts_of_a_batch_go_on_as_each_would_alone():
-    model, variables, _ = make(CONFIG)
+@pytest.mark.parametrize("name", ["peer", "metapeer sequence"])
+def test_prompts_of_a_batch_go_on_as_each_would_alone(name):
+    model, variables, _ = make(VARIANTS[name])
     readable = readable_of(variables)
     prompts = [[0, 5, 7, 9, 11, 3], [0], [0, 8, 2]]
     together = np.array(list(generate(model, readable, prompts, 12, GREEDY))).T

@@ -12,7 +12,7 @@ from etils import epath
 from peerjax.data.tokenizer import Tokenizer, train_bpe
 from peerjax.errors import CheckpointError, ConfigError, DataError
 from peerjax.evaluation import figures_of, probes_for
-from peerjax.inference.evaluating import evaluate_run, print_evaluation, write_evaluation
+from peerjax.inference.evaluating import Found, evaluate_run, print_evaluation, write_evaluation
 from peerjax.inference.prompts import check, continue_prompts, encode, read_prompts
 from peerjax.inference.sampling import Sampling, generate
 from peerjax.inference.trained import open_run, restore
@@ -40,7 +40,7 @@ def test_the_newest_checkpoint_evaluates_as_the_run_did_at_its_end(run, tmp_path
     for name, value in figures_of(probes_for(run.tokenizer), evaluation).items():
         assert value == pytest.approx(last[name], rel=1e-6), name
 
-    write_evaluation(epath.Path(tmp_path), evaluation, {"step": run.step})
+    write_evaluation(epath.Path(tmp_path), Found(evaluation), {"step": run.step})
     print_evaluation(epath.Path(tmp_path))
     assert f"{evaluation['all']['loss']['bits_per_byte']:.4f}" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())

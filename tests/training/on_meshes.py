@@ -42,6 +42,10 @@ KINDS = {
     "padded": {
         "model.layers": (("peer", 1),), "peer.num_experts": (40, 50), "mesh.expert": 4,
     },
+    "metapeer": {
+        "model.layers": (("metapeer", 2),), "metapeer.choice": "sequence", "metapeer.chunk": 8,
+        "metapeer.metaexperts": 4, "peer.num_experts": (16, 16), "peer.spread": 4,
+    },
     "moe": {"model.layers": (("moe", 1), ("peer", 1))},
 }  # fmt: skip
 

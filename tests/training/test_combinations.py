@@ -78,7 +78,11 @@ def test_the_runs_contain_all_pairs_that_make_sense():
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: ", ".join(run))
 def test_trains_resumes_bit_equally_and_samples(run, corpus, tmp_path):
-    config, whole, again = config_of(run, corpus), tmp_path / "whole", tmp_path / "again"
+    assert_trains_resumes_and_samples(config_of(run, corpus), tmp_path)
+
+
+def assert_trains_resumes_and_samples(config, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
     train(config, str(whole))
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "2")

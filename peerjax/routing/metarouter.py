@@ -1,0 +1,141 @@
+"""A metarouter: it chooses metaexperts for each token or, causally, for whole chunks of documents.
+
+A metaexpert is a router with a pool of its own. The probabilities of a token are
+`p_t = softmax(W x_t)` over the M metaexperts. For chunks, the mean of p over the earlier tokens of
+the document takes the place of p_t. So a token never depends on later ones.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.counter_hash import Purpose, hash_words
+
+
+def chunk_starts(positions: Int[Array, "*S"], chunk: int, switch: bool) -> Int[Array, "*S"]:
+    """Returns the position in its document at which each token's chunk begins.
+
+    Args:
+        positions: position of each token in its document.
+        chunk: tokens of a chunk.
+        switch: whether there are more than two chunks. Otherwise the second one lasts to the end of
+            the document.
+    """
+    number = positions // chunk
+    return (number if switch else jnp.minimum(number, 1)) * chunk
+
+
+def running_sums(
+    values_BLM: Float[Array, "B L M"], positions_BL: Int[Array, "B L"]
+) -> Float[Array, "B L M"]:
+    """Sums from the first token of a document to each token, that token included."""
+
+    def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        (begun, before), (begins, value) = left, right
+        return begun | begins, jnp.where(begins[..., None], value, before + value)
+
+    first = (positions_BL == 0, values_BLM)
+    return jax.lax.associative_scan(join, first, axis=1)[1]
+
+
+def means_before(
+    sums_BPM: Float[Array, "B P M"],
+    places_BL: Int[Array, "B L"],
+    counts_BL: Int[Array, "B L"],
+    otherwise_M: Float[Array, " M"],
+) -> Float[Array, "B L M"]:
+    """Returns the mean over the first tokens of a document, for each token.
+
+    Args:
+        sums_BPM: running sums at places in a sequence.
+        places_BL: place of the last token of the mean.
+        counts_BL: number of tokens of the mean.
+        otherwise_M: the result for a mean of no tokens.
+    """
+    sums_BLM = jnp.take_along_axis(sums_BPM, jnp.maximum(places_BL, 0)[..., None], axis=1)
+    means_BLM = sums_BLM / jnp.maximum(counts_BL, 1)[..., None]
+    return jnp.where(counts_BL[..., None] > 0, means_BLM, otherwise_M)
+
+
+def best(scores_TM: Float[Array, "*S M"], k: int) -> Int[Array, "*S k"]:
+    """Returns the k metaexperts with the largest scores, best first. No gradient flows."""
+    flat = jax.lax.stop_gradient(scores_TM).reshape(-1, scores_TM.shape[-1])
+    return jax.lax.top_k(flat, k)[1].reshape(*scores_TM.shape[:-1], k)
+
+
+def weights_of_means(
+    means: Float[Array, "*S M"], chosen: Int[Array, "*S k"]
+) -> Float[Array, "*S k"]:
+    """Returns the means of the chosen metaexperts, divided by their sum.
+
+    With k = 1 the value is 1. The divisor then has no gradient, so that the router learns.
+    """
+    own = jnp.take_along_axis(means, chosen, axis=-1)
+    total = jnp.sum(own, axis=-1, keepdims=True)
+    if chosen.shape[-1] == 1:
+        total = jax.lax.stop_gradient(total)
+    return own / jnp.where(total == 0, 1, total)
+
+
+def opened(scores_BLM: Float[Array, "B L M"], count_BL: Int[Array, "B L"]) -> Bool[Array, "B L M"]:
+    """Marks the `count` metaexperts with the largest scores; of equal ones, the first."""
+    own, other = scores_BLM[..., :, None], scores_BLM[..., None, :]
+    number = jnp.arange(scores_BLM.shape[-1])
+    is_better = (other > own) | ((other == own) & (number[None, :] < number[:, None]))
+    return jnp.sum(is_better, axis=-1) < count_BL[..., None]
+
+
+def opened_counts(
+    seed: Int[Array, ""],
+    step: Int[Array, ""],
+    rows_B: Int[Array, " B"],
+    segments_BL: Int[Array, "B L"],
+    least: int,
+    most: int,
+) -> Int[Array, "B L"]:
+    """Draws how many metaexperts each document opens, uniformly from `least` to `most`.
+
+    Args:
+        seed: seed of the run.
+        step: number of the training step.
+        rows_B: number of each sequence in the training text. A draw thus does not depend on how a
+            batch is split.
+        segments_BL: number of the document in its sequence that each token belongs to.
+        least: the smallest count.
+        most: the largest count.
+    """
+    words = hash_words(Purpose.OPENED, seed, step, rows_B[:, None], segments_BL)
+    return least + (words % jnp.uint32(most - least + 1)).astype(jnp.int32)
+
+
+def balance(
+    probabilities_TM: Float[Array, "T M"], shares_M: Float[Array, " M"]
+) -> Float[Array, ""]:
+    """Returns `M * sum_i f_i P_i`, which is 1 if metaexperts are chosen evenly.
+
+    P_i is the mean probability of metaexpert i over the batch. f_i is its share of the choices of
+    earlier steps, without a gradient. The result is linear in the batch. It is thus the same for
+    any split into parts, unlike the product of two figures of the same batch.
+
+    References:
+        Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
+    """
+    fixed = jax.lax.stop_gradient(shares_M)
+    return shares_M.size * jnp.sum(fixed * jnp.mean(probabilities_TM, axis=0))
+
+
+def switches(
+    chosen_BLk: Int[Array, "B L k"], positions_BL: Int[Array, "B L"], chunk: int
+) -> tuple[Bool[Array, "B L"], Bool[Array, "B L"]]:
+    """Marks tokens at which a chunk other than a document's first begins, and changes there.
+
+    Returns:
+        A mask of these tokens, and a mask of those with another set of metaexperts than the token
+        before them.
+    """
+    begins_BL = (positions_BL % chunk == 0) & (positions_BL > 0)
+    own = jnp.sort(chosen_BLk, axis=-1)
+    before = jnp.roll(own, 1, axis=1)
+    return begins_BL, begins_BL & jnp.any(own != before, axis=-1)
