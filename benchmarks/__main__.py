@@ -27,6 +27,7 @@ BENCHMARKS = {
     "kernels": "time of lookup and update on this device, compared with a copy",
     "device_step": "time and memory of the recipe for one accelerator, executed on this device",
     "kernels_aot": "memory and traffic of every kernel, compiled for absent TPUs and GPUs",
+    "metarouter": "losses and specialisation of metarouters and PEER on twelve domains (a night)",
     "digits": "accuracy and bytes of the examples' classifier, int4 and float32 AdamW",
     "prepare": "peak memory and speed of prepare.py on a gigabyte of text",
     "int4_buffers": "losses with accumulators of every width and with ECO (a night; GPU: minutes)",

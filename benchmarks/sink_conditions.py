@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks.result import REPOSITORY
 from benchmarks.sweep import ROOT, Settings
 from peerjax.data.packages import DEFAULT_DOMAINS, read_packages
 
@@ -36,7 +37,10 @@ class Condition(NamedTuple):
         """Returns the fields of a run without a remedy against sinks."""
         text: Settings = {}
         if self.short_documents:
-            pattern = ";".join(f"{domain}={PIECES / domain}.jsonl" for domain in DEFAULT_DOMAINS)
+            pattern = ";".join(
+                f"{domain}={PIECES.relative_to(REPOSITORY) / domain}.jsonl"
+                for domain in DEFAULT_DOMAINS
+            )
             text = {"data.source": "files", "data.pattern": pattern}
         return {
             **COMMON, **text, "model.layers": ((kind, self.depth),), "steps": self.steps,

@@ -98,3 +98,6 @@ class MixedRows:
         which = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[which - 1]) if which else 0
         return {**self.parts[which][int(index) - before], "row": np.array(index, np.int32)}
+
+
+Rows = PackedRows | MixedRows

@@ -27,7 +27,7 @@ from peerjax.data.documents import (
     without_duplicates,
 )
 from peerjax.data.packages import read_packages
-from peerjax.data.packing import MixedRows, PackedRows, TokenStream
+from peerjax.data.packing import MixedRows, PackedRows, Rows, TokenStream
 from peerjax.data.shards import TOKENIZER, ShardedTokens, ShardIndex
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class Corpus:
     """
 
     tokenizer: Tokenizer
-    train: PackedRows | MixedRows
+    train: Rows
     validation: dict[str, PackedRows]
     digest: str
 
@@ -211,7 +211,7 @@ def _text_of(split: str, domain: str) -> str:
 
 
 def train_batches(
-    config: ml_collections.ConfigDict, rows: PackedRows | MixedRows, next_batch: int = 0
+    config: ml_collections.ConfigDict, rows: Rows, next_batch: int = 0
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over this process's part of each batch.
 
@@ -267,9 +267,7 @@ class BlockOfBatches(Sequence[Any]):
         return self._rows[batch * self._batch + self._block * self._size + place]
 
 
-def row_order(
-    config: ml_collections.ConfigDict, rows: PackedRows | MixedRows, count: int
-) -> list[int]:
+def row_order(config: ml_collections.ConfigDict, rows: Rows, count: int) -> list[int]:
     """Returns the numbers of the first `count` different rows that training reads, in order."""
     order, found = _order(rows, config.seed), dict[int, None]()
     place = 0
@@ -279,7 +277,7 @@ def row_order(
     return list(found)
 
 
-def _order(rows: PackedRows | MixedRows, seed: int) -> grain.MapDataset:
+def _order(rows: Rows, seed: int) -> grain.MapDataset:
     """Returns the endless order in which row numbers are read."""
     shuffled = [
         grain.MapDataset.source(numbers).seed(seed).shuffle().repeat() for numbers, _ in rows.mix

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from peerjax.atomic import alone_in, make_folder, write_atomically
-from peerjax.data.packing import PackedRows
+from peerjax.data.packing import Rows
 from peerjax.data.pipeline import Corpus, row_order
 from peerjax.data.records import count_records, open_records, write_records
 from peerjax.data.shards import token_bytes_for
@@ -128,7 +128,7 @@ class Cache:
         folder: epath.Path,
         contents: Contents,
         config: ml_collections.ConfigDict,
-        rows: PackedRows,
+        rows: Rows,
     ):
         self.folder, self.contents = Path(folder), contents
         read = config.steps * config.data.batch_size
@@ -154,9 +154,7 @@ class Cache:
 
         return [number for number in range(len(self._shards)) if not is_complete(number)]
 
-    def fill(
-        self, model: Decoder, variables: Any, rows: PackedRows, mesh: Mesh, batch_size: int
-    ) -> None:
+    def fill(self, model: Decoder, variables: Any, rows: Rows, mesh: Mesh, batch_size: int) -> None:
         """Makes the shards that are missing, and prints a line for each.
 
         All processes compute predictions together, and process 0 writes them.

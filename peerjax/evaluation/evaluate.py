@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from peerjax.data.packing import PackedRows
+from peerjax.data.packing import PackedRows, Rows
 from peerjax.evaluation.probe import ALL, Evaluation, Probe
 from peerjax.model import Decoder
 from peerjax.objectives.task import inputs_of
@@ -103,7 +103,7 @@ def _add(
 
 
 def whole_batches(
-    rows: PackedRows, chosen: Sequence[int], batch_size: int, mesh: Mesh
+    rows: Rows, chosen: Sequence[int], batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[dict[str, Array], int]]:
     """Yields batches of chosen rows, and the number of rows in each that are not padding.
 

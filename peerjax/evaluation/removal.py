@@ -17,7 +17,7 @@ from peerjax.evaluation.loss import Loss
 from peerjax.evaluation.probe import ALL, Evaluation, Probe
 from peerjax.evaluation.usage import GateSums, routers
 from peerjax.model import Decoder
-from peerjax.routing.auxiliary import EXPERTS, REMOVED
+from peerjax.routing.auxiliary import CHOICE, EXPERTS, REMOVED
 
 # Experts by layer name, such as "layer_1".
 Experts = Mapping[str, Bool[np.ndarray, " N"]]
@@ -150,18 +150,19 @@ def remove_domains(
     return removals
 
 
-def removed_collection(model: Decoder, experts: Experts) -> dict[str, Any]:
+def removed_collection(model: Decoder, experts: Experts, name: str = CHOICE) -> dict[str, Any]:
     """Returns the collection with which a decoder omits experts; see `peerjax.routing.auxiliary`.
 
     Args:
         model: the decoder.
-        experts: experts to omit by layer name, for all layers that route.
+        experts: experts or metaexperts to omit by layer name, for all layers that route.
+        name: which of them, as in `peerjax.evaluation.usage.routers`.
     """
     return {
         REMOVED: unflatten_dict(
             {
-                (*router.path, EXPERTS): np.stack([experts[name] for name in router.names])
-                for router in routers(model)
+                (*router.path, EXPERTS): np.stack([experts[layer] for layer in router.names])
+                for router in routers(model, name)
             }
         )
     }

@@ -206,9 +206,10 @@ class MetaRouter(nn.Module):
             chosen = checkpoint_name(best(means_BLM, config.chosen), EXPERT_IDS)
             weights = weights_of_means(means_BLM, chosen)
         else:
-            lowest = jnp.finfo(jnp.float32).min
+            lowest = float(jnp.finfo(jnp.float32).min)
             logits_BLM = self._without_removed(logits_BLM, lowest)
-            if config.open and context.rows is not None and context.step is not None:
+            is_training = context.rows is not None and context.step is not None
+            if config.open and means_BLM is not None and is_training:
                 counts_BL = opened_counts(
                     context.seed,
                     context.step,
