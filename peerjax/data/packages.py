@@ -61,6 +61,15 @@ def read_packages(domains: Sequence[str]) -> list[Document]:
     return documents
 
 
+def is_installed(domain: str) -> bool:
+    """Returns whether the package of a domain is installed, in any version."""
+    try:
+        importlib.metadata.distribution(TEXT_PACKAGES[domain].distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _package_folder(domain: str, package: TextPackage) -> Path:
     need = f"the domain {domain!r} needs the package {package.distribution}=={package.version}"
     remedy = f"pip install 'peerjax[{package.extra}]'"

@@ -6,7 +6,13 @@ import pytest
 
 from peerjax.data import packages
 from peerjax.data.documents import corpus_digest, without_duplicates
-from peerjax.data.packages import DEFAULT_DOMAINS, GROUPS, TEXT_PACKAGES, read_packages
+from peerjax.data.packages import (
+    DEFAULT_DOMAINS,
+    GROUPS,
+    TEXT_PACKAGES,
+    is_installed,
+    read_packages,
+)
 from peerjax.errors import DataError
 
 # Bytes of text without duplicates, and the digest of the documents.
@@ -36,9 +42,7 @@ def test_the_default_text_is_the_pinned_one():
 @pytest.mark.parametrize("domain", EXPECTED)
 def test_the_text_of_further_domains_is_the_pinned_one(domain):
     package = TEXT_PACKAGES[domain]
-    try:
-        importlib.metadata.distribution(package.distribution)
-    except importlib.metadata.PackageNotFoundError:
+    if not is_installed(domain):
         pytest.skip(f"needs {package.distribution}, of the extra {package.extra}")
     kept = without_duplicates(read_packages([domain]))
     size = sum(len(document.text.encode()) for document in kept)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peerjax.data import tokenizer as tokenizer_module
 from peerjax.data.documents import TRAIN, read_files, split_of, without_duplicates
-from peerjax.data.packages import read_packages
+from peerjax.data.packages import TEXT_PACKAGES, is_installed, read_packages
 from peerjax.data.tokenizer import END_OF_TEXT, LONGEST_PIECE, Tokenizer, pieces, train_bpe
 from peerjax.data.train_tokenizer import train_tokenizer
 from peerjax.errors import ConfigError, DataError, UserError
@@ -120,6 +120,27 @@ def test_has_4096_entries(tokenizer):
 def test_training_it_again_gives_the_same_bytes(tmp_path):
     train_tokenizer(str(tmp_path / "again.json"))
     assert (tmp_path / "again.json").read_bytes() == BUILTIN.read_bytes()
+
+
+def test_the_tokenizer_of_all_domains_has_8192_entries_and_every_byte():
+    found = Tokenizer.load("bpe_8192")
+    assert found.vocab_size == 8192
+    text = "L'été, el niño\t\x00\U0001f600"
+    assert found.decode(encode(found, [text]).tolist()) == text
+    with pytest.raises(DataError, match="does not exist; give a path or one of bpe_4096, bpe_8192"):
+        Tokenizer.load("bpe_1024")
+
+
+@pytest.mark.slow
+def test_training_the_tokenizer_of_all_domains_again_gives_the_same_bytes(tmp_path):
+    for domain, package in TEXT_PACKAGES.items():
+        if not is_installed(domain):
+            pytest.skip(f"needs {package.distribution}, of the extra {package.extra}")
+    again = tmp_path / "again.json"
+    train_tokenizer(
+        str(again), vocab_size=8192, domains=tuple(TEXT_PACKAGES), characters_per_domain=4_000_000
+    )
+    assert again.read_bytes() == BUILTIN.with_name("bpe_8192.json").read_bytes()
 
 
 def test_training_on_own_text_sees_the_training_split_once(tmp_path):
