@@ -146,6 +146,7 @@ def test_a_cache_of_something_else_is_refused(field, value, finished, tmp_path, 
         case.cache(tmp_path / "cache", **{field: value})
 
 
+@pytest.mark.slow
 def test_a_student_trains_from_a_cache_and_without_the_teacher_in_memory(
     finished, tmp_path, capsys, monkeypatch
 ):

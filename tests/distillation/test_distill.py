@@ -55,6 +55,7 @@ def student(teacher, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_student_lost_and_takes(student, teacher):
     record = json.loads((student / report.FILE).read_text())
     whole = record["texts"]["all"]
@@ -77,6 +78,7 @@ def test_the_report_says_what_the_student_lost_and_takes(student, teacher):
     assert config.distill.teacher == str(teacher)
 
 
+@pytest.mark.slow
 def test_a_student_starts_with_the_loss_of_the_chosen_stage(student):
     stages = json.loads((student / report.STARTS).read_text())
     first = json.loads((student / "metrics.jsonl").read_text().splitlines()[0])
@@ -90,6 +92,7 @@ def test_a_student_starts_with_the_loss_of_the_chosen_stage(student):
     assert multiples["run_1/pool"][0].keys() == {"down", "up"}
 
 
+@pytest.mark.slow
 def test_a_killed_student_continues_bit_equally(student, teacher, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     figures = pending.Pending.figures
@@ -119,6 +122,7 @@ def test_a_killed_student_continues_bit_equally(student, teacher, tmp_path, monk
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_student_with_its_own_model_needs_no_outputs(teacher, corpus, tmp_path):
     recipe = tiny_config(corpus)
     recipe.steps, recipe.eval.every = 2, 2
@@ -145,6 +149,7 @@ def monet(corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["monet", "monet_plain"])
 def test_a_monet_becomes_a_peer_of_packed_experts(start, monet, tmp_path):
     changes = {"distill.start": start, "peer.experts_per_head": 16}
@@ -231,6 +236,7 @@ def test_train_refuses_a_teacher(corpus, tmp_path):
         train(config, str(tmp_path / "new"))
 
 
+@pytest.mark.slow
 def test_the_comparison_is_that_of_numpy(student, teacher, corpus):
     runs = [open_run(str(each)) for each in (teacher, student)]
     mesh = make_mesh()

@@ -76,6 +76,7 @@ def test_the_runs_contain_all_pairs_that_make_sense():
         assert expected <= found, (first, second, expected - found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: ", ".join(run))
 def test_trains_resumes_bit_equally_and_samples(run, corpus, tmp_path):
     assert_trains_resumes_and_samples(config_of(run, corpus), tmp_path)

@@ -9,6 +9,7 @@ from tests.training.test_combinations import config_of as of_combination
 from tests.training.tiny import tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "fields"),
     [

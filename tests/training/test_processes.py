@@ -33,7 +33,18 @@ def recipe(corpus, tmp_path):
     return write_recipe(tmp_path / "recipe.py", corpus, **fields)
 
 
-def start(recipe, workdir, count, devices, *flags, per_process=(), script="train.py"):
+def of_slurm(count, index):
+    """What Slurm tells a task of a step, of which all are on this machine."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),  # the coordinator's port depends on it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
+
+
+def start(recipe, workdir, count, devices, *flags, per_process=(), script="train.py", slurm=False):
     """Starts processes that work together; one alone is given no coordinator."""
     options = f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}"
     environment = {**os.environ, "XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
@@ -45,9 +56,9 @@ def start(recipe, workdir, count, devices, *flags, per_process=(), script="train
         command = [sys.executable, script, *of_recipe, f"--workdir={workdir}", *flags]
         processes.append(
             subprocess.Popen(
-                [*command, *(joint if count > 1 else ()), *own],
+                [*command, *(joint if count > 1 and not slurm else ()), *own],
                 cwd=REPOSITORY,
-                env=environment,
+                env={**environment, **(of_slurm(count, index) if slurm else {})},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -115,8 +126,9 @@ def test_two_processes_train_as_one_and_survive_a_signal_and_a_loss(recipe, tmp_
     assert "stack trace" not in error
     assert "Traceback" not in error
 
-    # In the end, nothing differs from the run that was not interrupted.
-    resumed = finish(start(recipe, tmp_path / "long", 2, 2, *mesh))
+    # In the end, nothing differs from the run that was not interrupted. In a step of Slurm,
+    # processes find each other without flags.
+    resumed = finish(start(recipe, tmp_path / "long", 2, 2, *mesh, slurm=True))
     assert [status for status, _, _ in resumed] == [0, 0], resumed
     assert losses(tmp_path / "long") == together
 
