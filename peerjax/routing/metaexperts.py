@@ -106,10 +106,13 @@ def scores_of_chosen(
         scale, bias = (each[slots.expert][:, None, None] for each in routers.norm)
         query_SbHd = _normalised(query_SbHd) * scale + bias
 
+    # Every head of a metaexpert counts as one of H M experts, head by head, so they ascend.
+    of_heads = metaexperts * jnp.arange(heads, dtype=slots.expert.dtype)[:, None] + slots.expert
+
     def side(query_SbHd: Array, keys_MHNd: Array) -> Array:
-        of_head = jax.vmap(multiply, in_axes=(2, 1, None), out_axes=0)
-        scores_HSbN = of_head(query_SbHd, keys_MHNd.swapaxes(2, 3), slots.expert)
-        return scores_HSbN.reshape(heads, -1, keys_MHNd.shape[2])
+        queries = jnp.moveaxis(query_SbHd, 2, 0).reshape(-1, block, query_SbHd.shape[-1])
+        keys = keys_MHNd.transpose(1, 0, 3, 2).reshape(heads * metaexperts, queries.shape[-1], -1)
+        return multiply(queries, keys, of_heads.reshape(-1)).reshape(heads, -1, keys.shape[-1])
 
     first, second = jnp.split(query_SbHd, 2, axis=-1)
     return side(first, routers.keys1), side(second, routers.keys2), slots

@@ -6,7 +6,7 @@ from peerjax.config import validate
 from peerjax.errors import ConfigError
 from tests.training.test_combinations import assert_trains_resumes_and_samples
 from tests.training.test_combinations import config_of as of_combination
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, write_corpus
 
 
 @pytest.mark.slow
@@ -24,6 +24,9 @@ def test_trains_resumes_bit_equally_and_samples(storage, fields, corpus, tmp_pat
     config.metapeer.metaexperts = 4
     for name, value in fields.items():
         config.metapeer[name] = value
+    other = write_corpus(tmp_path / "other", seed=1)
+    config.data.pattern = f"one={corpus};two={other}"
+    config.data.weights = (("one", 1.0), ("two", 2.0))
     assert_trains_resumes_and_samples(config, tmp_path)
 
 
