@@ -95,7 +95,7 @@ class MetaPeerConfig(FeedForward):
     @classmethod
     def of(cls, sections: Mapping[str, Mapping[str, Any]]) -> MetaPeerConfig:
         """Builds the layer from two sections of a configuration."""
-        return cls(**sections[cls.section], peer=PeerConfig.of(sections))
+        return cls(**sections[cls.section], peer=PeerConfig(**sections[PeerConfig.section]))
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class MetaRouter(nn.Module):
             means_BLM = self._means(probabilities_BLM, context, shares.probability)
         if config.choice == SEQUENCE:
             assert means_BLM is not None
-            means_BLM = self._without_removed(means_BLM, 0)
+            means_BLM = self._without_removed(means_BLM, 0.0)
             chosen = checkpoint_name(best(means_BLM, config.chosen), EXPERT_IDS)
             weights = weights_of_means(means_BLM, chosen)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 
@@ -93,7 +93,7 @@ class FeedForward:
     is_sparse: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, sections: Mapping[str, Mapping[str, Any]]) -> Self:
+    def of(cls, sections: Mapping[str, Mapping[str, Any]]) -> FeedForward:
         """Builds the layer from the sections of a configuration."""
         return cls(**sections[cls.section])
 

@@ -27,7 +27,7 @@ class Slots(NamedTuple):
     expert: Int[Array, " blocks"]
 
 
-def gates_of(logits_TE: Float[Array, "T E"], ids_Tk: Int[Array, "T k"]) -> Float[Array, "T k"]:
+def gates_of(logits_TE: Float[Array, "*S E"], ids_Tk: Int[Array, "*S k"]) -> Float[Array, "*S k"]:
     """Returns the gates of the chosen experts: their probabilities, divided by their sum.
 
     This is the softmax over the chosen logits alone, as in Mixtral. With k = 1 it would always be

@@ -167,7 +167,8 @@ def test_chunks_use_the_best_metaexperts_of_the_document_before_them(switch):
     variables["stats"]["metarouter"]["shares"] = shares._replace(probability=uneven)
     positions = np.array([[*range(12)], [*range(5), *range(7)]])
     segments = np.array([[0] * 12, [0] * 5 + [1] * 7])
-    context = context_of(weights, x, positions=positions, segments=segments)
+    given = {"positions": jnp.array(positions), "segments": jnp.array(segments)}
+    context = context_of(weights, x, **given)
     kept = layer.apply(variables, x, context, mutable=["routing"])[1]["routing"]
     found = kept["metarouter"][METAEXPERTS]
     ids, shares = chosen_by_definition(variables, x, positions, 4, switch, 2)
