@@ -44,7 +44,7 @@ from peerjax.routing.auxiliary import CHOICE, METAEXPERTS
 from peerjax.sharding import make_mesh
 
 RECIPE = "metapeer_token"
-STEPS, CHUNK = 500, 128
+STEPS, CHUNK = 500, 32
 START = {SHARED: 1e-2, OF_POOLS: 3e-2}
 METAEXPERTS_PER_ARM = (8, 16)
 TOKEN, SEQUENCE, ONE = "token", "sequence", "sequence, one choice"
@@ -91,6 +91,9 @@ def run(quick: bool) -> Result:
     tuned[ONE] = tuned[SEQUENCE]
     full = {arm: {**fields, **tuned[arm[0]][0]} for arm, fields in every.items()}
     runs = from_seeds(RECIPE, full, seeds, inspect=_measured)
+    for arm, each in runs.items():
+        if not all(run.more for run in each):
+            raise RuntimeError(f"{arm[0]}, {arm[1]} diverged with the rates that were tuned")
     plot(runs, ROOT / "metarouter" if quick else REPOSITORY / "docs" / "metarouter")
     return Result(
         columns=(
@@ -169,6 +172,8 @@ def _figures(runs: Runs) -> list[Figure]:
                 figures += paired(*values).figures(label)
         for choice in (*CHOICES, "PEER"):
             for part in PARTS:
+                if f"1/{part}, 100" not in runs[choice, number][0].more["alone"]:
+                    continue
                 rises = [run.more["alone"][f"1/{part}, 100"] for run in runs[choice, number]]
                 label = f"{choice}, {number}: loss with 1/{part}, chosen on 100 rows, above whole"
                 figures.append(Figure(label, float(np.mean(rises))))
@@ -205,7 +210,7 @@ class LaterLoss(Probe):
 
     def result(self, model: Any, sums: Any, variables: Any) -> dict[str, float]:
         """Returns the loss."""
-        return {"nats_per_token": float(sums[0] / sums[1])}
+        return {"nats_per_token": float(sums[0] / sums[1]), "tokens": float(sums[1])}
 
 
 def measured(workdir: str) -> dict[str, Any]:
@@ -219,7 +224,11 @@ def measured(workdir: str) -> dict[str, Any]:
             evaluate, trained.model, variables, mesh=mesh,
             batch_size=trained.config.data.batch_size,
         )  # fmt: skip
-        probes = {"later": LaterLoss(trained.config.metapeer.chunk), "metaexperts": Metaexperts()}
+        probes = {
+            "loss": Loss.of(trained.tokenizer),
+            "later": LaterLoss(trained.config.metapeer.chunk),
+            "metaexperts": Metaexperts(),
+        }
         found = measure(corpus.validation, probes, rows=choose)
         information = specialisation(measure, trained.model, corpus.validation, choose)
         alone = _alone(trained, measure, corpus, choose)
@@ -237,6 +246,7 @@ def measured(workdir: str) -> dict[str, Any]:
     groups = next(iter(next(iter(information.values())).values()))
     return {
         "later": found[ALL]["later"]["nats_per_token"],
+        "later_share": found[ALL]["later"]["tokens"] / found[ALL]["loss"]["tokens"],
         "information": information,
         "groups": list(groups),
         "alone": alone,
@@ -270,6 +280,8 @@ def _alone(trained: Trained, measure: Any, corpus: Any, choose: Any) -> dict[str
                 for layer, each in found.items()
             }
             for part in PARTS:
+                if name == METAEXPERTS and min(map(np.size, sums.values())) < 2 * part:
+                    continue  # a token uses two
                 removed = {
                     layer: np.argsort(np.argsort(-each, kind="stable")) >= each.size // part
                     for layer, each in sums.items()

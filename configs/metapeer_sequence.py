@@ -6,4 +6,5 @@ from configs import metapeer_token
 def get_config():
     config = metapeer_token.get_config()
     config.metapeer.choice = "sequence"
+    config.metapeer.chunk = 32  # half of the documents have fewer than 150 tokens
     return config

@@ -1,6 +1,7 @@
 """The quickstart's sizes with 16 metaexperts of 4,096 experts, which every token chooses from.
 
-Ten domains of text take equal parts of the training rows. They need `pip install '.[domains]'`.
+Ten domains of text, which need `pip install '.[text,domains]'`, take equal parts of the training
+rows.
 """
 
 from configs import quickstart

@@ -57,6 +57,7 @@ VARIANTS = {
     "moe": with_layers((MOE, 2), (DENSE, 1)),
     "moe, bfloat16": with_layers((MOE, 2), dtype="bfloat16"),
     "metapeer token": with_layers((META, 2)),
+    "metapeer, some open": with_layers((dataclasses.replace(META, open=2), 2)),
     "metapeer sequence": with_layers((dataclasses.replace(META, choice="sequence"), 2)),
     "metapeer, one choice": with_layers(
         (dataclasses.replace(META, choice="sequence", switch=False, chosen=1), 2), remat=True
@@ -107,7 +108,8 @@ def train_and_eval(config):
     def loss(params, *inputs):
         trained = {**readable, "params": params, "taps": variables.get("taps", {})}
         kept = ["routing", "moments", "losses"]
-        logits, _ = model.apply(trained, *inputs, step=0, mutable=kept)
+        training = {"seed": 0, "step": 0, "rows_B": jnp.arange(2)}
+        logits, _ = model.apply(trained, *inputs, **training, mutable=kept)
         return jnp.sum(logits**2), logits
 
     differentiate = jax.jit(jax.grad(loss, has_aux=True))

@@ -11,7 +11,7 @@ from pallas_kernels.packing import words_per_vector
 from pallas_kernels.storage import STORAGES
 from peerjax.config.build import feed_forwards
 from peerjax.config.fields import flatten
-from peerjax.data.documents import checked_weights
+from peerjax.data.mixing import checked_weights
 from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
@@ -136,9 +136,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _require_chunk(config: ml_collections.ConfigDict, chunk: int) -> None:
-    if chunk > config.data.sequence_length:
+    if chunk >= config.data.sequence_length:
         raise ConfigError(
-            f"metapeer.chunk={chunk} is longer than data.sequence_length="
+            f"metapeer.chunk={chunk} is not less than data.sequence_length="
             f"{config.data.sequence_length}, so no document would have a second chunk"
         )
 

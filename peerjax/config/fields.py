@@ -88,7 +88,8 @@ def default_config() -> ml_collections.ConfigDict:
     # of earlier ones. Use it only for comparison.
     model.routing_statistics = "running"
     # Weight of the current batch in running statistics. Queries move by a large part of their
-    # spread in one step. With the usual 0.1, statistics lag and experts become unused.
+    # spread in one step. With the usual 0.1, statistics lag and experts become unused. Shares of
+    # metaexperts do not depend on it.
     model.routing_momentum = 0.9
 
     for kind in FEED_FORWARDS.values():

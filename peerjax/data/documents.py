@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from peerjax.data.text_files import documents_in, empty_file, find_files, read_blocks
-from peerjax.errors import ConfigError
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -74,39 +71,6 @@ def by_digest(documents: Sequence[Document]) -> list[Document]:
     """
     domains = [*dict.fromkeys(document.domain for document in documents)]
     return sorted(documents, key=lambda each: (domains.index(each.domain), each.digest))
-
-
-def checked_weights(weights: Sequence[Any], domains: Sequence[str]) -> dict[str, float]:
-    """Returns `data.weights` as a dictionary.
-
-    Raises:
-        ConfigError: if they are no pairs of a domain and a positive number, or a domain is unknown,
-            missing or named twice.
-    """
-    form = "give pairs such as (('speeches', 2.0), ('drama', 1.0))"
-    found: dict[str, float] = {}
-    for pair in weights:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ConfigError(f"data.weights has {pair!r}; {form}")
-        domain, weight = pair
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigError(f"data.weights has {pair!r}; {form}")
-        if not 0 < weight < math.inf:
-            raise ConfigError(
-                f"data.weights gives {domain!r} the weight {weight}, which is not positive; leave "
-                "the domain out of the data instead"
-            )
-        if domain in found:
-            raise ConfigError(f"data.weights names {domain!r} twice")
-        if domain not in domains:
-            raise ConfigError(
-                f"data.weights names {domain!r}, which is none of the domains of the data: "
-                f"{', '.join(domains)}"
-            )
-        found[domain] = float(weight)
-    if missing := [domain for domain in domains if domain not in found]:
-        raise ConfigError(f"data.weights has no weight for {', '.join(missing)}; {form}")
-    return found
 
 
 def split_of(document: Document, validation_fraction: float) -> str:

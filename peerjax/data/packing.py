@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -71,33 +70,3 @@ class PackedRows:
             segments=np.cumsum(begins, dtype=np.int32) - 1,
             row=np.array(index, np.int32),
         )
-
-
-class MixedRows:
-    """The rows of several sources, one source after the other, which are read by weight.
-
-    Attributes:
-        parts: the sources.
-        weights: share of each source in what is read, up to a common factor.
-    """
-
-    def __init__(self, parts: Sequence[PackedRows], weights: Sequence[float]):
-        self.parts, self.weights = tuple(parts), tuple(weights)
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def mix(self) -> list[tuple[range, float]]:
-        """Numbers of the rows of each source, and its weight."""
-        numbers = map(range, [0, *self._ends[:-1]], self._ends)
-        return list(zip(numbers, self.weights, strict=True))
-
-    def __getitem__(self, index: int) -> Row:
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        before = int(self._ends[which - 1]) if which else 0
-        return {**self.parts[which][int(index) - before], "row": np.array(index, np.int32)}
-
-
-Rows = PackedRows | MixedRows

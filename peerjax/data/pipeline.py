@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from peerjax.data.documents import (
     VALIDATION,
     Document,
     by_digest,
-    checked_weights,
     corpus_digest,
     digest_in_order,
     order_digest,
@@ -26,8 +25,9 @@ from peerjax.data.documents import (
     split_of,
     without_duplicates,
 )
+from peerjax.data.mixing import Rows, mixed_rows
 from peerjax.data.packages import read_packages
-from peerjax.data.packing import MixedRows, PackedRows, Rows, TokenStream
+from peerjax.data.packing import PackedRows, TokenStream
 from peerjax.data.shards import TOKENIZER, ShardedTokens, ShardIndex
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError, DataError
@@ -111,9 +111,11 @@ def _read_text(config: ml_collections.ConfigDict) -> Corpus:
     order = np.random.default_rng(config.seed).permutation(len(parts[TRAIN]))
     parts[TRAIN] = [parts[TRAIN][index] for index in order]
     domains = list(dict.fromkeys(document.domain for document in documents))
-    train = _train_rows(config, domains, partial(of_domain, TRAIN)) or pack(
-        parts[TRAIN], TRAINING_TEXT
-    )
+    train: Rows
+    if config.data.weights:
+        train = mixed_rows(config.data.weights, domains, partial(of_domain, TRAIN))
+    else:
+        train = pack(parts[TRAIN], TRAINING_TEXT)
     validation = {domain: of_domain(VALIDATION, domain) for domain in domains}
     return Corpus(tokenizer, train, validation, digest)
 
@@ -176,21 +178,13 @@ def _open_shards(config: ml_collections.ConfigDict) -> Corpus:
     def of_domain(split: str, domain: str) -> PackedRows:
         return pack(split, [domain], _text_of(split, domain))
 
-    train = _train_rows(config, domains, partial(of_domain, TRAIN)) or pack(
-        TRAIN, domains, TRAINING_TEXT
-    )
+    train: Rows
+    if config.data.weights:
+        train = mixed_rows(config.data.weights, domains, partial(of_domain, TRAIN))
+    else:
+        train = pack(TRAIN, domains, TRAINING_TEXT)
     validation = {domain: of_domain(VALIDATION, domain) for domain in domains}
     return Corpus(tokenizer, train, validation, index.digest)
-
-
-def _train_rows(
-    config: ml_collections.ConfigDict, domains: list[str], pack: Callable[[str], PackedRows]
-) -> MixedRows | None:
-    """Returns the training rows by domain, to be mixed by weight; `None` without weights."""
-    if not config.data.weights:
-        return None
-    weights = checked_weights(config.data.weights, domains)
-    return MixedRows([pack(domain) for domain in domains], [weights[each] for each in domains])
 
 
 def _rows(
@@ -267,14 +261,18 @@ class BlockOfBatches(Sequence[Any]):
         return self._rows[batch * self._batch + self._block * self._size + place]
 
 
-def row_order(config: ml_collections.ConfigDict, rows: Rows, count: int) -> list[int]:
-    """Returns the numbers of the first `count` different rows that training reads, in order."""
-    order, found = _order(rows, config.seed), dict[int, None]()
-    place = 0
-    while len(found) < count:
-        found[int(order[place])] = None
-        place += 1
-    return list(found)
+def row_order(config: ml_collections.ConfigDict, rows: Rows, reads: int) -> list[int]:
+    """Returns the numbers of the rows that training reads first, in order and each once.
+
+    Args:
+        config: configuration of the run.
+        rows: the training text.
+        reads: number of rows that training reads, some of them perhaps several times.
+    """
+    if len(rows.mix) == 1:
+        reads = min(reads, len(rows))  # later epochs read the same rows
+    order = _order(rows, config.seed)
+    return list(dict.fromkeys(int(order[place]) for place in range(reads)))
 
 
 def _order(rows: Rows, seed: int) -> grain.MapDataset:

@@ -63,6 +63,13 @@ def train_tokenizer(
         )
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction={validation_fraction} is not in (0, 1)")
+    if pattern and (tuple(domains) != DEFAULT_DOMAINS or characters_per_domain is not None):
+        raise ConfigError(
+            "domains and characters_per_domain are of the text packages; leave them out with a "
+            "pattern"
+        )
+    if characters_per_domain is not None and characters_per_domain < 1:
+        raise ConfigError(f"characters_per_domain={characters_per_domain} is less than 1")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; name a file in it")
     make_folder(target.parent)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from peerjax.atomic import alone_in, make_folder, write_atomically
-from peerjax.data.packing import Rows
+from peerjax.data.mixing import Rows
 from peerjax.data.pipeline import Corpus, row_order
 from peerjax.data.records import count_records, open_records, write_records
 from peerjax.data.shards import token_bytes_for
@@ -56,7 +56,7 @@ class Contents:
     Attributes:
         teacher: SHA-256 of the teacher's checkpoint.
         text: SHA-256 of the training text, and of its tokenizer.
-        order: seed that orders the rows.
+        order: seed that orders the rows, with the weights of domains if there are any.
         sequence_length: L, tokens of a row.
         top_k: number of likely tokens.
         token_bytes: bytes of a token's number.
@@ -65,7 +65,7 @@ class Contents:
 
     teacher: str
     text: str
-    order: int
+    order: int | str
     sequence_length: int
     top_k: int
     token_bytes: int
@@ -81,7 +81,7 @@ class Contents:
         return Contents(
             teacher=_sha256((teacher.checkpoint / CHECKSUMS).read_text()),
             text=_sha256(json.dumps(corpus.identity)),
-            order=config.seed,
+            order=_order_of(config),
             sequence_length=config.data.sequence_length,
             top_k=weights.top_k,
             token_bytes=token_bytes_for(model.vocab_size),
@@ -133,7 +133,7 @@ class Cache:
         self.folder, self.contents = Path(folder), contents
         read = config.steps * config.data.batch_size
         whole = -(-read // ROWS_PER_SHARD) * ROWS_PER_SHARD
-        order = row_order(config, rows, min(whole, len(rows)))
+        order = row_order(config, rows, whole)
         self._places = {row: place for place, row in enumerate(order)}
         self._shards = [
             order[first : first + ROWS_PER_SHARD] for first in range(0, len(order), ROWS_PER_SHARD)
@@ -254,6 +254,11 @@ def _fields(
     if predicted.outputs is None:
         return fields
     return {**fields, LAYER_OUTPUTS: predicted.outputs.astype(jnp.float32).swapaxes(0, 1)}
+
+
+def _order_of(config: ml_collections.ConfigDict) -> int | str:
+    weights = config.data.weights
+    return f"{config.seed}, weights {json.dumps(weights)}" if weights else config.seed
 
 
 def _bytes_of(kind: str, shape: tuple[int, ...]) -> int:

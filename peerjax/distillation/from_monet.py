@@ -300,7 +300,7 @@ def pair_gates(model: Decoder) -> Callable[[Any, dict[str, Array]], dict[str, Ar
         )
         found, most = {}, jnp.int32(0)
         for path, values in by_module(kept[ROUTING]).items():
-            choice = values[CHOICE]
+            choice = values.get(CHOICE)
             if path[0] in monet and isinstance(choice, FactoredChoice):
                 weight = jnp.repeat(batch["weight"], batch["inputs"].shape[1])
                 found[path[0]] = choice.gate_sums(weight)

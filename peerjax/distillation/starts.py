@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels.codes import CODES
 from peerjax.config import MONET, PLAIN, SEARCHED
-from peerjax.data.packing import Rows
+from peerjax.data.mixing import Rows
 from peerjax.data.pipeline import row_order
 from peerjax.distillation.from_monet import MOST, Pairs, converted, pair_gates
 from peerjax.distillation.rounding import search_scales

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from peerjax.data.packing import PackedRows, Rows
+from peerjax.data.mixing import Rows
+from peerjax.data.packing import PackedRows
 from peerjax.evaluation.probe import ALL, Evaluation, Probe
 from peerjax.model import Decoder
 from peerjax.objectives.task import inputs_of

@@ -37,7 +37,7 @@ class Metaexperts(Probe):
 
     - `usage` and `unevenness`, as of experts
     - `switched`, the share of chunks with other metaexperts than the token before them. The first
-      chunk of a document does not count. If tokens choose, chunks are merely places in the text.
+      chunk of a document does not count. If tokens choose, every `chunk` tokens count as one.
     - `shares` of the metaexperts in the sum of weights
     """
 

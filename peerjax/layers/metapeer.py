@@ -34,17 +34,16 @@ from peerjax.routing.auxiliary import (
 from peerjax.routing.choice import Choice
 from peerjax.routing.metaexperts import Routers, choose_in_metaexperts
 from peerjax.routing.metarouter import (
-    balance,
     best,
     chunk_starts,
+    gates_of_means,
     means_before,
     opened,
     opened_counts,
     running_sums,
-    weights_of_means,
 )
 from peerjax.routing.running import FIRST, MOMENTS, STATS, Shares
-from peerjax.routing.token_choice import counts_of, gates_of
+from peerjax.routing.token_choice import balance_loss_at, counts_of, gates_of
 
 # Values of `metapeer.choice`.
 TOKEN, SEQUENCE = CHOICES = ("token", "sequence")
@@ -134,6 +133,11 @@ class MetaPeerConfig(FeedForward):
                 f"metapeer.open={self.open} limits what tokens choose from, but with "
                 "metapeer.choice='sequence' they do not choose; set it to 0"
             )
+        if not self.switch and self.choice == TOKEN:
+            raise ValueError(
+                "metapeer.switch=False keeps the choice of a chunk, but with metapeer.choice="
+                "'token' every token chooses; set it to True"
+            )
         if self.peer.gate == "product":
             raise ValueError(
                 "peer.gate='product' is the router of Monet, which cannot be a metaexpert; set it "
@@ -172,12 +176,12 @@ class MetaRouter(nn.Module):
     """Chooses metaexperts for every token.
 
     The probabilities are `softmax(x W)`, in float32. `peerjax.routing.metarouter` defines what is
-    made of them. Without chunks, the weights are those of a mixture of MLPs.
+    made of them. Without chunks, the gates are those of a mixture of MLPs.
 
     The module reads `shares` of the collection "stats": mean probabilities and shares of choices
     over earlier steps. It sows those of the batch into "moments". It sows its choice into
-    "routing" as `metaexperts`, and chooses none that the collection "removed" marks. In decoding it
-    keeps the running sums of probabilities by position.
+    "routing" as `metaexperts`. Metaexperts that the collection "removed" marks come last, and
+    their gate is 0. In decoding, the module keeps running sums of probabilities by position.
     """
 
     config: MetaPeerConfig
@@ -186,7 +190,7 @@ class MetaRouter(nn.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], context: Context
     ) -> tuple[Int[Array, "T j"], Float[Array, "T j"]]:
-        """Returns the chosen metaexperts of every token, best first, and their weights."""
+        """Returns the chosen metaexperts of every token, best first, and their gates."""
         config, total = self.config, self.config.metaexperts
         init = nn.initializers.normal(0.02)
         dense = nn.Dense(total, use_bias=False, kernel_init=init, name="logits")
@@ -204,12 +208,16 @@ class MetaRouter(nn.Module):
             assert means_BLM is not None
             means_BLM = self._without_removed(means_BLM, 0.0)
             chosen = checkpoint_name(best(means_BLM, config.chosen), EXPERT_IDS)
-            weights = weights_of_means(means_BLM, chosen)
+            gates = gates_of_means(means_BLM, chosen)
         else:
             lowest = float(jnp.finfo(jnp.float32).min)
-            logits_BLM = self._without_removed(logits_BLM, lowest)
-            is_training = context.rows is not None and context.step is not None
-            if config.open and means_BLM is not None and is_training:
+            scores_BLM = self._without_removed(logits_BLM, lowest)
+            if config.open and means_BLM is not None and context.step is not None:
+                if context.rows is None:
+                    raise ValueError(
+                        "metapeer.open draws by the number of each row of text; give the decoder "
+                        "rows_B, the field `row` of a batch"
+                    )
                 counts_BL = opened_counts(
                     context.seed,
                     context.step,
@@ -218,14 +226,17 @@ class MetaRouter(nn.Module):
                     config.open,
                     total,
                 )
-                logits_BLM = jnp.where(opened(means_BLM, counts_BL), logits_BLM, lowest)
-            chosen = checkpoint_name(best(logits_BLM, config.chosen), EXPERT_IDS)
-            weights = gates_of(logits_BLM, chosen)
-        chosen_Tj, weights_Tj = (each.reshape(-1, config.chosen) for each in (chosen, weights))
+                scores_BLM = jnp.where(opened(means_BLM, counts_BL), scores_BLM, lowest)
+            chosen = checkpoint_name(best(scores_BLM, config.chosen), EXPERT_IDS)
+            gates = gates_of(logits_BLM, chosen)
+        if (removed := removed_experts(self)) is not None:
+            # Fewer than `chosen` may be left.
+            gates = jnp.where(removed[chosen], 0, gates)
+        chosen_Tj, gates_Tj = (each.reshape(-1, config.chosen) for each in (chosen, gates))
         probabilities_TM = probabilities_BLM.reshape(-1, total)
         self._sow(probabilities_TM, chosen_Tj, shares, is_first)
-        sow_last(self, ROUTING, METAEXPERTS, Choice(chosen_Tj, weights_Tj, total))
-        return chosen_Tj, weights_Tj
+        sow_last(self, ROUTING, METAEXPERTS, Choice(chosen_Tj, gates_Tj, total))
+        return chosen_Tj, gates_Tj
 
     def _means(self, probabilities_BLM: Array, context: Context, otherwise_M: Array) -> Array:
         """Returns the mean probabilities over the tokens of a document before each chunk."""
@@ -252,7 +263,7 @@ class MetaRouter(nn.Module):
 
     def _sow(self, probabilities_TM: Array, chosen: Array, shares: Shares, is_first: bool) -> None:
         weight = self.config.balance_weight
-        sow_loss(self, "balance", weight * balance(probabilities_TM, shares.chosen))
+        sow_loss(self, "balance", weight * balance_loss_at(probabilities_TM, shares.chosen))
         of_batch = Shares(
             jnp.mean(jax.lax.stop_gradient(probabilities_TM), axis=0),
             counts_of(chosen, self.config.metaexperts) / chosen.size,
@@ -264,7 +275,7 @@ class MetaRouter(nn.Module):
 
 
 class MetaPEER(nn.Module):
-    """Computes `sum_m w_m PEER_m(x)` over the metaexperts that a metarouter chose.
+    """Computes `sum_m gate_m PEER_m(x)` over the metaexperts that a metarouter chose.
 
     Expert n of metaexpert m is expert `m N + n` of the one pool of the layer, with spread 1. Only
     the scores of chosen metaexperts are computed. Routing is computed in float32.
@@ -284,11 +295,11 @@ class MetaPEER(nn.Module):
         """Applies the layer to every token."""
         peer = self.config.peer
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        chosen_Tj, weights_Tj = MetaRouter(self.config, name="metarouter")(x_BLD, context)
+        chosen_Tj, gates_Tj = MetaRouter(self.config, name="metarouter")(x_BLD, context)
         choice = choose_in_metaexperts(
             x_TD.astype(jnp.float32),
             chosen_Tj,
-            weights_Tj,
+            gates_Tj,
             self._routers(x_TD.shape[-1]),
             peer.experts_per_head,
             spread=peer.spread,

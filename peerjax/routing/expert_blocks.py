@@ -1,4 +1,4 @@
-"""A mixture of MLP experts that computes only the experts that tokens chose.
+"""Products with the weights of the experts that tokens chose, and a mixture of MLPs made of them.
 
 Tokens are sorted by expert into padded blocks, and each block is multiplied by the weights of one
 expert. `jax.lax.ragged_dot` would need no padding. But on CPU and NVIDIA GPUs, XLA compiles it to

@@ -49,7 +49,7 @@ class Routers(NamedTuple):
 def choose_in_metaexperts(
     x_TD: Float[Array, "T D"],
     chosen_Tj: Int[Array, "T j"],
-    weights_Tj: Float[Array, "T j"],
+    gates_Tj: Float[Array, "T j"],
     routers: Routers,
     k: int,
     *,
@@ -61,7 +61,7 @@ def choose_in_metaexperts(
     Args:
         x_TD: inputs of the routers, float32.
         chosen_Tj: the metaexperts of each token, all different.
-        weights_Tj: their weights, with which the gates of their experts are multiplied.
+        gates_Tj: their gates, with which the gates of their experts are multiplied.
         routers: the routers of all M metaexperts.
         k: number of experts that a head retrieves.
         spread: V of `spread_ids`, within a metaexpert and in the pool of all.
@@ -78,13 +78,13 @@ def choose_in_metaexperts(
     )
     of_slots, _ = retrieve(scores1_HSN, scores2_HSN, k, implementation).choose()
     gates_TjK = over_mesh(from_slots, (BATCH, BATCH), BATCH)(of_slots.gates, slots)
-    ids_TjK = over_mesh(_read, (BATCH, BATCH), BATCH)(of_slots.ids, slots)
+    ids_TjK = over_mesh(_ids_of_pairs, (BATCH, BATCH), BATCH)(of_slots.ids, slots)
     keys = routers.keys1.shape[2], routers.keys2.shape[2]
     own = Choice(spread_ids(ids_TjK, keys, spread), gates_TjK, routers.num_experts)
     total = routers.query.shape[0] * routers.num_experts
     moved = own.moved(chosen_Tj, total, spread)
     tokens = chosen_Tj.shape[0]
-    gates_TjK = moved.gates * weights_Tj[..., None]
+    gates_TjK = moved.gates * gates_Tj[..., None]
     return Choice(moved.ids.reshape(tokens, -1), gates_TjK.reshape(tokens, -1), total)
 
 
@@ -124,5 +124,5 @@ def _normalised(x: Array) -> Array:
     return (x - mean) * jax.lax.rsqrt(variance + EPSILON)
 
 
-def _read(of_slots: Array, slots: Slots) -> Array:
-    return of_slots[slots.of_pair]
+def _ids_of_pairs(ids: Array, slots: Slots) -> Array:
+    return ids[slots.of_pair]  # `from_slots` would define a gradient

@@ -65,9 +65,7 @@ def best(scores_TM: Float[Array, "*S M"], k: int) -> Int[Array, "*S k"]:
     return jax.lax.top_k(flat, k)[1].reshape(*scores_TM.shape[:-1], k)
 
 
-def weights_of_means(
-    means: Float[Array, "*S M"], chosen: Int[Array, "*S k"]
-) -> Float[Array, "*S k"]:
+def gates_of_means(means: Float[Array, "*S M"], chosen: Int[Array, "*S k"]) -> Float[Array, "*S k"]:
     """Returns the means of the chosen metaexperts, divided by their sum.
 
     With k = 1 the value is 1. The divisor then has no gradient, so that the router learns.
@@ -81,10 +79,8 @@ def weights_of_means(
 
 def opened(scores_BLM: Float[Array, "B L M"], count_BL: Int[Array, "B L"]) -> Bool[Array, "B L M"]:
     """Marks the `count` metaexperts with the largest scores; of equal ones, the first."""
-    own, other = scores_BLM[..., :, None], scores_BLM[..., None, :]
-    number = jnp.arange(scores_BLM.shape[-1])
-    is_better = (other > own) | ((other == own) & (number[None, :] < number[:, None]))
-    return jnp.sum(is_better, axis=-1) < count_BL[..., None]
+    rank_BLM = jnp.argsort(jnp.argsort(-scores_BLM, axis=-1, stable=True), axis=-1)
+    return rank_BLM < count_BL[..., None]
 
 
 def opened_counts(
@@ -108,22 +104,6 @@ def opened_counts(
     """
     words = hash_words(Purpose.OPENED, seed, step, rows_B[:, None], segments_BL)
     return least + (words % jnp.uint32(most - least + 1)).astype(jnp.int32)
-
-
-def balance(
-    probabilities_TM: Float[Array, "T M"], shares_M: Float[Array, " M"]
-) -> Float[Array, ""]:
-    """Returns `M * sum_i f_i P_i`, which is 1 if metaexperts are chosen evenly.
-
-    P_i is the mean probability of metaexpert i over the batch. f_i is its share of the choices of
-    earlier steps, without a gradient. The result is linear in the batch. It is thus the same for
-    any split into parts, unlike the product of two figures of the same batch.
-
-    References:
-        Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
-    """
-    fixed = jax.lax.stop_gradient(shares_M)
-    return shares_M.size * jnp.sum(fixed * jnp.mean(probabilities_TM, axis=0))
 
 
 def switches(

@@ -60,10 +60,20 @@ def balance_loss(logits_TE: Float[Array, "T E"], ids_Tk: Int[Array, "T k"]) -> F
     References:
         Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4 to 6.
     """
-    num_experts = logits_TE.shape[-1]
-    share = counts_of(ids_Tk, num_experts) / ids_Tk.size
-    probability = jax.nn.softmax(logits_TE, axis=-1).mean(0)
-    return num_experts * jnp.sum(share * probability)
+    shares_E = counts_of(ids_Tk, logits_TE.shape[-1]) / ids_Tk.size
+    return balance_loss_at(jax.nn.softmax(logits_TE, axis=-1), shares_E)
+
+
+def balance_loss_at(
+    probabilities_TE: Float[Array, "T E"], shares_E: Float[Array, " E"]
+) -> Float[Array, ""]:
+    """Returns `E * sum_i f_i P_i` for given shares f, through which no gradient flows.
+
+    With shares of earlier steps, the result is linear in the batch. It is then the same for any
+    split of the batch, unlike the product of two figures of one batch.
+    """
+    fixed = jax.lax.stop_gradient(shares_E)
+    return shares_E.size * jnp.sum(fixed * jnp.mean(probabilities_TE, axis=0))
 
 
 def counts_of(ids: Int[Array, "..."], num_experts: int) -> Int[Array, " E"]:

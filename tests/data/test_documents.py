@@ -6,12 +6,10 @@ from hypothesis import strategies as st
 from peerjax.data.documents import (
     VALIDATION,
     Document,
-    checked_weights,
     corpus_digest,
     split_of,
     without_duplicates,
 )
-from peerjax.errors import ConfigError
 
 
 def documents(*texts):
@@ -41,23 +39,3 @@ def test_splits_have_the_stated_size():
     many = documents(*map(str, range(4000)))
     share = np.mean([split_of(document, 0.05) == VALIDATION for document in many])
     assert share == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / 4000))
-
-
-def test_weights_are_pairs_of_all_domains_and_positive_numbers():
-    domains = ["speeches", "drama"]
-    assert checked_weights((("drama", 1), ("speeches", 0.5)), domains) == {
-        "drama": 1.0,
-        "speeches": 0.5,
-    }
-    one = ("speeches", 1.0)
-    for weights, problem in {
-        (one, ("drama", 0)): "gives 'drama' the weight 0, which is not positive",
-        (one, ("drama", float("nan"))): "the weight nan, which is not positive",
-        (one, ("drama", "1")): "give pairs such as",
-        (one, "drama"): "give pairs such as",
-        (one, one, ("drama", 1)): "names 'speeches' twice",
-        (one, ("code", 1)): "names 'code', which is none of the domains of the data: speeches, dra",
-        (one,): "has no weight for drama",
-    }.items():
-        with pytest.raises(ConfigError, match=problem):
-            checked_weights(weights, domains)

@@ -11,11 +11,9 @@ from peerjax.data.documents import (
     split_of,
     without_duplicates,
 )
-from peerjax.data.packing import MixedRows, PackedRows
-from peerjax.data.pipeline import load_corpus, row_order, train_batches, validation_rows
-from peerjax.data.prepare import Settings, prepare
+from peerjax.data.packing import PackedRows
+from peerjax.data.pipeline import load_corpus, train_batches, validation_rows
 from peerjax.data.shards import Shard, ShardedTokens, write_shard
-from peerjax.errors import ConfigError
 from tests.training.tiny import tiny_config, write_corpus
 
 
@@ -53,60 +51,6 @@ def test_every_epoch_sees_every_row_once_in_a_new_order(rows):
 def test_the_order_of_rows_is_that_of_earlier_versions(rows):
     (batch,) = take(train_batches(tiny_config("unused"), rows), 1)
     assert batch["row"].tolist() == [21, 37, 31, 14, 9, 46, 28, 6]
-
-
-def mixed(lengths, weights):
-    rng = np.random.default_rng(1)
-    streams = [rng.integers(0, 99, 32 * length + 1).astype(np.int32) for length in lengths]
-    return MixedRows([PackedRows(stream, 32, end_of_text=0) for stream in streams], weights)
-
-
-def test_domains_are_read_by_weight_each_in_epochs_of_its_own(monkeypatch):
-    rows, config = mixed([40, 7, 100], [5.0, 3.0, 2.0]), tiny_config("unused")
-    batches = take(train_batches(config, rows), 100)
-    numbers = np.concatenate(rows_of(batches))
-    which = np.searchsorted([40, 47], numbers, side="right")
-    assert np.bincount(which) / len(which) == pytest.approx([0.5, 0.3, 0.2], abs=0.005)
-    for domain, (first, length) in enumerate([(0, 40), (40, 7), (47, 100)]):
-        own = numbers[which == domain]
-        for epoch in own[: len(own) // length * length].reshape(-1, length):
-            assert sorted(epoch) == list(range(first, first + length))
-    for batch in batches[:9]:
-        for place, number in enumerate(batch["row"]):
-            part, before = (0, 0) if number < 40 else (1, 40) if number < 47 else (2, 47)
-            expected = rows.parts[part][number - before]
-            np.testing.assert_array_equal(batch["inputs"][place], expected["inputs"])
-    assert rows_of(take(train_batches(config, rows, next_batch=37), 9)) == rows_of(batches[37:46])
-    parts = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(rows_of(take(train_batches(config, rows), 3)))
-    assert [one + other for one, other in zip(*parts, strict=True)] == rows_of(batches[:3])
-
-
-def test_different_rows_are_listed_in_the_order_of_training():
-    rows, config = mixed([9, 30], [9.0, 1.0]), tiny_config("unused")
-    numbers = np.concatenate(rows_of(take(train_batches(config, rows), 60)))
-    assert row_order(config, rows, 39) == list(dict.fromkeys(numbers.tolist()))
-
-
-@pytest.mark.parametrize("source", ["files", "shards"])
-def test_weights_mix_the_domains_of_files_and_of_shards(source, tmp_path):
-    write_corpus(tmp_path / "web")
-    write_corpus(tmp_path / "notes", seed=1)
-    pattern = f"web={tmp_path}/web/*.txt;notes={tmp_path}/notes/*.txt"
-    config = tiny_config(pattern)
-    config.data.weights = (("notes", 1.0), ("web", 3.0))
-    if source == "shards":
-        settings = Settings(pattern, validation_fraction=config.data.validation_fraction)
-        prepare(settings, str(tmp_path / "shards"))
-        config.data.source, config.data.pattern = "shards", str(tmp_path / "shards")
-    found = load_corpus(config)
-    assert [weight for _, weight in found.train.mix] == [3.0, 1.0]
-    config.data.weights = (("web", 3.0),)
-    with pytest.raises(ConfigError, match="has no weight for notes"):
-        load_corpus(config)
 
 
 def test_processes_share_the_rows_of_every_step(rows, monkeypatch):

@@ -137,7 +137,13 @@ def test_damage_is_found_and_mended(finished, tmp_path, small_shards):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("teacher", "abc"), ("text", "abc"), ("top_k", 9), ("order", 1), ("outputs", (0, 0))],
+    [
+        ("teacher", "abc"),
+        ("text", "abc"),
+        ("top_k", 9),
+        ("order", '0, weights [["a", 1.0]]'),
+        ("outputs", (0, 0)),
+    ],
 )
 def test_a_cache_of_something_else_is_refused(field, value, finished, tmp_path, small_shards):
     case = Case(finished, steps=1)

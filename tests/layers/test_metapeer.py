@@ -11,6 +11,7 @@ from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import Context, Sizes
 from peerjax.pool import ExpertPool, initialize_pool
 from peerjax.routing.auxiliary import CHOICE, METAEXPERTS
+from peerjax.routing.metarouter import opened
 from peerjax.training.gradients import loss_and_gradients
 from tests.training.test_step import LENGTH, ROWS, assert_close, make_batch
 from tests.training.test_step import make as make_run
@@ -176,6 +177,68 @@ def test_chunks_use_the_best_metaexperts_of_the_document_before_them(switch):
     np.testing.assert_allclose(found.gates, shares, atol=1e-6)
 
 
+def test_gradients_of_chunks_are_those_of_a_weighted_sum_of_peers():
+    layer, variables, weights, x = make(**SEQUENCE)
+    context = context_of(weights, x)
+    kept = layer.apply(variables, x, context, mutable=["routing"])[1]["routing"]
+    chosen = kept["metarouter"][METAEXPERTS].ids.reshape(2, 12, 2)
+
+    def ours(params, weights, x):
+        return layer.apply({**variables, "params": params}, x, context_of(weights, x))[0]
+
+    def theirs(params, weights, x):
+        p = jax.nn.softmax(x @ params["metarouter"]["logits"]["kernel"], axis=-1)
+        first = jnp.broadcast_to(variables["stats"]["metarouter"]["shares"].probability, (2, 6))
+        means = [first if begin == 0 else p[:, :begin].mean(1) for begin in (0, 4, 8)]
+        own = jnp.take_along_axis(jnp.repeat(jnp.stack(means, 1), 4, axis=1), chosen, axis=-1)
+        own = own / own.sum(-1, keepdims=True)
+        total = 0.0
+        for number, part in enumerate(jnp.split(weights, 6)):
+            given = {"params": params_of_peer(params, number)}
+            y = PEER.module(Sizes(D)).apply(given, x, context_of(part, x))[0]
+            total += jnp.sum(jnp.where(chosen == number, own, 0), -1, keepdims=True) * y
+        return total
+
+    operands = (variables["params"], weights, x)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), (0, 1, 2)))
+
+    assert_close(gradients(ours)(*operands), gradients(theirs)(*operands))
+
+
+@pytest.mark.parametrize("choice", ["token", "sequence"])
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_removed_metaexperts_add_nothing(choice, left):
+    layer, variables, weights, x = make(**{**SEQUENCE, "choice": choice})
+    removed = jnp.arange(6) >= left
+    given = {**variables, "removed": {"metarouter": {"experts": removed}}}
+    y, kept = layer.apply(given, x, context_of(weights, x), mutable=["routing"])
+    found = kept["routing"]["metarouter"][METAEXPERTS]
+    assert np.all(np.where(found.ids >= left, found.gates, 0) == 0)
+    if left == 3:
+        assert np.all(found.ids < left)
+        np.testing.assert_allclose(found.gates.sum(-1), 1, atol=1e-6)
+    elif left == 0:
+        np.testing.assert_array_equal(y[0], 0)
+
+
+def test_opening_needs_the_numbers_of_rows():
+    layer, variables, weights, x = make(metaexperts=6, open=2)
+    layer.apply(variables, x, context_of(weights, x))  # evaluation opens all
+    with pytest.raises(ValueError, match="metapeer.open draws by the number of each row of text"):
+        layer.apply(variables, x, context_of(weights, x, seed=0, step=0))
+
+
+def test_as_many_are_open_as_drawn_and_they_are_the_best():
+    rng = np.random.default_rng(0)
+    scores, counts = rng.integers(0, 4, (2, 5, 6)).astype(np.float32), rng.integers(1, 7, (2, 5))
+    found = np.asarray(opened(jnp.array(scores), jnp.array(counts)))
+    for place in np.ndindex(2, 5):
+        best = np.argsort(-scores[place], kind="stable")[: counts[place]]
+        assert {*np.flatnonzero(found[place])} == {*best}
+
+
 def test_the_weight_of_one_chosen_metaexpert_is_1_and_trains_the_metarouter():
     layer, variables, weights, x = make(**{**SEQUENCE, "chosen": 1})
 
@@ -245,6 +308,7 @@ def test_documents_open_some_metaexperts_whatever_the_split_of_the_batch():
         ({}, {"gate": "jumprelu"}, "peer.gate='jumprelu' does not work in metaexperts"),
         ({}, {"query_norm": "batchnorm"}, "peer.query_norm='batchnorm' does not work in"),
         ({}, {"always_on": 4}, "peer.always_on=4 does not work in metaexperts; set it to 0"),
+        ({"switch": False}, {}, "metapeer.switch=False keeps the choice of a chunk, but"),
         ({"chunk": 0}, {}, "metapeer.chunk=0 is not positive"),
     ],
 )
