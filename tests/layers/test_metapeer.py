@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,18 @@ def make(seed=0, peer=PEER, **fields):
     keys = jax.random.split(jax.random.key(seed), 3)
     weights = initialize_pool(keys[0], 1, config.pools["pool"], D).weights[0]
     x = jax.random.normal(keys[1], (2, 12, D))
-    variables = layer.init(keys[2], x, context_of(weights, x))
+    variables = jax.jit(layer.init)(keys[2], x, context_of(weights, x))
     params = variables["params"]
     logits = params["metarouter"]["logits"]["kernel"]
     params["metarouter"]["logits"]["kernel"] = 20 * logits  # as if it had been trained
     return layer, {"params": params, "stats": variables["stats"]}, weights, x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(layer, variables, x, context):
+    """Returns the output of a layer, and what it sows into "routing"."""
+    (y, _), kept = layer.apply(variables, x, context, mutable=["routing"])
+    return y, kept["routing"]
 
 
 def params_of_peer(params, metaexpert):
@@ -55,14 +63,13 @@ def params_of_peer(params, metaexpert):
 
 def test_one_metaexpert_is_peer():
     layer, variables, weights, x = make(metaexperts=1, chosen=1)
-    found, kept = layer.apply(variables, x, context_of(weights, x), mutable=["routing"])
+    found, kept = apply(layer, variables, x, context_of(weights, x))
     given = {"params": params_of_peer(variables["params"], 0)}
-    peer = PEER.module(Sizes(D))
-    expected, of_peer = peer.apply(given, x, context_of(weights, x), mutable=["routing"])
-    one, other = (each["routing"]["pool"][CHOICE] for each in (kept, of_peer))
+    expected, of_peer = apply(PEER.module(Sizes(D)), given, x, context_of(weights, x))
+    one, other = (each["pool"][CHOICE] for each in (kept, of_peer))
     np.testing.assert_array_equal(one.ids, other.ids)
     np.testing.assert_allclose(one.gates, other.gates, atol=1e-6)
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def weighted_sum_of_peers(variables, weights, x, chosen):
@@ -82,6 +89,19 @@ def weighted_sum_of_peers(variables, weights, x, chosen):
     return total.reshape(x.shape)
 
 
+def assert_same_outputs_and_gradients(ours, theirs, operands):
+    def both(function):
+        def loss(*operands):
+            y = function(*operands)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*operands)
+
+    (found, y), (expected, y_expected) = both(ours), both(theirs)
+    np.testing.assert_allclose(y, y_expected, atol=1e-6)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("chosen", [1, 2, 4])
 def test_outputs_and_gradients_are_those_of_a_weighted_sum_of_peers(chosen):
     layer, variables, weights, x = make(metaexperts=4, chosen=chosen)
@@ -94,12 +114,7 @@ def test_outputs_and_gradients_are_those_of_a_weighted_sum_of_peers(chosen):
         return weighted_sum_of_peers({**variables, "params": params}, weights, x, chosen)
 
     operands = (variables["params"], weights, x)
-    np.testing.assert_allclose(ours(*operands), theirs(*operands), atol=1e-6)
-
-    def gradients(function):
-        return jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), (0, 1, 2)))
-
-    assert_close(gradients(ours)(*operands), gradients(theirs)(*operands))
+    assert_same_outputs_and_gradients(ours, theirs, operands)
 
 
 def test_only_the_experts_of_chosen_metaexperts_are_updated():
@@ -107,11 +122,11 @@ def test_only_the_experts_of_chosen_metaexperts_are_updated():
         "model.layers": (("metapeer", 1),), "metapeer.metaexperts": 4, "peer.num_experts": (8, 8),
     }  # fmt: skip
     _, task, _, state = make_run(**changes)
-    gradients = loss_and_gradients(task, state.variables, make_batch())[1]
+    gradients = jax.jit(lambda: loss_and_gradients(task, state.variables, make_batch())[1])()
     given = {**state.variables, "taps": {}}
     batch = make_batch()
     inputs = (batch["inputs"], batch["positions"], batch["segments"])
-    routing = task.model.apply(given, *inputs, mutable=["routing"])[1]["routing"]
+    routing = jax.jit(lambda: task.model.apply(given, *inputs, mutable=["routing"])[1]["routing"])()
     layer = routing["run_0"]["block"]["metapeer"]
     ids = gradients.pools["run_0"]["pool"].ids[0]
     metaexperts = layer["metarouter"][METAEXPERTS].ids[0]
@@ -124,9 +139,9 @@ def test_spread_changes_the_numbers_of_experts_and_nothing_else(spread):
     peer = dataclasses.replace(PEER, num_experts=(8, 8), spread=spread)
     layer, variables, weights, x = make(metaexperts=4, peer=peer)
     plain, *_ = make(metaexperts=4, peer=dataclasses.replace(peer, spread=1))
-    _, kept = layer.apply(variables, x, context_of(weights, x), mutable=["routing"])
-    _, of_plain = plain.apply(variables, x, context_of(weights, x), mutable=["routing"])
-    one, other = (each["routing"]["pool"][CHOICE] for each in (kept, of_plain))
+    _, kept = apply(layer, variables, x, context_of(weights, x))
+    _, of_plain = apply(plain, variables, x, context_of(weights, x))
+    one, other = (each["pool"][CHOICE] for each in (kept, of_plain))
     np.testing.assert_array_equal(one.gates, other.gates)
     # By brute force: where expert (i, j) of metaexpert m has to be.
     moved = np.zeros(4 * 64, int)
@@ -170,7 +185,7 @@ def test_chunks_use_the_best_metaexperts_of_the_document_before_them(switch):
     segments = np.array([[0] * 12, [0] * 5 + [1] * 7])
     given = {"positions": jnp.array(positions), "segments": jnp.array(segments)}
     context = context_of(weights, x, **given)
-    kept = layer.apply(variables, x, context, mutable=["routing"])[1]["routing"]
+    _, kept = apply(layer, variables, x, context)
     found = kept["metarouter"][METAEXPERTS]
     ids, shares = chosen_by_definition(variables, x, positions, 4, switch, 2)
     np.testing.assert_array_equal(found.ids, ids)
@@ -180,7 +195,7 @@ def test_chunks_use_the_best_metaexperts_of_the_document_before_them(switch):
 def test_gradients_of_chunks_are_those_of_a_weighted_sum_of_peers():
     layer, variables, weights, x = make(**SEQUENCE)
     context = context_of(weights, x)
-    kept = layer.apply(variables, x, context, mutable=["routing"])[1]["routing"]
+    _, kept = apply(layer, variables, x, context)
     chosen = kept["metarouter"][METAEXPERTS].ids.reshape(2, 12, 2)
 
     def ours(params, weights, x):
@@ -201,10 +216,7 @@ def test_gradients_of_chunks_are_those_of_a_weighted_sum_of_peers():
 
     operands = (variables["params"], weights, x)
 
-    def gradients(function):
-        return jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), (0, 1, 2)))
-
-    assert_close(gradients(ours)(*operands), gradients(theirs)(*operands))
+    assert_same_outputs_and_gradients(ours, theirs, operands)
 
 
 @pytest.mark.parametrize("choice", ["token", "sequence"])
@@ -213,21 +225,21 @@ def test_removed_metaexperts_add_nothing(choice, left):
     layer, variables, weights, x = make(**{**SEQUENCE, "choice": choice})
     removed = jnp.arange(6) >= left
     given = {**variables, "removed": {"metarouter": {"experts": removed}}}
-    y, kept = layer.apply(given, x, context_of(weights, x), mutable=["routing"])
-    found = kept["routing"]["metarouter"][METAEXPERTS]
+    y, kept = apply(layer, given, x, context_of(weights, x))
+    found = kept["metarouter"][METAEXPERTS]
     assert np.all(np.where(found.ids >= left, found.gates, 0) == 0)
     if left == 3:
         assert np.all(found.ids < left)
         np.testing.assert_allclose(found.gates.sum(-1), 1, atol=1e-6)
     elif left == 0:
-        np.testing.assert_array_equal(y[0], 0)
+        np.testing.assert_array_equal(y, 0)
 
 
 def test_opening_needs_the_numbers_of_rows():
     layer, variables, weights, x = make(metaexperts=6, open=2)
-    layer.apply(variables, x, context_of(weights, x))  # evaluation opens all
+    apply(layer, variables, x, context_of(weights, x))  # evaluation opens all
     with pytest.raises(ValueError, match="metapeer.open draws by the number of each row of text"):
-        layer.apply(variables, x, context_of(weights, x, seed=0, step=0))
+        apply(layer, variables, x, context_of(weights, x, seed=0, step=0))
 
 
 def test_as_many_are_open_as_drawn_and_they_are_the_best():
@@ -244,10 +256,10 @@ def test_the_weight_of_one_chosen_metaexpert_is_1_and_trains_the_metarouter():
 
     def loss(params):
         given = {**variables, "params": params}
-        y, kept = layer.apply(given, x, context_of(weights, x), mutable=["routing"])
-        return jnp.sum(jnp.sin(y[0])), kept["routing"]["metarouter"][METAEXPERTS].gates
+        y, kept = apply(layer, given, x, context_of(weights, x))
+        return jnp.sum(jnp.sin(y)), kept["metarouter"][METAEXPERTS].gates
 
-    gradients, gates = jax.grad(loss, has_aux=True)(variables["params"])
+    gradients, gates = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     np.testing.assert_array_equal(gates, 1)
     assert np.any(gradients["metarouter"]["logits"]["kernel"] != 0)
 
@@ -268,8 +280,10 @@ def test_documents_open_some_metaexperts_whatever_the_split_of_the_batch():
     batch["segments"] = jnp.tile(jnp.arange(LENGTH) // half, (ROWS, 1))
     inputs = (batch["inputs"], batch["positions"], batch["segments"])
 
+    read = jax.jit(functools.partial(task.model.apply, mutable=["routing"]))
+
     def metaexperts(**options):
-        kept = task.model.apply(state.variables, *inputs, mutable=["routing"], **options)[1]
+        kept = read(state.variables, *inputs, **options)[1]
         ids = kept["routing"]["run_0"]["block"]["metapeer"]["metarouter"][METAEXPERTS].ids
         return np.asarray(ids).reshape(ROWS, 2, half // 8, 8 * 2)
 
