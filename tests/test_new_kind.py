@@ -124,7 +124,7 @@ def test_it_trains_resumes_is_sampled_and_evaluated(corpus, tmp_path, capsys):
 def test_reading_token_by_token_gives_the_logits_of_reading_at_once():
     _, task, _, state = make(**FLOATS)
     tokens, positions, segments = inputs_of(make_batch())
-    expected = task.model.apply(state.variables, tokens, positions, segments)
+    expected = jax.jit(task.model.apply)(state.variables, tokens, positions, segments)
     cache, parts = empty_cache(task.model.config, ROWS, tokens.shape[1]), []
     for first, last in ((0, 5), (5, 6), (6, 7)):
         place = (slice(None), slice(first, last))
@@ -185,12 +185,12 @@ def test_a_budget_of_the_model_reaches_every_lookup():
     @jax.jit
     def logits(budget, pools):
         variables = {**state.variables, "pools": pools}
-        return task.model.apply(variables, *inputs_of(batch), budget_BL=budget)
+        return jax.jit(task.model.apply)(variables, *inputs_of(batch), budget_BL=budget)
 
     def of_budget(count):
         return logits(jnp.full(batch["inputs"].shape, count), state.pools)
 
-    whole = task.model.apply(state.variables, *inputs_of(batch))
+    whole = jax.jit(task.model.apply)(state.variables, *inputs_of(batch))
     zeroed = jax.tree.map(jnp.zeros_like, state.pools)
     assert_close(of_budget(3), whole)
     assert_close(of_budget(0), logits(jnp.full(batch["inputs"].shape, 3), zeroed))

@@ -23,7 +23,7 @@ def make(query_norm="layernorm", num_experts=(KEYS, KEYS)):
     pool = initialize_pool(jax.random.key(0), 1, num_experts[0] * num_experts[1], D)
     pool = ExpertPool.of_floats(pool.weights[0])
     x = jax.random.normal(jax.random.key(1), SHAPE)
-    return layer, pool, x, layer.init(jax.random.key(2), x, of(pool))["params"]
+    return layer, pool, x, jax.jit(layer.init)(jax.random.key(2), x, of(pool))["params"]
 
 
 def of(pool):
@@ -81,7 +81,7 @@ def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
 
 def test_equals_brute_force_over_all_experts_with_unequal_sub_keys():
     layer, pool, x, params = make(num_experts=(7, 11))
-    y = layer.apply({"params": params}, x, of(pool))[0]
+    y = jax.jit(layer.apply)({"params": params}, x, of(pool))[0]
 
     x_TD = np.asarray(x, np.float64).reshape(-1, D)
     query = (x_TD @ np.asarray(params["query"]["kernel"])).reshape(-1, HEADS, 2 * KEY_WIDTH)
@@ -108,8 +108,8 @@ def test_fresh_output_is_a_stated_share_of_a_dense_mlps(heads, k, keys):
     layer = PeerConfig((keys, keys), heads, k, 64).module(Sizes(width))
     pool = initialize_pool(jax.random.key(2), 1, keys**2, width)
     pool = ExpertPool.of_floats(pool.weights[0])
-    params = layer.init(jax.random.key(3), x, of(pool))["params"]
-    y = layer.apply({"params": params}, x, of(pool))[0]
+    params = jax.jit(layer.init)(jax.random.key(3), x, of(pool))["params"]
+    y = jax.jit(layer.apply)({"params": params}, x, of(pool))[0]
     share = (heads / (k * width)) ** 0.5
     assert 0.8 * share < float(jnp.std(y) / jnp.std(dense)) < 1.25 * share
 
@@ -126,7 +126,7 @@ def test_pool_values_do_not_repeat_and_have_the_stated_moments():
 
 def test_initial_sub_key_norms_are_recorded():
     layer, pool, x, _ = make()
-    variables = layer.init(jax.random.key(2), x, of(pool))
+    variables = jax.jit(layer.init)(jax.random.key(2), x, of(pool))
     for name in ("keys1", "keys2"):
         norms = np.linalg.norm(variables["params"][name], axis=-1)
         np.testing.assert_allclose(variables["stats"][f"initial_norm_{name}"], norms, rtol=1e-6)
@@ -161,7 +161,7 @@ def test_jump_relu_equals_the_sum_over_all_experts_with_its_surrogate(remat):
     )  # fmt: skip
     layer = config.module(Sizes(D))
     context = of(pool)._replace(step=jnp.int32(3))
-    stats = layer.init(jax.random.key(2), x, context)["stats"]
+    stats = jax.jit(layer.init)(jax.random.key(2), x, context)["stats"]
     first = layer.apply(
         {"params": {**params, "gate": {"threshold": jnp.zeros(HEADS)}}, "stats": stats},
         x, of(pool), mutable=["first"],
@@ -215,7 +215,7 @@ def test_a_fresh_layer_meets_the_target_at_the_scale_of_the_softmax(gate):
     def output(gate, k):
         config = PeerConfig((keys, keys), heads, k, 64, gate=gate, target=target)
         layer = config.module(Sizes(D))
-        variables = layer.init(jax.random.key(3), x, of(pool))
+        variables = jax.jit(layer.init)(jax.random.key(3), x, of(pool))
         given = {name: variables[name] for name in ("params", "stats")}
         (y, _), sown = layer.apply(given, x, of(pool), mutable=["first", "routing"])
         return y, sown["routing"]["pool"]["choice"]
@@ -239,8 +239,8 @@ def test_experts_that_are_always_on_are_added_with_their_gates():
         pools={"pool": pool, "always_on": further}, budget=jnp.full(x.shape[:2], 3)
     )
     layer = config.module(Sizes(D))
-    params = layer.init(jax.random.key(2), x, context)["params"]
-    y, _ = layer.apply({"params": params}, x, context)
+    params = jax.jit(layer.init)(jax.random.key(2), x, context)["params"]
+    y, _ = jax.jit(layer.apply)({"params": params}, x, context)
     alone = {name: each for name, each in params.items() if name != "always_on_gate"}
     plain = PeerConfig((KEYS, KEYS), HEADS, K_PER_HEAD, KEY_WIDTH).module(Sizes(D))
     expected, _ = plain.apply({"params": alone}, x, context)

@@ -21,7 +21,7 @@ def make(**changes):
     model = Decoder(config)
     tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
     positions = jnp.tile(jnp.arange(LENGTH), (2, 1))
-    variables = model.init(jax.random.key(1), tokens, positions)
+    variables = jax.jit(model.init)(jax.random.key(1), tokens, positions)
 
     def loss(params):
         given = {**variables, "params": params}

@@ -29,7 +29,8 @@ def draw_teacher(task):
 
 def apply(task, variables, batch):
     inputs = (batch["inputs"], batch["positions"], batch["segments"])
-    logits, sown = task.model.apply(variables, *inputs, mutable=["outputs"])
+    read = jax.jit(functools.partial(task.model.apply, mutable=["outputs"]))
+    logits, sown = read(variables, *inputs)
     outputs = task.model.config.in_order(sown["outputs"], "feed_forward")
     return np.asarray(logits, np.float64), np.asarray(outputs, np.float64)
 
@@ -69,9 +70,8 @@ def test_a_student_that_is_its_teacher_is_at_no_distance():
     teacher = LiveTeacher(task.model, state.variables)
     weights = dataclasses.replace(WEIGHTS, alpha=(1.0, 1.0))
     distilled = towards(task, teacher, weights, STEPS)
-    loss, gradients = loss_and_gradients(
-        distilled, state.variables, make_batch(), frozen=teacher.frozen
-    )
+    differentiate = jax.jit(functools.partial(loss_and_gradients, distilled))
+    loss, gradients = differentiate(state.variables, make_batch(), frozen=teacher.frozen)
     assert abs(loss) < 1e-6
     largest = max(float(np.max(np.abs(each))) for each in jax.tree.leaves(gradients.params))
     assert largest < 1e-5
@@ -85,7 +85,8 @@ def test_without_outputs_the_models_may_differ_in_width_and_depth():
     weights.check(task.model.config, wider.model.config)
     distilled = towards(task, teacher, weights, STEPS)
     assert not distilled.keeps
-    loss, _ = loss_and_gradients(distilled, state.variables, make_batch(), frozen=teacher.frozen)
+    differentiate = jax.jit(functools.partial(loss_and_gradients, distilled))
+    loss, _ = differentiate(state.variables, make_batch(), frozen=teacher.frozen)
     assert 0 < loss < 10 * np.log(VOCABULARY)
     with pytest.raises(ValueError, match="student has depth 2 and the teacher 1, so their layers"):
         WEIGHTS.check(task.model.config, wider.model.config)
@@ -115,9 +116,10 @@ def test_with_few_likely_tokens_the_temperature_steps_on_its_grid():
     (logits, _), (wanted, _) = (
         apply(task, each, batch) for each in (state.variables, teacher.frozen)
     )
+    differentiate = jax.jit(functools.partial(loss_and_gradients, distilled))
     for step, temperature in ((0, 2.0), (3, 2.0), (4, 1.5), (7, 1.25), (9, 1.0)):
-        found, _ = loss_and_gradients(
-            distilled, state.variables, batch, frozen=teacher.frozen, step=jnp.int32(step)
+        found, _ = differentiate(
+            state.variables, batch, frozen=teacher.frozen, step=jnp.int32(step)
         )
         order = np.argsort(-wanted, -1, kind="stable")
         probabilities = [

@@ -42,7 +42,7 @@ def test_it_trains_with_the_teacher_as_an_argument_and_resumes_bit_equally(corpu
 
 def test_the_teacher_is_no_constant_of_the_step():
     config, task, optimizer, state = make()
-    teacher = task.init(jax.random.key(7))
+    teacher = jax.jit(task.init)(jax.random.key(7))
 
     def loss(logits, kept, batch, frozen, step):
         return jnp.square(logits - task.model.apply(frozen, *inputs_of(batch))).mean(-1)

@@ -125,7 +125,7 @@ def test_the_mean_square_sum_is_that_of_gaussian_scores(n, top_k):
 def make_router(statistics=RUNNING):
     router = MonetRouter(num_experts=256, heads=3, top_k=4, statistics=statistics)
     x = jax.random.normal(jax.random.key(0), (2, 9, 24))
-    return router, x, router.init(jax.random.key(1), x)
+    return router, x, jax.jit(router.init)(jax.random.key(1), x)
 
 
 def test_the_router_scores_every_sub_key_and_normalises_each_head():
@@ -157,7 +157,7 @@ def test_the_router_scores_every_sub_key_and_normalises_each_head():
 def test_a_fresh_router_has_about_normal_scores_and_top_k_keys_on():
     router = MonetRouter(num_experts=512**2, heads=4, top_k=32)
     x = jax.random.normal(jax.random.key(0), (128, 64))
-    (g1, g2), kept = router.apply(router.init(jax.random.key(1), x), x, mutable=[MOMENTS])
+    (g1, g2), kept = router.apply(jax.jit(router.init)(jax.random.key(1), x), x, mutable=[MOMENTS])
     for gate in (g1, g2):
         assert 25 < np.asarray(gate > 0).sum(-1).mean() < 40
     for moments in (kept[MOMENTS]["norm1"]["moments"], kept[MOMENTS]["norm2"]["moments"]):
