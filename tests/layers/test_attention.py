@@ -131,18 +131,19 @@ def test_a_layer_reads_its_cache_as_it_reads_a_sequence(sink):
     x = jax.random.normal(jax.random.key(5), (B, L, HEADS * DIM))
     positions = jnp.broadcast_to(jnp.arange(L), (B, L))
     whole = Context(positions=positions, segments=jnp.zeros_like(positions))
-    params = layer.init(jax.random.key(6), x, whole)["params"]
+    params = jax.jit(layer.init)(jax.random.key(6), x, whole)["params"]
     assert set(params) - {"query", "key", "value", "out"} == {
         "none": set(), "logit": {"sink"}, "gate": {"gate"}
     }[sink]  # fmt: skip
     if sink == "logit":
         params = {**params, "sink": jnp.array([1.0, -1.0, 0.5, 2.0])}
-    expected, _ = layer.apply({"params": params}, x, whole)
+    read = jax.jit(layer.apply)
+    expected, _ = read({"params": params}, x, whole)
     cache = KVCache.zeros(1, B, L, 2, DIM, jnp.dtype("float32"))
     for place in range(L):
         part = slice(place, place + 1)
         context = Context(positions=positions[:, part], layer=0)
-        y, cache = layer.apply({"params": params}, x[:, part], context, cache)
+        y, cache = read({"params": params}, x[:, part], context, cache)
         np.testing.assert_allclose(y, expected[:, part], rtol=1e-5, atol=1e-5)
 
 
