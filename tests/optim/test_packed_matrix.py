@@ -23,6 +23,7 @@ def matrix(width=20, rows=6, seed=0, storage="int4"):
     return optim.pack(jax.random.normal(jax.random.key(seed), (rows, width)), storage)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def one_step(transform, gradients, state, params):
     updates, state = transform.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
