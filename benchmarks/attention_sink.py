@@ -7,11 +7,9 @@ under a condition in which the arm without any remedy has sinks; see `benchmarks
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.protocol import QUICK_STEPS, SEEDS
-from benchmarks.result import REPOSITORY, Figure, Result
+from benchmarks.result import Figure, Result
 from benchmarks.sink_conditions import (
     CONDITIONS,
     LEAST_RATE,
@@ -27,7 +25,7 @@ from benchmarks.sink_conditions import (
     Condition,
     write_pieces,
 )
-from benchmarks.sweep import Run, Settings, from_seeds, made_by, paired, train
+from benchmarks.sweep import Run, Settings, from_seeds, made_by, measured_by, paired, train
 from peerjax.data.pipeline import load_corpus, validation_rows
 from peerjax.evaluation import ALL, evaluate
 from peerjax.evaluation.activations import LargeActivations
@@ -71,7 +69,7 @@ def run(quick: bool) -> Result:
         if quick:
             condition = condition._replace(steps=QUICK_STEPS)
         settings = {**condition.settings(), **more, "seed": SEEDS[0]}
-        found = train(RECIPE, settings, inspect=_measured)
+        found = train(RECIPE, settings, inspect=measured_by("benchmarks.attention_sink"))
         tried.append((condition, found))
         if found.more["sink_rate"] >= LEAST_RATE or quick:
             return _compare(tried, condition, more, quick)
@@ -96,7 +94,9 @@ def _compare(
     for (model, name), settings in ARMS.items():
         arm = {**condition.settings(KINDS[model]), **more, **settings}
         seeds = SEEDS[:2] if quick else SEEDS
-        runs[model, name] = from_seeds(RECIPE, {name: arm}, seeds, inspect=_measured)[name]
+        runs[model, name] = from_seeds(
+            RECIPE, {name: arm}, seeds, inspect=measured_by("benchmarks.attention_sink")
+        )[name]
     return Result(
         columns=(
             "arm", "nats/token", "sink rate", "alpha_1", "largest / median", "minutes",
@@ -161,13 +161,6 @@ def _figures(runs: Mapping[tuple[str, str], Sequence[Run]]) -> list[Figure]:
         for other in list(OF_PEER)[2:]:
             figures += difference(name, ("PEER", other), ("PEER", NONE))
     return figures
-
-
-def _measured(folder: Path) -> dict[str, Any]:
-    """Returns figures of a finished run. Another process computes them."""
-    command = [sys.executable, "-m", "benchmarks.attention_sink", str(folder)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 def measured(workdir: str) -> dict[str, Any]:

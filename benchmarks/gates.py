@@ -6,7 +6,6 @@ rows drawn at random.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,16 @@ import numpy as np
 
 from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, START, STEPS
 from benchmarks.result import REPOSITORY, Figure, Result
-from benchmarks.sweep import ROOT, Run, Settings, from_seeds, made_by, paired, tune_rates
+from benchmarks.sweep import (
+    ROOT,
+    Run,
+    Settings,
+    from_seeds,
+    made_by,
+    measured_by,
+    paired,
+    tune_rates,
+)
 from peerjax.data.pipeline import load_corpus, validation_rows
 from peerjax.evaluation import evaluate
 from peerjax.evaluation.domains import mutual_information
@@ -55,7 +63,9 @@ def run(quick: bool) -> Result:
         for number in numbers:
             tuned = {**common, **settings_of(gate, number), "steps": steps, **rates[gate][0]}
             arms[gate, number] = tuned
-    runs = from_seeds(RECIPE, arms, seeds, keep_series=True, inspect=_information)
+    runs = from_seeds(
+        RECIPE, arms, seeds, keep_series=True, inspect=measured_by("benchmarks.gates")
+    )
     plot(runs, ROOT / "gates" if quick else REPOSITORY / "docs" / "gates")
     return Result(
         columns=(
@@ -161,13 +171,6 @@ def _softmax_at(runs: Runs, minutes: float) -> float:
         for number in _numbers(runs)
     )
     return float(np.interp(minutes, *zip(*points, strict=True)))
-
-
-def _information(folder: Path) -> dict[str, Any]:
-    """Returns the mutual information by layer. Another process computes it."""
-    command = [sys.executable, "-m", "benchmarks.gates", str(folder)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 def information_of(workdir: str) -> dict[str, dict[str, float]]:

@@ -11,7 +11,6 @@ sums of weights on some rows of training text of the domain.
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,7 +26,17 @@ from jaxtyping import Array
 from benchmarks import domains_text
 from benchmarks.protocol import OF_POOLS, QUICK_STEPS, SEEDS, SHARED
 from benchmarks.result import REPOSITORY, Figure, Result
-from benchmarks.sweep import ROOT, Run, Settings, at_once, from_seeds, made_by, paired, tune_rates
+from benchmarks.sweep import (
+    ROOT,
+    Run,
+    Settings,
+    at_once,
+    from_seeds,
+    made_by,
+    measured_by,
+    paired,
+    tune_rates,
+)
 from peerjax.data.pipeline import load_corpus, validation_rows
 from peerjax.evaluation import ALL, evaluate
 from peerjax.evaluation.loss import Loss
@@ -90,7 +99,7 @@ def run(quick: bool) -> Result:
     tuned = dict(zip(largest, at_once(jobs), strict=True))
     tuned[ONE] = tuned[SEQUENCE]
     full = {arm: {**fields, **tuned[arm[0]][0]} for arm, fields in every.items()}
-    runs = from_seeds(RECIPE, full, seeds, inspect=_measured)
+    runs = from_seeds(RECIPE, full, seeds, inspect=measured_by("benchmarks.metarouter"))
     for arm, each in runs.items():
         if not all(run.more for run in each):
             raise RuntimeError(f"{arm[0]}, {arm[1]} diverged with the rates that were tuned")
@@ -178,13 +187,6 @@ def _figures(runs: Runs) -> list[Figure]:
                 label = f"{choice}, {number}: loss with 1/{part}, chosen on 100 rows, above whole"
                 figures.append(Figure(label, float(np.mean(rises))))
     return figures
-
-
-def _measured(folder: Path) -> dict[str, Any]:
-    """Returns figures of a finished run. Another process computes them."""
-    command = [sys.executable, "-m", "benchmarks.metarouter", str(folder)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ Learning rates are tuned at a third of the length. The recipes contain the best 
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from benchmarks.sweep import (
     at_once,
     from_seeds,
     made_by,
+    measured_by,
     paired,
     tune_rates,
 )
@@ -60,7 +60,7 @@ def run(quick: bool) -> Result:
             seeds,
             keep_series=True,
             keep_checkpoints=True,  # other benchmarks start from them
-            inspect=_effective if recipe == PEER else lambda folder: {},
+            inspect=measured_by("benchmarks.reference") if recipe == PEER else lambda folder: {},
         )[recipe]
 
     trained = at_once([partial(from_every_seed, recipe) for recipe in STARTS])
@@ -129,16 +129,6 @@ def _figures_of_experts(runs: Sequence[Run]) -> list[Figure]:
         figures.append(Figure(f"{layer}: experts used", float(usage)))
         figures.append(Figure(f"{layer}: effective experts a token", float(effective)))
     return figures
-
-
-def _effective(folder: Path) -> dict[str, float]:
-    """Returns the effective number of experts a token by layer, on validation text.
-
-    Another process computes it, because this one trains several models at once.
-    """
-    command = [sys.executable, "-m", "benchmarks.reference", str(folder)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 def effective_of(workdir: str) -> dict[str, float]:

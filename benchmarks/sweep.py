@@ -131,6 +131,23 @@ def train(
     return found
 
 
+def measured_by(module: str) -> Callable[[Path], Any]:
+    """Returns a function that measures something in the folder of a run, in another process.
+
+    This process trains several models at once.
+
+    Args:
+        module: a module that, with the folder as its argument, prints JSON as its last line.
+    """
+
+    def measure(folder: Path) -> Any:
+        command = [sys.executable, "-m", module, str(folder)]
+        found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return json.loads(found.stdout.splitlines()[-1])
+
+    return measure
+
+
 def folder_of(recipe: str, settings: Settings, teacher: Teacher | None = None) -> Path:
     """Returns the folder of a run, which exists if this machine trained it."""
     if teacher is None:

@@ -16,7 +16,6 @@ from peerjax.data.text_files import domain_globs
 from peerjax.errors import ConfigError
 from peerjax.layers import FEED_FORWARDS
 from peerjax.layers.attention import ATTENTION_SINKS
-from peerjax.layers.metapeer import MetaPeerConfig
 from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import FeedForward
 from peerjax.routing.running_norm import IN_BATCH, RUNNING
@@ -112,10 +111,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "model.shared_tied=False unties the weights of a shared path, but model.shared_mlp=0 "
             "means that there is none; set model.shared_mlp to a width"
         )
-    for spec, _ in layers:
-        if isinstance(spec, MetaPeerConfig) and spec.needs_means:
-            _require_chunk(config, spec.chunk)
-    if not any(isinstance(spec, PeerConfig | MetaPeerConfig) for spec, _ in layers):
+    if not any(PeerConfig.section in (spec.section, *spec.further_sections) for spec, _ in layers):
         for name, default in (("gate", PeerConfig.gate), ("always_on", PeerConfig.always_on)):
             if (value := config.peer[name]) != default:
                 raise ConfigError(
@@ -133,14 +129,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if config.checkpoint.keep < 2:
         raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is less than 2")
-
-
-def _require_chunk(config: ml_collections.ConfigDict, chunk: int) -> None:
-    if chunk >= config.data.sequence_length:
-        raise ConfigError(
-            f"metapeer.chunk={chunk} is not less than data.sequence_length="
-            f"{config.data.sequence_length}, so no document would have a second chunk"
-        )
 
 
 def _validate_pool(config: ml_collections.ConfigDict) -> None:
@@ -167,6 +155,7 @@ def _validate_pool(config: ml_collections.ConfigDict) -> None:
 def _validate_feed_forward(config: ml_collections.ConfigDict, spec: FeedForward) -> None:
     try:
         spec.check(config.model.width)
+        spec.check_length(config.data.sequence_length)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if spec.packed_storage not in CODES:

@@ -1,4 +1,9 @@
-"""Reads documents from pinned PyPI packages. Their files are read as text; none is imported."""
+"""Reads documents from pinned PyPI packages. Their files are read as text; none is imported.
+
+    python -m peerjax.data.packages
+
+lists the domains, and the size of those that are installed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peerjax.data.documents import Document, read_text
+from peerjax.data.documents import Document, read_text, without_duplicates
 from peerjax.errors import DataError
 
 # What the domains of a group differ in.
@@ -221,3 +226,17 @@ TEXT_PACKAGES = {
 }
 # The domains of the extra "text", which the recipes use unless they name others.
 DEFAULT_DOMAINS = tuple(name for name, each in TEXT_PACKAGES.items() if each.extra == "text")
+
+
+def print_domains() -> None:
+    """Prints every domain with its package, or with its size if the package is installed."""
+    for domain, package in TEXT_PACKAGES.items():
+        size = f"not installed: pip install 'peerjax[{package.extra}]'"
+        if is_installed(domain):
+            texts = [each.text for each in without_duplicates(read_packages([domain]))]
+            size = f"{len(texts):,} documents, {sum(map(len, texts)):,} characters"
+        print(f"{domain:13} {package.distribution} {package.version}: {size}")
+
+
+if __name__ == "__main__":
+    print_domains()

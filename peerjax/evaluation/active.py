@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from peerjax.evaluation.probe import ALL, Probe
-from peerjax.evaluation.usage import Router, routers
+from peerjax.evaluation.probe import Probe, columns_by_layer
+from peerjax.evaluation.usage import Router, routers, spec_of
 from peerjax.model import Decoder
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 
@@ -91,13 +91,7 @@ class ActiveExperts(Probe):
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
         """Returns the figures on all text, as `active/<layer>/...`."""
-        if text != ALL:
-            return {}
-        return {
-            f"{name}/{layer}/{figure}": found[figure]
-            for layer, found in result.items()
-            for figure in self.columns
-        }
+        return columns_by_layer(self, name, text, result)
 
 
 def _figures(distribution: Float[np.ndarray, " K+1"]) -> dict[str, Any]:
@@ -115,6 +109,6 @@ def _figures(distribution: Float[np.ndarray, " K+1"]) -> dict[str, Any]:
 def _adaptive(model: Decoder) -> Iterator[tuple[Router, int, int]]:
     """Yields each router with an adaptive gate, its heads and its experts a head."""
     for router in routers(model):
-        spec: Any = model.config.layers[model.config.place(router.path).stack][0]
+        spec = spec_of(model, router)
         if spec.is_adaptive:
             yield router, spec.heads, spec.experts_per_head

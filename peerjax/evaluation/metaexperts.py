@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peerjax.evaluation.probe import ALL, Probe
-from peerjax.evaluation.usage import Router, expert_usage, routers
+from peerjax.evaluation.probe import Probe, columns_by_layer
+from peerjax.evaluation.usage import expert_usage, routers, spec_of
 from peerjax.model import Decoder
 from peerjax.routing.auxiliary import METAEXPERTS, ROUTING, by_module
 from peerjax.routing.metarouter import switches
@@ -21,12 +21,12 @@ class MetaSums(NamedTuple):
     """Sums over text.
 
     Attributes:
-        weights: sum of every metaexpert's weights.
+        gates: sum of every metaexpert's gates.
         begun: number of chunks that were not the first of their document.
         changed: number of those with other metaexperts than the token before.
     """
 
-    weights: Float[Array, "layers M"]
+    gates: Float[Array, "layers M"]
     begun: Int[Array, " layers"]
     changed: Int[Array, " layers"]
 
@@ -38,7 +38,7 @@ class Metaexperts(Probe):
     - `usage` and `unevenness`, as of experts
     - `switched`, the share of chunks with other metaexperts than the token before them. The first
       chunk of a document does not count. If tokens choose, every `chunk` tokens count as one.
-    - `shares` of the metaexperts in the sum of weights
+    - `shares` of the metaexperts in the sum of gates
     """
 
     keeps: ClassVar[tuple[str, ...]] = (ROUTING,)
@@ -70,14 +70,14 @@ class Metaexperts(Probe):
         for router in routers(model, METAEXPERTS):
             choice, path = choices[router.path][METAEXPERTS], "/".join(router.path)
             chosen = choice.ids.reshape(len(router.names), rows, length, -1)
-            chunk = _spec(model, router).chunk
+            chunk = spec_of(model, router).chunk
             found = [switches(of_layer, batch["positions"], chunk) for of_layer in chosen]
             begun, changed = (
                 jnp.stack([jnp.sum(marks * weight_BL).astype(jnp.int32) for marks in each])
                 for each in zip(*found, strict=True)
             )
             added[path] = MetaSums(
-                sums[path].weights + choice.gate_sums(weight_BL.reshape(-1)),
+                sums[path].gates + choice.gate_sums(weight_BL.reshape(-1)),
                 sums[path].begun + begun,
                 sums[path].changed + changed,
             )
@@ -88,26 +88,16 @@ class Metaexperts(Probe):
         found = {}
         for router in routers(model, METAEXPERTS):
             of_layers = jax.device_get(sums["/".join(router.path)])
-            for name, weights, begun, changed in zip(router.names, *of_layers, strict=True):
-                usage, unevenness = expert_usage(jnp.asarray(weights))
+            for name, gates, begun, changed in zip(router.names, *of_layers, strict=True):
+                usage, unevenness = expert_usage(jnp.asarray(gates))
                 found[name] = {
                     "usage": float(usage),
                     "unevenness": float(unevenness),
                     "switched": int(changed) / max(int(begun), 1),
-                    "shares": weights / weights.sum(),
+                    "shares": gates / gates.sum(),
                 }
         return found
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
         """Returns the figures on all text, as `metaexperts/<layer>/...`."""
-        if text != ALL:
-            return {}
-        return {
-            f"{name}/{layer}/{figure}": found[figure]
-            for layer, found in result.items()
-            for figure in self.columns
-        }
-
-
-def _spec(model: Decoder, router: Router) -> Any:
-    return model.config.layers[model.config.place(router.path).stack][0]
+        return columns_by_layer(self, name, text, result)

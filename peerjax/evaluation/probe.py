@@ -88,6 +88,19 @@ class Probe:
         return {f"{name}/{text}/{path}": value for path, value in numbers_of(result)}
 
 
+def columns_by_layer(
+    probe: Probe, name: str, text: str, result: Mapping[str, Any]
+) -> dict[str, float]:
+    """Returns the columns of a probe's layers on all text, as `<name>/<layer>/<column>`."""
+    if text != ALL:
+        return {}
+    return {
+        f"{name}/{layer}/{column}": found[column]
+        for layer, found in result.items()
+        for column in probe.columns
+    }
+
+
 def figures_of(probes: Mapping[str, Probe], evaluation: Evaluation) -> dict[str, float]:
     """Returns the metrics of all probes, for `metrics.jsonl`."""
     figures: dict[str, float] = {}

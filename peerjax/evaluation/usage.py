@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peerjax.evaluation.probe import ALL, Probe
+from peerjax.evaluation.probe import Probe, columns_by_layer
 from peerjax.model import Decoder, kept_of
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 
@@ -58,6 +58,11 @@ def routers(model: Decoder, name: str = CHOICE) -> tuple[Router, ...]:
         )
         result.append(Router(path, names, found[path].num_experts))
     return tuple(result)
+
+
+def spec_of(model: Decoder, router: Router) -> Any:
+    """Returns the kind of feed-forward layer that a router is in."""
+    return model.config.layers[model.config.place(router.path).stack][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +130,7 @@ class Usage(GateSums):
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
         """Returns usage and unevenness on all text, as `experts/<layer>/...`."""
-        if text != ALL:
-            return {}
-        return {
-            f"experts/{layer}/{figure}": found[figure]
-            for layer, found in result.items()
-            for figure in ("usage", "unevenness")
-        }
+        return columns_by_layer(self, name, text, result)
 
 
 def expert_usage(

@@ -85,7 +85,7 @@ def evaluate_without(
     further: Sequence[str] = (),
     specialise: bool = False,
 ) -> Found:
-    """Evaluates a checkpoint, and again without the experts of each domain in turn.
+    """Evaluates a checkpoint; if asked, also without the experts of domains, or by specialisation.
 
     Args:
         run: the run and its checkpoint.

@@ -36,6 +36,7 @@ from peerjax.routing.metaexperts import Routers, choose_in_metaexperts
 from peerjax.routing.metarouter import (
     best,
     chunk_starts,
+    continued_sums,
     gates_of_means,
     means_before,
     opened,
@@ -81,6 +82,7 @@ class MetaPeerConfig(FeedForward):
 
     section: ClassVar[str] = "metapeer"
     undecayed: ClassVar[tuple[str, ...]] = ("query_norm_scale", "query_norm_bias")
+    further_sections: ClassVar[tuple[str, ...]] = (PeerConfig.section,)
 
     metaexperts: int = 8
     chosen: int = 2
@@ -159,6 +161,14 @@ class MetaPeerConfig(FeedForward):
                 )
         self.peer.check(width)
 
+    def check_length(self, length: int) -> None:
+        """Raises a ValueError if no sequence has a second chunk."""
+        if self.needs_means and self.chunk >= length:
+            raise ValueError(
+                f"metapeer.chunk={self.chunk} is not less than data.sequence_length={length}, so "
+                "no document would have a second chunk"
+            )
+
     def module(self, sizes: Sizes, name: str | None = None) -> MetaPEER:
         """Builds the layer."""
         return MetaPEER(self, sizes, name=name)
@@ -201,17 +211,18 @@ class MetaRouter(nn.Module):
         if is_first:
             mean_M = jnp.mean(probabilities_BLM, axis=(0, 1))
             shares = Shares(mean_M, mean_M)
-        means_BLM = None
+        means_BLM, removed = None, removed_experts(self)
+        lowest = float(jnp.finfo(jnp.float32).min)
         if config.needs_means:
             means_BLM = self._means(probabilities_BLM, context, shares.probability)
         if config.choice == SEQUENCE:
             assert means_BLM is not None
-            means_BLM = self._without_removed(means_BLM, 0.0)
+            if removed is not None:
+                means_BLM = jnp.where(removed, 0, means_BLM)
             chosen = checkpoint_name(best(means_BLM, config.chosen), EXPERT_IDS)
             gates = gates_of_means(means_BLM, chosen)
         else:
-            lowest = float(jnp.finfo(jnp.float32).min)
-            scores_BLM = self._without_removed(logits_BLM, lowest)
+            scores_BLM = logits_BLM if removed is None else jnp.where(removed, lowest, logits_BLM)
             if config.open and means_BLM is not None and context.step is not None:
                 if context.rows is None:
                     raise ValueError(
@@ -229,7 +240,7 @@ class MetaRouter(nn.Module):
                 scores_BLM = jnp.where(opened(means_BLM, counts_BL), scores_BLM, lowest)
             chosen = checkpoint_name(best(scores_BLM, config.chosen), EXPERT_IDS)
             gates = gates_of(logits_BLM, chosen)
-        if (removed := removed_experts(self)) is not None:
+        if removed is not None:
             # Fewer than `chosen` may be left.
             gates = jnp.where(removed[chosen], 0, gates)
         chosen_Tj, gates_Tj = (each.reshape(-1, config.chosen) for each in (chosen, gates))
@@ -246,20 +257,10 @@ class MetaRouter(nn.Module):
             sums = running_sums(probabilities_BLM, positions_BL)
             first_BL = jnp.arange(positions_BL.shape[1]) - positions_BL
             return means_before(sums, first_BL + starts_BL - 1, starts_BL, otherwise_M)
-        batch, places = len(positions_BL), context.places.size
-        shape = (batch, places, config.metaexperts)
+        shape = (len(positions_BL), context.places.size, config.metaexperts)
         state = self.variable(DECODE, "sums", jnp.zeros, shape)
-        begin = positions_BL[:, :1]
-        before = jnp.take_along_axis(state.value, jnp.maximum(begin - 1, 0)[..., None], axis=1)
-        before = jnp.where(begin[..., None] > 0, before, 0)
-        sequences = jnp.arange(batch)[:, None]
-        sums = before + jnp.cumsum(probabilities_BLM, axis=1)
-        state.value = state.value.at[sequences, positions_BL].set(sums)
+        state.value = continued_sums(state.value, probabilities_BLM, positions_BL)
         return means_before(state.value, starts_BL - 1, starts_BL, otherwise_M)
-
-    def _without_removed(self, scores: Array, lowest: float) -> Array:
-        removed = removed_experts(self)
-        return scores if removed is None else jnp.where(removed, lowest, scores)
 
     def _sow(self, probabilities_TM: Array, chosen: Array, shares: Shares, is_first: bool) -> None:
         weight = self.config.balance_weight

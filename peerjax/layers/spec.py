@@ -84,12 +84,14 @@ class FeedForward:
             `peerjax.layers.parameters.UNDECAYED`.
         packable: leaf names of parameters that are packed if the field `storage` names a format of
             `pallas_kernels.codes`.
+        further_sections: other sections that the kind reads.
         is_sparse: whether a token uses a part of the layer, so that a shared path can be beside it.
     """
 
     section: ClassVar[str]
     undecayed: ClassVar[tuple[str, ...]] = ()
     packable: ClassVar[tuple[str, ...]] = ()
+    further_sections: ClassVar[tuple[str, ...]] = ()
     is_sparse: ClassVar[bool] = True
 
     @classmethod
@@ -127,6 +129,13 @@ class FeedForward:
 
         Raises:
             ValueError: if a field is invalid. The message names the first one with its section.
+        """
+
+    def check_length(self, length: int) -> None:
+        """Checks the fields for sequences of `length` tokens in training.
+
+        Raises:
+            ValueError: if the layer needs longer ones. The message names the field.
         """
 
     def module(self, sizes: Sizes, name: str | None = None) -> nn.Module:

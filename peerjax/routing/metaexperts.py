@@ -104,7 +104,7 @@ def scores_of_chosen(
     query_SbHd = query_SbF.reshape(*query_SbF.shape[:2], heads, -1)
     if routers.norm is not None:
         scale, bias = (each[slots.expert][:, None, None] for each in routers.norm)
-        query_SbHd = _normalised(query_SbHd) * scale + bias
+        query_SbHd = jax.nn.standardize(query_SbHd, epsilon=EPSILON) * scale + bias
 
     # Every head of a metaexpert counts as one of H M experts, head by head, so they ascend.
     of_heads = metaexperts * jnp.arange(heads, dtype=slots.expert.dtype)[:, None] + slots.expert
@@ -116,12 +116,6 @@ def scores_of_chosen(
 
     first, second = jnp.split(query_SbHd, 2, axis=-1)
     return side(first, routers.keys1), side(second, routers.keys2), slots
-
-
-def _normalised(x: Array) -> Array:
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.maximum(jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean, 0)
-    return (x - mean) * jax.lax.rsqrt(variance + EPSILON)
 
 
 def _ids_of_pairs(ids: Array, slots: Slots) -> Array:

@@ -40,6 +40,24 @@ def running_sums(
     return jax.lax.associative_scan(join, first, axis=1)[1]
 
 
+def continued_sums(
+    sums_BSM: Float[Array, "B S M"],
+    values_BLM: Float[Array, "B L M"],
+    positions_BL: Int[Array, "B L"],
+) -> Float[Array, "B S M"]:
+    """Returns running sums by position, with those of further tokens of each document.
+
+    Args:
+        sums_BSM: sums at the positions before, as of an earlier call. Later ones are not read.
+        values_BLM: values of the further tokens.
+        positions_BL: their positions, one after the other.
+    """
+    begin_B1 = positions_BL[:, :1]
+    before = jnp.take_along_axis(sums_BSM, jnp.maximum(begin_B1 - 1, 0)[..., None], axis=1)
+    sums_BLM = jnp.where(begin_B1[..., None] > 0, before, 0) + jnp.cumsum(values_BLM, axis=1)
+    return sums_BSM.at[jnp.arange(len(positions_BL))[:, None], positions_BL].set(sums_BLM)
+
+
 def means_before(
     sums_BPM: Float[Array, "B P M"],
     places_BL: Int[Array, "B L"],

