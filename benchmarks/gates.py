@@ -1,8 +1,8 @@
 """Compares the gates of PEER: losses at equal mean numbers of active experts, and at equal time.
 
 The quickstart is trained with every gate and number. Learning rates are tuned for each gate at the
-middle number. A layer's mutual information of expert and domain is compared with that of groups of
-rows drawn at random.
+middle number. The time of a step is measured in turns. A layer's mutual information of expert and
+domain is compared with that of groups of rows drawn at random.
 """
 
 import json
@@ -16,12 +16,23 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from benchmarks.protocol import EVALUATION, QUICK_STEPS, RECIPE, SEEDS, START, STEPS
+from benchmarks.protocol import (
+    EVALUATION,
+    OF_POOLS,
+    QUICK_STEPS,
+    RECIPE,
+    SEEDS,
+    SHARED,
+    START,
+    STEPS,
+)
 from benchmarks.result import REPOSITORY, Figure, Result
+from benchmarks.short_run import train
 from benchmarks.sweep import (
     ROOT,
     Run,
     Settings,
+    at_once,
     from_seeds,
     made_by,
     measured_by,
@@ -34,13 +45,15 @@ from peerjax.evaluation.domains import mutual_information
 from peerjax.evaluation.specialisation import shuffled
 from peerjax.evaluation.usage import GateSums
 from peerjax.inference.trained import open_run, restore
-from peerjax.routing.gates import GATES
+from peerjax.routing.gates import ADAPTIVE_GATES
 from peerjax.sharding import make_mesh
 
+COMPARED = ("softmax", *ADAPTIVE_GATES)
 HEADS = 4
 NUMBERS, MIDDLE = (16, 32, 64), 32
 LAYERS = ("layer_1", "layer_2")
 ROWS, DRAWS = 96, 5
+TIMED_STEPS, ROUNDS = 40, 3
 QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
 
 
@@ -56,24 +69,27 @@ def run(quick: bool) -> Result:
     steps, seeds = (QUICK_STEPS, SEEDS[:2]) if quick else (STEPS, SEEDS)
     numbers = (MIDDLE,) if quick else NUMBERS
     common = {**EVALUATION, "eval.every": steps, **(QUICK if quick else {})}
-    rates, arms = {}, {}
-    for gate in GATES:
-        settings = {**common, **settings_of(gate, MIDDLE)}
-        rates[gate] = tune_rates(RECIPE, settings, START, steps)
-        for number in numbers:
-            tuned = {**common, **settings_of(gate, number), "steps": steps, **rates[gate][0]}
-            arms[gate, number] = tuned
+    middle = [{**common, **settings_of(gate, MIDDLE)} for gate in COMPARED]
+    jobs = [partial(tune_rates, RECIPE, settings, START, steps) for settings in middle]
+    rates = dict(zip(COMPARED, at_once(jobs), strict=True))
+    arms = {
+        (gate, number): {**common, **settings_of(gate, number), "steps": steps, **rates[gate][0]}
+        for gate in COMPARED
+        for number in numbers
+    }
     runs = from_seeds(
         RECIPE, arms, seeds, keep_series=True, inspect=measured_by("benchmarks.gates")
     )
-    plot(runs, ROOT / "gates" if quick else REPOSITORY / "docs" / "gates")
+    timed = seconds_of_steps(arms, *((8, 1) if quick else (TIMED_STEPS, ROUNDS)))
+    seconds = {arm: float(np.median(each)) for arm, each in timed.items()}
+    plot(runs, seconds, ROOT / "gates" if quick else REPOSITORY / "docs" / "gates")
     return Result(
         columns=(
-            "gate, target", "rates", "nats/token", "active", "no expert", "cut off", "minutes",
+            "gate, target", "rates", "nats/token", "active", "no expert", "cut off", "ms a step",
             "information", "at random",
         ),
-        rows=[_row(*arm, rates[arm[0]][0], each) for arm, each in runs.items()],
-        figures=_figures(runs),
+        rows=[_row(*arm, rates[arm[0]][0], each, seconds[arm]) for arm, each in runs.items()],
+        figures=_figures(runs, seconds),
         details={
             "tuning": {gate: tables for gate, (_, tables) in rates.items()},
             "arms": [
@@ -81,7 +97,7 @@ def run(quick: bool) -> Result:
                     "gate": gate, "target": number, "rates": rates[gate][0],
                     "losses": _losses(each), "active": _active(each, "mean"),
                     "none": _active(each, "none"), "cut_off": _active(each, "cut_off"),
-                    "seconds": [run.seconds for run in each],
+                    "seconds_per_step": timed[gate, number],
                     "information": [run.more for run in each], "made_by": made_by(each),
                 }
                 for (gate, number), each in runs.items()
@@ -91,6 +107,20 @@ def run(quick: bool) -> Result:
 
 
 Runs = Mapping[tuple[str, int], Sequence[Run]]
+Seconds = Mapping[tuple[str, int], float]
+
+
+def seconds_of_steps(
+    arms: Mapping[tuple[str, int], Settings], steps: int, rounds: int
+) -> dict[tuple[str, int], list[float]]:
+    """Returns the mean seconds of a step of each arm in every round. Arms take turns."""
+    found: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, settings in arms.items():
+            # A rate that warms up over few steps might diverge.
+            short = {**settings, SHARED: 1e-4, OF_POOLS: 1e-4, "eval.rows": 8}
+            found[arm].append(train(RECIPE, steps, short)["seconds_per_step"])
+    return found
 
 
 def _numbers(runs: Runs) -> list[int]:
@@ -113,7 +143,9 @@ def _mean_active(number: int, runs: Sequence[Run]) -> float:
     return float(np.mean(_active(runs, "mean") or [number]))
 
 
-def _row(gate: str, number: int, rates: Mapping[str, float], runs: Sequence[Run]) -> list[str]:
+def _row(
+    gate: str, number: int, rates: Mapping[str, float], runs: Sequence[Run], seconds: float
+) -> list[str]:
     def percent(figure: str) -> str:
         found = _active(runs, figure)
         return "" if found is None else f"{np.mean(found):.1%}"
@@ -125,7 +157,7 @@ def _row(gate: str, number: int, rates: Mapping[str, float], runs: Sequence[Run]
         f"{_mean_active(number, runs):.1f}",
         percent("none"),
         percent("cut_off"),
-        f"{np.median([run.seconds for run in runs]) / 60:.1f}",
+        f"{1e3 * seconds:.0f}",
         f"{_mean_information(runs, 'domains'):.4f}",
         f"{_mean_information(runs, 'random'):.4f}",
     ]
@@ -135,11 +167,11 @@ def _mean_information(runs: Sequence[Run], kind: str) -> float:
     return float(np.mean([run.more[layer][kind] for run in runs for layer in LAYERS]))
 
 
-def _figures(runs: Runs) -> list[Figure]:
+def _figures(runs: Runs, seconds: Seconds) -> list[Figure]:
     figures = []
     for number in _numbers(runs):
         softmax = runs["softmax", number]
-        for gate in GATES[1:]:
+        for gate in COMPARED[1:]:
             own, name = runs[gate, number], f"{gate} - softmax, {number} active"
             difference = paired(_losses(own), _losses(softmax))
             figures += difference.figures(f"{name} (nats/token)")
@@ -155,22 +187,18 @@ def _figures(runs: Runs) -> list[Figure]:
                 for each in (own, softmax)
             ]
             figures += paired(*information).figures(f"{name}: information (nats)")
-            gap = float(np.mean(_losses(own))) - _softmax_at(runs, _minutes(own))
+            gap = float(np.mean(_losses(own))) - _softmax_at(runs, seconds, seconds[gate, number])
             figures.append(Figure(f"{gate} - softmax in the same time, {number} active", gap))
     return figures
 
 
-def _minutes(runs: Sequence[Run]) -> float:
-    return float(np.median([run.seconds for run in runs])) / 60
-
-
-def _softmax_at(runs: Runs, minutes: float) -> float:
-    """Returns the softmax's loss in a time, between those of its numbers of active experts."""
+def _softmax_at(runs: Runs, seconds: Seconds, time: float) -> float:
+    """Returns the softmax's loss for a time of a step, between its numbers of active experts."""
     points = sorted(
-        (_minutes(runs["softmax", number]), np.mean(_losses(runs["softmax", number])))
+        (seconds["softmax", number], np.mean(_losses(runs["softmax", number])))
         for number in _numbers(runs)
     )
-    return float(np.interp(minutes, *zip(*points, strict=True)))
+    return float(np.interp(time, *zip(*points, strict=True)))
 
 
 def information_of(workdir: str) -> dict[str, dict[str, float]]:
@@ -209,19 +237,20 @@ def information_of(workdir: str) -> dict[str, dict[str, float]]:
     }
 
 
-def plot(runs: Runs, folder: Path) -> None:
+def plot(runs: Runs, seconds: Seconds, folder: Path) -> None:
     """Draws losses against active experts and against time."""
     figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for gate in GATES:
+    for gate in COMPARED:
         numbers = _numbers(runs)
         arms = [runs[gate, number] for number in numbers]
         losses = [np.mean(_losses(each)) for each in arms]
         active = [_mean_active(number, each) for number, each in zip(numbers, arms, strict=True)]
         left.plot(active, losses, marker="o", label=gate)
-        right.plot([_minutes(each) for each in arms], losses, marker="o", label=gate)
+        times = [1e3 * seconds[gate, number] for number in numbers]
+        right.plot(times, losses, marker="o", label=gate)
     left.set(xscale="log", xlabel="active experts a token", ylabel="validation loss, nats/token")
-    right.set(xlabel="minutes of training on one core")
+    right.set(xlabel="ms a step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
