@@ -15,8 +15,14 @@ from peerjax.data.packages import DEFAULT_DOMAINS, read_packages
 RECIPE = "quickstart"
 PIECES = ROOT / "pieces"
 LEAST_RATE = 0.1  # of the pairs (head, context) that begin a document
-# The quickstart's sizes and rates. All feed-forward layers are sparse.
-COMMON: Settings = {"peer.query_norm": "batchnorm", "checkpoint.every": 500, "eval.rows": 96}
+# Smaller than the quickstart, with its rates, because there are many long runs. All feed-forward
+# layers are sparse, and a token uses 16 experts of each.
+COMMON: Settings = {
+    "model.width": 64, "model.heads": 4, "mlp.hidden": 256, "peer.num_experts": (64, 64),
+    "peer.heads": 2, "peer.experts_per_head": 8, "peer.key_width": 16,
+    "monet.num_experts": 32**2, "monet.expert_width": 4, "monet.heads": 2, "monet.top_k": 4,
+    "checkpoint.every": 1000, "eval.rows": 96,
+}  # fmt: skip
 
 
 class Condition(NamedTuple):
@@ -53,7 +59,7 @@ CONDITIONS = (
     Condition(short_documents=False, depth=4, steps=3000),
     Condition(short_documents=True, depth=4, steps=3000),
     Condition(short_documents=True, depth=8, steps=3000),
-    Condition(short_documents=True, depth=8, steps=9000),
+    Condition(short_documents=True, depth=8, steps=10_000),
 )
 
 

@@ -118,6 +118,11 @@ class Experts(NamedTuple):
     up_scale: Float[Array, "*K"]
 
 
+def is_pool(node: Any) -> bool:
+    """Returns whether a node of a tree is a pool, for `is_leaf` of `jax.tree.map`."""
+    return isinstance(node, ExpertPool)
+
+
 def accumulators_of(bits: int) -> str:
     """Returns the storage name of accumulators of `bits` bits."""
     return f"{bits}-bit accumulators"

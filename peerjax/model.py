@@ -35,10 +35,11 @@ from peerjax.routing.running_norm import RUNNING
 from peerjax.sharding import weights
 from peerjax.sharding.batches import over_batch
 from peerjax.sharding.over_mesh import size_of_mesh
+from peerjax.stacks import BLOCK, GROUP, stack_index, stack_key
 
 # Key of the attention cache, beside the collection "decode" in the cache of `decode`.
 ATTENTION = "attention"
-BLOCK, GROUP, HEAD = "block", "group", "head"
+HEAD = "head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ class ModelConfig:
 
     def place(self, path: tuple[str, ...]) -> Place:
         """Returns the location of a module from its path, such as `("run_1", "block", "peer")`."""
-        stack = int(path[0].removeprefix("run_"))
+        stack = stack_index(path[0])
+        assert stack is not None, path
         first = sum(count for _, count in self.layers[:stack])
         spec, count = self.layers[stack]
         if path[1] == BLOCK:
@@ -350,7 +352,7 @@ class Decoder(nn.Module):
         )
         caches = {}
         for index, (feed_forward, length) in enumerate(config.layers):
-            name = f"run_{index}"
+            name = stack_key(index)
             stack = Stack(config, feed_forward, length, name=name)
             x_BLD, caches[name] = stack(x_BLD, context, None if cache is None else cache[name])
         if only is not None:
@@ -406,7 +408,7 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> dict[str, Any]:
     zeros = partial(KVCache.zeros, batch=batch, size=size, heads=heads, dim=dim)
     dtype = jnp.dtype(config.dtype)
     keys_and_values = {
-        f"run_{index}": zeros(layers=length, dtype=dtype)
+        stack_key(index): zeros(layers=length, dtype=dtype)
         for index, (_, length) in enumerate(config.layers)
     }
     return {ATTENTION: keys_and_values, DECODE: {}}

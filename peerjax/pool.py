@@ -26,6 +26,7 @@ from pallas_kernels.storage import (
     ExpertPool,
     array_forms,
     experts_per_row,
+    is_pool,
     pack_experts,
     read_floats,
     splits_into,
@@ -261,7 +262,7 @@ class _Portions(NamedTuple):
 
 def count_expert_parameters(pools: Any) -> int:
     """Returns the number of weights of all experts in a tree of pools."""
-    leaves = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
+    leaves = jax.tree.leaves(pools, is_leaf=is_pool)
     return sum(pool.num_parameters for pool in leaves)
 
 
@@ -322,7 +323,7 @@ def memory_report(pools: Any, states: Any = None, gradients: Any = None) -> Memo
         ),
         0,
     )
-    all_pools = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
+    all_pools = jax.tree.leaves(pools, is_leaf=is_pool)
     for pool in all_pools:
         parts["codes" if pool.is_packed else "weights"] += _bytes_of(pool.weights)
         parts["scales"] += _bytes_of(pool.scales)

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.storage import ExpertPool, read_floats
 from peerjax.layers.look_up import TAP, TAPS
 from peerjax.model import Decoder, zero_taps
+from peerjax.objectives.task import inputs_of
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
+from peerjax.stacks import BLOCK
 
 
 def effective_experts(
@@ -30,13 +32,15 @@ def effective_experts(
         batch: rows of text.
 
     Returns:
-        Means over the tokens for which some expert has an output.
+        Means over the tokens for which some expert has an output. The key is "layer_1", or
+        "layer_1.pool" if a layer has several pools.
     """
-    inputs = (batch["inputs"], batch["positions"], batch["segments"])
 
     def any_loss(taps: Any) -> tuple[Array, Any]:
-        logits, kept = model.apply({**variables, TAPS: taps}, *inputs, mutable=[ROUTING])
-        return jnp.sum(logits), kept[ROUTING]
+        y, kept = model.apply(
+            {**variables, TAPS: taps}, *inputs_of(batch), mutable=[ROUTING], with_head=False
+        )
+        return jnp.sum(y), kept[ROUTING]
 
     # The coefficient of `up`, gate * act(h), does not depend on the loss.
     taps = zero_taps(model, batch["inputs"].size)
@@ -47,10 +51,11 @@ def effective_experts(
             continue
         pool, ids = variables["pools"][path[0]][path[-1]], choices[path][CHOICE].ids
         for index, layer in enumerate(model.config.place(path).layers):
-            in_stack = layer - model.config.place((path[0], "block")).layers[0]
+            in_stack = layer - model.config.place((path[0], BLOCK)).layers[0]
             own = pool.at_layer(jnp.int32(in_stack))
             sizes = jnp.abs(tap[TAP].c_up[index]) * _norms_of_up(own, ids[index])
-            found[f"layer_{layer}"] = mean_effective_number(sizes)
+            name = f"layer_{layer}{model.config.pool_name(path[0], path[-1])}"
+            found[name] = mean_effective_number(sizes)
     return found
 
 

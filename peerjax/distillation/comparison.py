@@ -61,18 +61,19 @@ def compare(
         rows: number of rows to read of each domain, spread evenly.
         batch_size: rows that both models read at a time.
     """
+    models = teacher[0], student[0]
     variables = [jax.jit(dequantize)(each) for _, each in (teacher, student)]
-    figures = jax.jit(partial(_figures, teacher[0], student[0]))
     found = {}
     for name, text in texts.items():
         parts = [
-            [figure[:count] for figure in get_whole(figures(*variables, batch))]
+            [figure[:count] for figure in get_whole(_figures(*models, *variables, batch))]
             for batch, count in whole_batches(text, validation_rows(text, rows), batch_size, mesh)
         ]
         found[name] = Rows(*map(np.concatenate, zip(*parts, strict=True)))
     return found
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _figures(
     teacher: Decoder, student: Decoder, of_teacher: Any, of_student: Any, batch: dict[str, Array]
 ) -> Rows:

@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.storage import UP, ExpertPool
 from peerjax.layers.monet import MonetConfig, MonetHDConfig, MonetVDConfig
 from peerjax.layers.peer import POOL, PeerConfig
-from peerjax.model import BLOCK, GROUP, Decoder, ModelConfig
+from peerjax.model import Decoder, ModelConfig
 from peerjax.objectives.task import inputs_of
 from peerjax.optim import dequantize
 from peerjax.pool import pool_of
 from peerjax.routing.auxiliary import CHOICE, ROUTING, by_module
 from peerjax.routing.choice import FactoredChoice
 from peerjax.routing.monet import keys_per_side
+from peerjax.stacks import BLOCK, GROUP, stack_key
 
 MONET, PEER = MonetConfig.section, PeerConfig.section
 # Fields of "peer" that follow from a teacher with Monet layers.
@@ -185,7 +186,7 @@ def converted(
         zip(teacher.layers, student.layers, strict=True)
     ):
         if isinstance(spec, MonetConfig) and isinstance(peer, PeerConfig):
-            stack = f"run_{index}"
+            stack = stack_key(index)
             of_stack = _Stack(spec, count, params[stack], variables["stats"][stack])
             pairs = kept.get(stack)
             new["params"][stack] = of_stack.params(peer)
@@ -289,7 +290,7 @@ def pair_gates(model: Decoder) -> Callable[[Any, dict[str, Array]], dict[str, Ar
     a head of a token uses.
     """
     monet = [
-        f"run_{index}"
+        stack_key(index)
         for index, (spec, _) in enumerate(model.config.layers)
         if isinstance(spec, MonetConfig)
     ]

@@ -13,7 +13,7 @@ import rich.console
 from etils import epath
 
 from pallas_kernels.codes import CODES
-from pallas_kernels.storage import ExpertPool
+from pallas_kernels.storage import is_pool
 from peerjax.atomic import write_atomically
 from peerjax.evaluation import ALL
 from peerjax.plots import plot_distillation
@@ -77,7 +77,7 @@ def bytes_of(variables: Mapping[str, Any]) -> dict[str, float]:
     "levels" is what codes would take if a code of n levels took log2(n) bits. Codes of int3 fill
     four bits.
     """
-    pools = jax.tree.leaves(variables["pools"], is_leaf=lambda node: isinstance(node, ExpertPool))
+    pools = jax.tree.leaves(variables["pools"], is_leaf=is_pool)
     memory = memory_report(variables["pools"])
     levels = sum(
         pool.num_parameters * math.log2(2 * CODES[pool.storage].top + 1) / 8

@@ -14,6 +14,7 @@ from pallas_kernels.codes import CODES
 from pallas_kernels.storage import ExpertPool, read_codes
 from peerjax.evaluation.probe import Probe
 from peerjax.model import Decoder
+from peerjax.stacks import BLOCK
 
 EXPERTS_PER_CHUNK = 1024
 # A vector is saturated if more than this share of its codes is at the limit. Normal weights have
@@ -56,7 +57,7 @@ class Codes(Probe):
                     continue
                 statistics = jax.device_get(_code_statistics(pool))
                 suffix = model.config.pool_name(stack, name)
-                layers = model.config.place((stack, "block")).layers
+                layers = model.config.place((stack, BLOCK)).layers
                 for layer, histogram, saturated, log_scale in zip(layers, *statistics, strict=True):
                     found[f"layer_{layer}{suffix}"] = {
                         "saturated_rows": float(saturated),

@@ -26,6 +26,7 @@ from peerjax.optim import dequantize
 from peerjax.routing.monet import keys_per_side
 from peerjax.routing.running import STATS
 from peerjax.sharding import make_mesh
+from peerjax.stacks import BLOCK, GROUP, stack_key
 from peerjax.training.checkpoint import Checkpoints
 from peerjax.training.state import PARAMS
 from peerjax.training.workdir import folder_of, identity_of_imported, record
@@ -46,7 +47,7 @@ FIELDS = {
 }
 # Fields of parts that published models lack, with the values that leave the parts out.
 NOT_PUBLISHED = {"model.kv_heads": None, "model.attention_sink": "none", "model.shared_mlp": 0}
-RUN = "run_0"
+STACK = stack_key(0)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -170,8 +171,8 @@ def stacked(tree: dict[str, Any], group: int) -> dict[str, Any]:
         per_head = keys.reshape(len(keys), heads, -1, keys.shape[-1])
         of_routers[f"initial_norm_w{side}"] = np.linalg.norm(per_head, axis=-1)
     return {
-        PARAMS: {**tree[PARAMS], RUN: _as_stack(groups, group)},
-        STATS: {RUN: _as_stack(stats, group)},
+        PARAMS: {**tree[PARAMS], STACK: _as_stack(groups, group)},
+        STATS: {STACK: _as_stack(stats, group)},
     }
 
 
@@ -189,19 +190,19 @@ def unstacked(variables: dict[str, Any], group: int) -> dict[str, Any]:
 
     params = dict(variables[PARAMS])
     return {
-        PARAMS: layers(_blocks(params.pop(RUN))) | params,
-        STATS: layers(_blocks(variables[STATS][RUN])),
+        PARAMS: layers(_blocks(params.pop(STACK))) | params,
+        STATS: layers(_blocks(variables[STATS][STACK])),
     }
 
 
 def _as_stack(blocks: dict[str, Any], group: int) -> dict[str, Any]:
     """Puts the blocks of a group, by name, where the decoder has them."""
-    return {"group": blocks} if group > 1 else {"block": blocks["block_0"]}
+    return {GROUP: blocks} if group > 1 else {BLOCK: blocks[f"{BLOCK}_0"]}
 
 
 def _blocks(stack: dict[str, Any]) -> dict[str, Any]:
     """Returns the blocks of a stack by name: the inverse of `_as_stack`."""
-    return stack["group"] if "group" in stack else {"block_0": stack["block"]}
+    return stack[GROUP] if GROUP in stack else {f"{BLOCK}_0": stack[BLOCK]}
 
 
 if __name__ == "__main__":

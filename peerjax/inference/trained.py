@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
-import jax
 import ml_collections
 from etils import epath
 from jax.sharding import Mesh
@@ -15,9 +13,8 @@ from peerjax.config import model_config, validate
 from peerjax.data.pipeline import load_tokenizer
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.model import Decoder
-from peerjax.objectives.task import drawn_variables
-from peerjax.sharding import state_shardings
-from peerjax.training.checkpoint import abstract, find_checkpoint, restore_part
+from peerjax.training.checkpoint import find_checkpoint
+from peerjax.training.start import restore_variables
 from peerjax.training.workdir import (
     TOKENIZER,
     check_tokenizer,
@@ -83,7 +80,4 @@ def restore(run: Run, mesh: Mesh) -> dict[str, Any]:
 
     Packed pools stay packed. State that only training needs, such as accumulators, is not read.
     """
-    shapes = jax.eval_shape(partial(drawn_variables, run.model), jax.random.key(0))
-    # Checkpoints do not contain empty collections.
-    part = {name: tree for name, tree in shapes.items() if tree}
-    return shapes | restore_part(run.checkpoint, abstract(part, state_shardings(mesh, part)))
+    return restore_variables(run.checkpoint, run.model, mesh)

@@ -265,6 +265,5 @@ def _by_splash(
 
     specs = (BATCH, BATCH, BATCH, BATCH, P())
     assert seen.documents is not None
-    assert seen.documents is not None
     documents, _ = seen.documents
     return over_mesh(local, specs, BATCH)(query, key, value, documents, sink)

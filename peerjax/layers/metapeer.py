@@ -111,6 +111,11 @@ class MetaPeerConfig(FeedForward):
         return {POOL: self.metaexperts * self.peer.pools[POOL]}
 
     @property
+    def spread_of_pool(self) -> int:
+        """`peer.spread`."""
+        return self.peer.spread
+
+    @property
     def needs_means(self) -> bool:
         """Whether choices depend on mean probabilities of earlier tokens."""
         return self.choice == SEQUENCE or self.open > 0

@@ -10,6 +10,7 @@ import jax
 from pallas_kernels.codes import CODES
 from peerjax.layers.spec import FeedForward
 from peerjax.optim import is_packed_matrix, pack
+from peerjax.stacks import stack_index
 
 # Names of parameters without weight decay in any module: norms, biases, embeddings, sink logits and
 # thresholds.
@@ -53,8 +54,8 @@ def decayed(layers: Layers, params: Any) -> Any:
 def _of_section(layers: Layers, path: Any) -> tuple[FeedForward | None, str]:
     """Returns the kind whose module directly owns a parameter, if any, and the parameter's name."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if names[0].startswith("run_"):
-        spec = layers[int(names[0].removeprefix("run_"))][0]
+    if (stack := stack_index(names[0])) is not None:
+        spec = layers[stack][0]
         if names[-2] == spec.section:
             return spec, names[-1]
     return None, names[-1]

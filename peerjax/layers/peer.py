@@ -94,6 +94,11 @@ class PeerConfig(FeedForward):
         return self.group
 
     @property
+    def spread_of_pool(self) -> int:
+        """`spread`."""
+        return self.spread
+
+    @property
     def num_pairs(self) -> int:
         """Number of pairs of sub-keys."""
         return self.num_experts[0] * self.num_experts[1]
@@ -170,6 +175,11 @@ class PeerConfig(FeedForward):
             raise ValueError(f"peer.keys_on: {error}") from None
 
     def _check_target(self) -> None:
+        if self.experts_per_pair > 1:
+            raise ValueError(
+                f"peer.gate={self.gate!r} counts single experts, but peer.experts_per_pair="
+                f"{self.experts_per_pair}; set it to 1"
+            )
         # A threshold always passes the best expert of each head.
         least = self.heads if self.gate == "threshold" else 0
         most = self.heads * self.experts_per_head

@@ -110,6 +110,11 @@ class FeedForward:
         return 1
 
     @property
+    def spread_of_pool(self) -> int:
+        """`spread` of `peerjax.routing.product_keys.spread_ids`, which numbers experts."""
+        return 1
+
+    @property
     def pools(self) -> dict[str, int]:
         """Number of experts of each pool of a layer, by the pool's name."""
         return {}

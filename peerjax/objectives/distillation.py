@@ -67,7 +67,10 @@ class Distillation:
             ("temperature", lambda value: value > 0, "is not positive"),
             ("beta", lambda value: value >= 0, "is negative"),
         ):
-            for value in getattr(self, name):
+            ends = getattr(self, name)
+            if len(ends) != 2:
+                raise ValueError(f"distill.{name}={ends} is not a pair, the first and last value")
+            for value in ends:
                 if not holds(value):
                     raise ValueError(f"distill.{name}={value} {otherwise}")
         if self.top_k is not None:
@@ -211,7 +214,7 @@ def output_distance(
 
     The mean over tokens is the mean over layers of `|y - y'|^2 / |y|^2`, where y is the teacher's
     output and the squares are summed over the batch. First positions are left out, because their
-    activations can be very large.
+    activations can be very large. A layer without any other output counts as 0.
 
     Args:
         student: outputs of the student's layers.
@@ -223,7 +226,7 @@ def output_distance(
     size_NBL = jnp.sum(jnp.square(teacher), axis=-1) * counts_BL
     apart_NBL = jnp.sum(jnp.square(student - teacher), axis=-1) * counts_BL
     mean_size_N11 = jnp.mean(size_NBL, axis=(1, 2), keepdims=True)
-    return jnp.mean(apart_NBL / mean_size_N11, axis=0)
+    return jnp.mean(apart_NBL / jnp.where(mean_size_N11 > 0, mean_size_N11, 1), axis=0)
 
 
 def cosine(ends: Cosine, step: Int[Array, ""] | int, steps: int) -> Float[Array, ""]:

@@ -36,7 +36,9 @@ def soft_targets(logits: Float[Array, "*S V"], k: int) -> SoftTargets:
     if not 0 < k < logits.shape[-1]:
         raise ValueError(f"k={k} is not in [1, {logits.shape[-1]}), the size of the vocabulary")
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    likeliest, ids = jax.lax.top_k(log_probs, k)
+    # On CPUs, XLA sorts arrays of more than two dimensions as a whole.
+    found = jax.lax.top_k(log_probs.reshape(-1, log_probs.shape[-1]), k)
+    likeliest, ids = (each.reshape(*logits.shape[:-1], k) for each in found)
     others = _without(log_probs, ids)
     rests = [jax.nn.logsumexp(others / each, axis=-1) for each in TEMPERATURES]
     return SoftTargets(ids, likeliest, jnp.stack(rests, axis=-1))

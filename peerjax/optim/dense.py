@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from pallas_kernels.factored_gradient import FactoredGradient
-from pallas_kernels.storage import ExpertPool
+from pallas_kernels.storage import ExpertPool, is_pool
 from peerjax.optim.overwrite import Overwrite
 from peerjax.sharding.updates import dense_pool_gradient
 
@@ -63,25 +63,21 @@ def on_dense_gradients(
         ]
         changes, new_state = inner.update(structure.unflatten(dense), state, params, **extra)
         changes = [
-            _only_if(hits, change, leaf) if _is_pool(leaf) else change
+            _only_if(hits, change, leaf) if is_pool(leaf) else change
             for leaf, change in zip(leaves, structure.flatten_up_to(changes), strict=True)
         ]
 
         def keep(new: Any, old: Any) -> Any:
-            return _where(hits, new, old) if _is_pool(new) else new
+            return _where(hits, new, old) if is_pool(new) else new
 
-        new_state = jax.tree.map(keep, new_state, state, is_leaf=_is_pool)
+        new_state = jax.tree.map(keep, new_state, state, is_leaf=is_pool)
         return structure.unflatten(changes), new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _is_pool(node: Any) -> bool:
-    return isinstance(node, ExpertPool)
-
-
 def _flatten(params: Any) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(params, is_leaf=_is_pool)
+    return jax.tree.flatten(params, is_leaf=is_pool)
 
 
 def _hits(gradients: list[FactoredGradient]) -> Bool[Array, ""]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.codes import CODES
 from pallas_kernels.counter_hash import Purpose, hash_words, round_stochastically
-from pallas_kernels.storage import ExpertPool, read_floats, write_codes
+from pallas_kernels.storage import ExpertPool, is_pool, read_floats, write_codes
 from peerjax.optim.overwrite import Overwrite
 
 
@@ -70,7 +70,7 @@ def eco(
 
     def init(params: Any) -> EcoState:
         # Each tree is separate, because one array cannot be donated twice.
-        first, second = (jax.tree.map(_zeros, params, is_leaf=_is_pool) for _ in range(2))
+        first, second = (jax.tree.map(_zeros, params, is_leaf=is_pool) for _ in range(2))
         return EcoState(jnp.zeros((), jnp.int32), first, second)
 
     def update(
@@ -81,9 +81,9 @@ def eco(
             raise ValueError("eco needs the params: call update(updates, state, params)")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step = state.count + 1
-        pools, structure = jax.tree.flatten(params, is_leaf=_is_pool)
+        pools, structure = jax.tree.flatten(params, is_leaf=is_pool)
         gradients, first, second = (
-            jax.tree.leaves(tree, is_leaf=_is_pool) for tree in (updates, state.first, state.second)
+            jax.tree.leaves(tree, is_leaf=is_pool) for tree in (updates, state.first, state.second)
         )
 
         def move(number: int, pool: ExpertPool, g: Array, m: Array, v: Array) -> Any:
@@ -114,10 +114,6 @@ def eco(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_pool(node: Any) -> bool:
-    return isinstance(node, ExpertPool)
 
 
 def _zeros(pool: ExpertPool) -> ExpertPool:

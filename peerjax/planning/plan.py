@@ -12,7 +12,7 @@ import ml_collections
 import rich.console
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels.storage import ExpertPool, splits_into
+from pallas_kernels.storage import is_pool, splits_into
 from peerjax import plots
 from peerjax.config import model_config, validate
 from peerjax.errors import ConfigError
@@ -236,7 +236,7 @@ def record_of(found: Plan) -> dict[str, Any]:
 
 def _bytes_of_weight(pools: Any) -> float:
     """Returns the bytes that a weight of an expert takes, without scales; 0 without experts."""
-    every = jax.tree.leaves(pools, is_leaf=lambda node: isinstance(node, ExpertPool))
+    every = jax.tree.leaves(pools, is_leaf=is_pool)
     weights = sum(pool.num_parameters for pool in every)
     return sum(_bytes_of(pool.weights) for pool in every) / weights if weights else 0.0
 

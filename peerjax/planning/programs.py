@@ -153,6 +153,7 @@ def step_of(
     shape = (config.data.batch_size, config.data.sequence_length)
     names = ("inputs", "targets", "positions", "segments")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["row"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     return jax.jit(make_train_step(config, task, optimizer), donate_argnums=0), state, batch
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The experts of every token, best first. The id N, one beyond the last, means "no expert".
+    """The experts of every token. The id N, one beyond the last, means "no expert".
 
     The choice of a stack of layers has leading axes.
 
@@ -34,8 +34,13 @@ class Choice:
     is_routed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def limited(self, budget: Int[Array, "*S T"]) -> Choice:
-        """Returns the choice with only the first `budget` experts of each token."""
-        return self._where(jnp.arange(self.ids.shape[-1]) < budget[..., None])
+        """Returns the choice with only the `budget` experts of each token with largest gates.
+
+        Of equal gates, the first ones are kept.
+        """
+        order = jnp.argsort(-self.gates, axis=-1, stable=True)
+        rank = jnp.argsort(order, axis=-1)
+        return self._where(rank < budget[..., None])
 
     def without(self, removed: Bool[Array, " N"]) -> Choice:
         """Returns the choice without some experts. The gates of the others do not change."""

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.expert_update import UpdateState
 from pallas_kernels.storage import ExpertPool, splits_into
 from peerjax.errors import ConfigError
+from peerjax.stacks import is_stacked
 
 Rule = Callable[[str, Any, Any], Any]
 DATA, FSDP, EXPERT = "data", "fsdp", "expert"
@@ -149,7 +150,7 @@ def of_pool(path: str, node: Any, mesh: Any) -> Any:
 def largest(path: str, node: Any, mesh: Any) -> P:
     """Splits the largest dimension of a float array that can be split, but not that of layers."""
     size = dict(mesh.shape).get(FSDP, 1)
-    first = 1 if "run_" in path else 0
+    first = 1 if is_stacked(path) else 0
     fits = [axis for axis in range(first, len(node.shape)) if node.shape[axis] % size == 0]
     is_float = jnp.issubdtype(node.dtype, jnp.floating)
     if size == 1 or len(node.shape) - first < 2 or not fits or not is_float:
@@ -163,7 +164,7 @@ def largest_over_all(path: str, node: Any, mesh: Any) -> P:
 
     If `largest` splits none, this splits the largest one that can be split over all axes.
     """
-    first = 1 if "run_" in path else 0
+    first = 1 if is_stacked(path) else 0
     of_parameter = largest(path, node, mesh)
     axes = [len(of_parameter) - 1] if of_parameter else range(first, len(node.shape))
     fits = [axis for axis in axes if node.shape[axis] % mesh.size == 0]
@@ -174,15 +175,16 @@ def largest_over_all(path: str, node: Any, mesh: Any) -> P:
     return P(*[None] * axis, (FSDP, DATA, EXPERT))
 
 
-def replicated(path: str, node: Any, mesh: Any) -> P:
-    """Every device has the whole array."""
-    return P()
+def replicated(path: str, node: Any, mesh: Any) -> Any:
+    """Every device has the whole array, or all arrays of an `UpdateState`."""
+    return jax.tree.map(lambda leaf: P(), node)
 
 
 RULES: tuple[tuple[str, Rule], ...] = (
-    (r"(.*/)?pools(/.*)?", of_pool),
     (r"params/.*", largest),
     (r"opt_state/.*/(mu|nu)/params/.*", largest_over_all),
+    (r"opt_state/.*/params/.*", replicated),  # of packed matrices, which the transform updates
+    (r"(.*/)?pools(/.*)?", of_pool),
     (r".*", replicated),
 )
 

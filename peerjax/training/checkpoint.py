@@ -180,7 +180,16 @@ def find_damage(folder: epath.Path) -> str | None:
 
 def steps_in(workdir: epath.Path) -> list[int]:
     """Returns the steps of all checkpoints in a run's folder, intact or not."""
+    return _steps_below(workdir / "checkpoints")
+
+
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Returns whether a run's folder has a checkpoint that was completely written."""
     folder = workdir / "checkpoints"
+    return any((folder / str(step) / CHECKSUMS).exists() for step in steps_in(workdir))
+
+
+def _steps_below(folder: epath.Path) -> list[int]:
     found = folder.iterdir() if folder.exists() else ()
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
@@ -245,9 +254,7 @@ def _any_room(path: Any, arguments: Any) -> Any:
 
 def _set_damaged_aside(folder: epath.Path, aside: epath.Path) -> None:
     """Moves damaged checkpoints away, newest first, until the newest one is intact."""
-    if not folder.exists():
-        return
-    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    steps = _steps_below(folder)
     if steps and not (folder / str(steps[-1]) / CHECKSUMS).exists():
         _move(folder / str(steps.pop()), aside, "was still being written when the run was killed")
     if not steps:

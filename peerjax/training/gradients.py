@@ -16,6 +16,7 @@ from peerjax.routing.auxiliary import CHOICE, LOSSES, ROUTING, by_module
 from peerjax.routing.running import MOMENTS, pooled
 from peerjax.sharding.batches import split_rows
 from peerjax.sharding.weights import whole
+from peerjax.stacks import is_stacked
 from peerjax.training.head_loss import mean_loss
 
 
@@ -66,9 +67,7 @@ def loss_and_gradients(
     kept_collections = list(dict.fromkeys((ROUTING, MOMENTS, LOSSES, *task.keeps)))
 
     def loss_of(params: Any, taps: Any, part: Batch) -> tuple[Array, tuple[Array, Any]]:
-        params = {
-            name: own if name.startswith("run_") else whole(own) for name, own in params.items()
-        }
+        params = {name: own if is_stacked(name) else whole(own) for name, own in params.items()}
         trained = {**fixed, "params": params, TAPS: taps}
         x_BLD, kept = model.apply(
             trained,

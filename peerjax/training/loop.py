@@ -28,7 +28,13 @@ from peerjax.routing.running import needs_first_batch
 from peerjax.sharding import mesh_for, state_shardings
 from peerjax.sharding.batches import put_batch
 from peerjax.training import report
-from peerjax.training.checkpoint import Checkpoints, abstract, count_parameters, steps_in
+from peerjax.training.checkpoint import (
+    Checkpoints,
+    abstract,
+    count_parameters,
+    has_checkpoint,
+    steps_in,
+)
 from peerjax.training.gradients import gradient_shapes
 from peerjax.training.metrics import MetricsWriter, Progress
 from peerjax.training.optimizer import make_optimizer, state_of_pools
@@ -72,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, make_task: MakeTask =
     corpus = load_corpus(config)
     check_data(folder, corpus.identity)
     task, source = make_task(config, corpus), None
-    if config.init_from and not steps_in(folder):
+    if config.init_from and not has_checkpoint(folder):
         source = Source(config)
         source.check(task.model, corpus.tokenizer)
     check_agreement(

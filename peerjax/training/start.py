@@ -10,10 +10,11 @@ import jax
 import ml_collections
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from pallas_kernels.expert_update import UpdateState
-from pallas_kernels.storage import ExpertPool
+from pallas_kernels.storage import is_pool
 from peerjax.config import model_config, validate
 from peerjax.data.tokenizer import Tokenizer
 from peerjax.errors import ConfigError
@@ -90,14 +91,11 @@ class Source:
         the same `pool.rule`, `pool.storage` and `pool.accumulator_bits`. Moments, the step and the
         schedule start anew.
         """
-        shapes = _drawn(self._model)
-        wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
-        read = restore_part(self._checkpoint, abstract(wanted, state_shardings(mesh, wanted)))
+        variables = restore_variables(self._checkpoint, self._model, mesh)
 
         def make(variables: dict[str, Any]) -> TrainState:
             return state_of(as_stored(variables, self._model, task.model), optimizer)
 
-        variables = {**shapes, **read}
         shardings = state_shardings(mesh, jax.eval_shape(make, variables))
         state = jax.jit(make, out_shardings=shardings)(variables)
         if any(self._old.pool[name] != self._new.pool[name] for name in OF_ACCUMULATORS):
@@ -124,11 +122,25 @@ class Source:
         return jax.tree.map(choose, read["opt_state"], opt_state, is_leaf=_is_update_state)
 
 
-def first_difference(old: Decoder, new: Decoder) -> str | None:
-    """Returns the first array whose shape differs between two models, or `None`.
+def restore_variables(checkpoint: epath.Path, model: Decoder, mesh: Mesh) -> dict[str, Any]:
+    """Reads the collections "params", "pools" and "stats" of a model from a checkpoint.
 
-    Storages may differ.
+    State that only training needs, such as accumulators, is not read.
     """
+    shapes = _drawn(model)
+    # Checkpoints do not contain empty collections.
+    wanted = {name: tree for name, tree in shapes.items() if jax.tree.leaves(tree)}
+    return shapes | restore_part(checkpoint, abstract(wanted, state_shardings(mesh, wanted)))
+
+
+def first_difference(old: Decoder, new: Decoder) -> str | None:
+    """Returns the first array that differs between two models, or `None`.
+
+    Storages may differ. Shapes may not, and neither may the numbers that experts have in pools.
+    """
+    for (own, _), (other, _) in zip(old.config.layers, new.config.layers, strict=False):
+        if own.spread_of_pool != other.spread_of_pool:
+            return f"peer.spread is {own.spread_of_pool} there and {other.spread_of_pool} here"
     new = Decoder(dataclasses.replace(new.config, pool_parts=1))  # without the room for others
     found, wanted = _shapes(_drawn(old)), _shapes(_drawn(new))
     for path in sorted(found.keys() | wanted.keys()):
@@ -158,7 +170,7 @@ def as_stored(variables: dict[str, Any], old: Decoder, new: Decoder) -> dict[str
     pools = jax.tree.map(
         lambda pool: pool if pool.storage == storage else stored_as(pool, storage),
         variables["pools"],
-        is_leaf=_is_pool,
+        is_leaf=is_pool,
     )
     pools = with_room(pools, new)
     return {**variables, "params": packed(new.config.layers, params), "pools": pools}
@@ -169,7 +181,7 @@ def with_room(pools: Any, model: Decoder) -> Any:
     return jax.tree.map(
         lambda pool: with_places(pool, model.config.places(pool.num_experts)),
         pools,
-        is_leaf=_is_pool,
+        is_leaf=is_pool,
     )
 
 
@@ -182,21 +194,17 @@ def _shapes(variables: dict[str, Any]) -> dict[str, str]:
     """Returns the shape of every array by path. Packed matrices and pools have those of floats."""
 
     def shape(leaf: Any) -> list[int]:
-        if _is_pool(leaf):
+        if is_pool(leaf):
             return [leaf.weights.shape[0], leaf.num_experts, 2, leaf.width]
         return list(leaf.shape)
 
     leaves = jax.tree_util.tree_leaves_with_path(
-        variables, is_leaf=lambda node: is_packed_matrix(node) or _is_pool(node)
+        variables, is_leaf=lambda node: is_packed_matrix(node) or is_pool(node)
     )
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): str(shape(leaf))
         for path, leaf in leaves
     }
-
-
-def _is_pool(node: Any) -> bool:
-    return isinstance(node, ExpertPool)
 
 
 def _is_update_state(node: Any) -> bool:

@@ -151,6 +151,7 @@ def test_fields_of_configurations_without_monet_are_refused():
         ({"kept_pairs": 65}, "kept_pairs=65 is more than the 64 pairs"),
         ({"spread": 3}, "peer.spread=3 does not divide"),
         ({"spread": 2, "kept_pairs": 8}, "peer.spread=2 has no effect with peer.kept_pairs=8"),
+        ({"gate": "threshold", "experts_per_pair": 2}, "counts single experts, but peer.experts_p"),
         ({"biases": True}, "peer.biases needs peer.gate='product'"),
         ({"gate": "product", "num_experts": (8, 4)}, "has unequal sizes"),
         ({"gate": "product", "keys_on": 9}, "peer.keys_on: top_k=9 is not in 1 .. 8"),

@@ -95,6 +95,7 @@ def test_without_outputs_the_models_may_differ_in_width_and_depth():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"alpha": (0.9,)}, r"distill.alpha=\(0.9,\) is not a pair"),
         ({"alpha": (0.9, 1.5)}, r"distill.alpha=1.5 is not in \[0, 1\]"),
         ({"temperature": (0.0, 1.0)}, "distill.temperature=0.0 is not positive"),
         ({"beta": (1.0, -1.0)}, "distill.beta=-1.0 is negative"),
@@ -142,6 +143,8 @@ def test_first_positions_are_left_out_of_the_distance():
     teacher[:, np.asarray(positions) == 0] *= 1e4
     again = output_distance(jnp.asarray(student), jnp.asarray(teacher), positions)
     np.testing.assert_allclose(again, found, rtol=1e-6)
+    alone = output_distance(jnp.asarray(student), jnp.asarray(teacher), jnp.zeros((2, 5), int))
+    np.testing.assert_array_equal(alone, 0)
 
 
 def test_a_cosine_goes_from_one_end_to_the_other():

@@ -16,7 +16,7 @@ from pallas_kernels.storage import BITS, pack_experts, read_codes
 from peerjax.pool import initialize_pool
 from tests.conftest import compile_as_users_do
 from tests.pallas_kernels.levels import SPREAD, TOP
-from tests.pallas_kernels.on_cpus import ON_CPUS, on_cpus
+from tests.pallas_kernels.on_cpus import ON_CPUS, needs_native, on_cpus
 
 LAYERS, N, D, T, K = 2, 50, 32, 21, 5
 PACKED = ["int8", "int4"]
@@ -248,8 +248,8 @@ PARTS = 2
 @pytest.mark.parametrize(
     ("storage", "implementation"),
     [
-        ("int4", "native_cpu"), ("int8", "xla"), ("bfloat16", "xla"),
-        ("int4", "mosaic_tpu"), ("int4", "mosaic_gpu"),
+        pytest.param("int4", "native_cpu", marks=needs_native), ("int8", "xla"),
+        ("bfloat16", "xla"), ("int4", "mosaic_tpu"), ("int4", "mosaic_gpu"),
     ],
 )  # fmt: skip
 def test_parts_of_a_pool_and_single_layers_are_updated_as_in_the_whole(storage, implementation):

@@ -8,7 +8,7 @@ import pytest
 from peerjax.errors import ConfigError, UserError
 from peerjax.objectives import language_model
 from peerjax.planning.plan import plan, print_plan, write_plan
-from peerjax.planning.programs import program_for
+from peerjax.planning.programs import program_for, step_of
 from peerjax.planning.targets import check_target
 from peerjax.training.optimizer import make_optimizer
 from peerjax.training.state import create_state
@@ -78,6 +78,27 @@ def test_a_chip_keeps_its_part_of_the_state(tmp_path):
     assert found.state[moments] < whole.state[moments] / 2
     write_plan(found, str(tmp_path))
     assert json.loads((tmp_path / "plan.json").read_text())["mesh"]["expert"] == 8
+
+
+def test_packed_matrices_and_their_state_are_on_every_chip():
+    config = tiny_config("unused")
+    config.update_from_flattened_dict(
+        {"model.layers": (("monet_hd", 2),), "monet.num_experts": 64, "monet.top_k": 2}
+    )
+    config.monet.storage = "int4"
+    whole = plan(config, "cpu", VOCABULARY, compile=False)
+    config.mesh.expert = 8
+    found = plan(config, "v5p:2x2x2", VOCABULARY, compile=False)
+    assert found.state["parameters"] == whole.state["parameters"]
+
+
+def test_the_step_is_traced_with_all_fields_that_rows_of_text_have():
+    config = tiny_config("unused")
+    config.update_from_flattened_dict(
+        {"model.layers": (("metapeer", 1),), "metapeer.open": 2, "metapeer.chunk": 8}
+    )
+    step, state, batch = step_of(config, VOCABULARY)
+    assert jax.eval_shape(step, state, batch)[0].step.shape == ()
 
 
 def test_the_script_prints_both_tables():

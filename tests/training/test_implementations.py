@@ -52,7 +52,14 @@ def expected():
     return losses_by("xla")
 
 
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "xla"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=needs_native if name == "native_cpu" else ())
+        for name in IMPLEMENTATIONS
+        if name != "xla"
+    ],
+)
 def test_the_losses_are_those_of_xla(implementation, expected):
     if implementation == "mosaic_gpu" and jax.__version_info__ >= (0, 11):
         pytest.skip("the GPU interpreter of JAX 0.11 has effects that Flax's scan does not take")

@@ -48,6 +48,8 @@ def test_weights_and_fitting_accumulators_are_taken_and_all_else_starts_anew(
     config = config_of_finished(write_corpus(tmp_path / "other", documents=60))  # another mix
     config.init_from = f"{finished}/checkpoints/{SAVE_EVERY}"
     config.pool.accumulator_bits = bits
+    # A run that was killed before its first checkpoint was complete starts from them again.
+    (tmp_path / "new" / "checkpoints" / "3").mkdir(parents=True)
     state = first_state(config, tmp_path, monkeypatch)
     old = saved_arrays(finished, SAVE_EVERY)
     found = {
@@ -96,6 +98,7 @@ def test_pools_are_rounded_to_another_storage(storage, finished, tmp_path, monke
     [
         ({"model.width": 24}, r"another model.width \(16\) than this run \(24\)"),
         ({"model.layers": (("dense", 2),)}, "another model.layers"),
+        ({"peer.spread": 2}, "peer.spread is 1 there and 2 here"),
         ({"peer.heads": 4}, r"params/run_1/block/peer/keys1 is \[1, 2, 8, 8\] there and \[1, 4"),
         ({"init_from": "/nowhere"}, "holds no run"),
     ],
