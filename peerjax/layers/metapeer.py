@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from peerjax.layers.look_up import LookUp
@@ -24,7 +23,6 @@ from peerjax.layers.spec import (
 )
 from peerjax.routing.auxiliary import (
     DECODE,
-    EXPERT_IDS,
     METAEXPERTS,
     ROUTING,
     removed_experts,
@@ -34,17 +32,17 @@ from peerjax.routing.auxiliary import (
 from peerjax.routing.choice import Choice
 from peerjax.routing.metaexperts import Routers, choose_in_metaexperts
 from peerjax.routing.metarouter import (
-    best,
+    choose_by_logits,
+    choose_by_means,
     chunk_starts,
     continued_sums,
-    gates_of_means,
     means_before,
     opened,
     opened_counts,
     running_sums,
 )
 from peerjax.routing.running import FIRST, MOMENTS, STATS, Shares
-from peerjax.routing.token_choice import balance_loss_at, counts_of, gates_of
+from peerjax.routing.token_choice import balance_loss_at, counts_of
 
 # Values of `metapeer.choice`.
 TOKEN, SEQUENCE = CHOICES = ("token", "sequence")
@@ -115,11 +113,6 @@ class MetaPeerConfig(FeedForward):
         """`peer.spread`."""
         return self.peer.spread
 
-    @property
-    def needs_means(self) -> bool:
-        """Whether choices depend on mean probabilities of earlier tokens."""
-        return self.choice == SEQUENCE or self.open > 0
-
     def check(self, width: int) -> None:
         """Raises a ValueError if a field is out of range or metaexperts cannot have it."""
         require_positive(self, "metaexperts", "chosen", "chunk")
@@ -168,7 +161,7 @@ class MetaPeerConfig(FeedForward):
 
     def check_length(self, length: int) -> None:
         """Raises a ValueError if no sequence has a second chunk."""
-        if self.needs_means and self.chunk >= length:
+        if (self.choice == SEQUENCE or self.open) and self.chunk >= length:
             raise ValueError(
                 f"metapeer.chunk={self.chunk} is not less than data.sequence_length={length}, so "
                 "no document would have a second chunk"
@@ -216,43 +209,37 @@ class MetaRouter(nn.Module):
         if is_first:
             mean_M = jnp.mean(probabilities_BLM, axis=(0, 1))
             shares = Shares(mean_M, mean_M)
-        means_BLM, removed = None, removed_experts(self)
-        lowest = float(jnp.finfo(jnp.float32).min)
-        if config.needs_means:
-            means_BLM = self._means(probabilities_BLM, context, shares.probability)
+        removed = removed_experts(self)
         if config.choice == SEQUENCE:
-            assert means_BLM is not None
-            if removed is not None:
-                means_BLM = jnp.where(removed, 0, means_BLM)
-            chosen = checkpoint_name(best(means_BLM, config.chosen), EXPERT_IDS)
-            gates = gates_of_means(means_BLM, chosen)
+            means_BLM = self._means(probabilities_BLM, context, shares.probability)
+            chosen, gates = choose_by_means(means_BLM, config.chosen, removed)
         else:
-            scores_BLM = logits_BLM if removed is None else jnp.where(removed, lowest, logits_BLM)
-            if config.open and means_BLM is not None and context.step is not None:
-                if context.rows is None:
-                    raise ValueError(
-                        "metapeer.open draws by the number of each row of text; give the decoder "
-                        "rows_B, the field `row` of a batch"
-                    )
-                counts_BL = opened_counts(
-                    context.seed,
-                    context.step,
-                    context.rows,
-                    context.segments,
-                    config.open,
-                    total,
-                )
-                scores_BLM = jnp.where(opened(means_BLM, counts_BL), scores_BLM, lowest)
-            chosen = checkpoint_name(best(scores_BLM, config.chosen), EXPERT_IDS)
-            gates = gates_of(logits_BLM, chosen)
-        if removed is not None:
-            # Fewer than `chosen` may be left.
-            gates = jnp.where(removed[chosen], 0, gates)
+            is_open = None
+            if config.open and context.step is not None:
+                means_BLM = self._means(probabilities_BLM, context, shares.probability)
+                is_open = opened(means_BLM, self._opened_counts(context))
+            chosen, gates = choose_by_logits(logits_BLM, config.chosen, removed, is_open)
         chosen_Tj, gates_Tj = (each.reshape(-1, config.chosen) for each in (chosen, gates))
         probabilities_TM = probabilities_BLM.reshape(-1, total)
         self._sow(probabilities_TM, chosen_Tj, shares, is_first)
         sow_last(self, ROUTING, METAEXPERTS, Choice(chosen_Tj, gates_Tj, total))
         return chosen_Tj, gates_Tj
+
+    def _opened_counts(self, context: Context) -> Int[Array, "B L"]:
+        """Returns the number of metaexperts that are open to each token in training."""
+        if context.rows is None:
+            raise ValueError(
+                "metapeer.open draws by the number of each row of text; give the decoder rows_B, "
+                "the field `row` of a batch"
+            )
+        return opened_counts(
+            context.seed,
+            context.step,
+            context.rows,
+            context.segments,
+            self.config.open,
+            self.config.metaexperts,
+        )
 
     def _means(self, probabilities_BLM: Array, context: Context, otherwise_M: Array) -> Array:
         """Returns the mean probabilities over the tokens of a document before each chunk."""

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.counter_hash import Purpose, hash_words
+from peerjax.routing.auxiliary import EXPERT_IDS
+from peerjax.routing.token_choice import gates_of
+
+# The metaexperts of every token, best first, and their gates.
+Chosen = tuple[Int[Array, "*S k"], Float[Array, "*S k"]]
 
 
 def chunk_starts(positions: Int[Array, "*S"], chunk: int, switch: bool) -> Int[Array, "*S"]:
@@ -75,6 +81,49 @@ def means_before(
     sums_BLM = jnp.take_along_axis(sums_BPM, jnp.maximum(places_BL, 0)[..., None], axis=1)
     means_BLM = sums_BLM / jnp.maximum(counts_BL, 1)[..., None]
     return jnp.where(counts_BL[..., None] > 0, means_BLM, otherwise_M)
+
+
+def choose_by_means(
+    means: Float[Array, "*S M"], k: int, removed: Bool[Array, " M"] | None = None
+) -> Chosen:
+    """Returns the metaexperts with the largest means, and their `gates_of_means`.
+
+    Args:
+        means: mean probabilities of each token's chunk.
+        k: number of metaexperts to choose.
+        removed: metaexperts to leave out. If fewer than k are left, the gates of others are 0.
+    """
+    if removed is not None:
+        means = jnp.where(removed, 0, means)
+    chosen = checkpoint_name(best(means, k), EXPERT_IDS)
+    return chosen, _of_the_left(gates_of_means(means, chosen), chosen, removed)
+
+
+def choose_by_logits(
+    logits: Float[Array, "*S M"],
+    k: int,
+    removed: Bool[Array, " M"] | None = None,
+    is_open: Bool[Array, "*S M"] | None = None,
+) -> Chosen:
+    """Returns the metaexperts with the largest logits, and their gates as in a mixture of MLPs.
+
+    Args:
+        logits: logits of the metarouter for each token.
+        k: number of metaexperts to choose.
+        removed: metaexperts to leave out. If fewer than k are left, the gates of others are 0.
+        is_open: metaexperts to choose from, at least k of each token; `None` for all.
+    """
+    lowest, scores = jnp.finfo(logits.dtype).min, logits
+    if removed is not None:
+        scores = jnp.where(removed, lowest, scores)
+    if is_open is not None:
+        scores = jnp.where(is_open, scores, lowest)
+    chosen = checkpoint_name(best(scores, k), EXPERT_IDS)
+    return chosen, _of_the_left(gates_of(logits, chosen), chosen, removed)
+
+
+def _of_the_left(gates: Array, chosen: Array, removed: Array | None) -> Array:
+    return gates if removed is None else jnp.where(removed[chosen], 0, gates)
 
 
 def best(scores_TM: Float[Array, "*S M"], k: int) -> Int[Array, "*S k"]:
