@@ -18,6 +18,7 @@ LAYERS, TOKENS = 2, 2048
 TARGETS = ("v5p:2x2x2", "v5p:4x4x8", "v5p:8x16x16")
 OF_A_CHIP = {8: (1024, 2048), 128: (4096, 8192), 2048: (16_384, 32_768)}  # 2^18 a chip
 OF_ALL = (1024, 2048)
+CHIPS_OF_HOST = 4
 KINDS = ("all-gather", "reduce", "all-to-all", "permute")  # parts of their names
 
 
@@ -80,7 +81,10 @@ def _plan(target: str, chips: int, experts: tuple[int, int]) -> dict[str, Any]:
 
 
 def _by_formula() -> list[Figure]:
-    """Returns the bytes that x and y of a layer take, by exchange, and with x and y in int8."""
+    """Returns the bytes of x and y that a chip sends for a layer, by kind of exchange.
+
+    Exchanges of two levels send a token once to each host that needs it. Its chips pass it on.
+    """
     config = config_of("peer_10t_v5p_256")
     chosen = config.peer.heads * config.peer.experts_per_head
     figures = []
@@ -88,9 +92,17 @@ def _by_formula() -> list[Figure]:
         of_token = 2 * 2 * config.model.width  # x and y, in bfloat16
         gathered = (chips - 1) * TOKENS * of_token / GIB
         dispatched = (chips - 1) * capacity_for(TOKENS, chosen, chips) * of_token / GIB
+        hosts = chips // CHIPS_OF_HOST
+        of_host = capacity_for(TOKENS, chosen, hosts)
+
+        def once_to_each(tokens: int, hosts: int = hosts, of_token: int = of_token) -> float:
+            return (hosts - 1) * tokens * of_token / GIB
+
         figures += [
             Figure(f"{chips} chips: GiB of x and y of a layer, gathered", gathered),
             Figure(f"{chips} chips: dispatched", dispatched),
             Figure(f"{chips} chips: dispatched, in int8", dispatched / 2),
+            Figure(f"{chips} chips: gathered, once to each host", once_to_each(TOKENS)),
+            Figure(f"{chips} chips: dispatched, once to each host", once_to_each(of_host)),
         ]
     return figures

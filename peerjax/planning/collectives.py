@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+RINGS = ("all-gather", "all-reduce", "reduce-scatter")  # the kinds in which chips pass bytes on
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4}
 BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 

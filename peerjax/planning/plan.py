@@ -18,6 +18,7 @@ from peerjax.config import model_config, validate
 from peerjax.errors import ConfigError
 from peerjax.flops import forward_flops
 from peerjax.objectives import language_model
+from peerjax.planning.collectives import RINGS
 from peerjax.planning.programs import Program, on_one_device, program_for, with_mesh
 from peerjax.planning.targets import (
     FLOPS,
@@ -161,7 +162,10 @@ def _seconds(
         "memory": moved / MEMORY_RATE[kind],
     }
     if program is not None:
-        found["network"] = sum(each.bytes for each in program.collectives) / network_rate(target)
+        found["network"] = sum(
+            each.bytes / network_rate(target, is_ring=each.kind in RINGS)
+            for each in program.collectives
+        )
     return found
 
 

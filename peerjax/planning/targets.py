@@ -23,11 +23,11 @@ GPUS = ("h100",)
 TARGETS = (*TPUS, *GPUS)
 GIB = 1 << 30
 # Peak rates of a chip, as their makers state them. A GPU sends over NVLink within a host of 8, and
-# over InfiniBand beyond it.
+# over a link of InfiniBand of its own beyond it.
 FLOPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12, "h100": 989e12}  # bfloat16
 MEMORY_RATE = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9, "tpu7x": 7380e9, "h100": 3350e9}
 NETWORK_RATE = {"v5e": 200e9, "v5p": 600e9, "v6e": 448e9, "tpu7x": 1200e9, "h100": 450e9}
-BETWEEN_HOSTS = 50e9
+BETWEEN_HOSTS, GPUS_OF_HOST = 50e9, 8
 MEMORY = {"v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 79 * GIB}
 # Description of a GPU that XLA needs to compile for it.
 H100 = """
@@ -83,10 +83,19 @@ def chips_of(target: str) -> int:
     return math.prod(map(int, chips.split("x"))) if chips else 1
 
 
-def network_rate(target: str) -> float:
-    """Returns the bytes a second that a chip of a target can send to the others."""
+def network_rate(target: str, is_ring: bool) -> float:
+    """Returns the bytes a second that a chip of a target can send to the others.
+
+    Args:
+        target: the target.
+        is_ring: whether chips pass the same bytes on in a ring, as in an all-gather or a reduction.
+            Between hosts of GPUs, a ring then uses the links of all GPUs of a host for the bytes of
+            one. In other exchanges every GPU sends its own.
+    """
     kind = kind_of(target)
-    return BETWEEN_HOSTS if kind in GPUS and chips_of(target) > 8 else NETWORK_RATE[kind]
+    if kind not in GPUS or chips_of(target) <= GPUS_OF_HOST:
+        return NETWORK_RATE[kind]
+    return min(NETWORK_RATE[kind], BETWEEN_HOSTS * (GPUS_OF_HOST if is_ring else 1))
 
 
 def kind_of(target: str) -> str:

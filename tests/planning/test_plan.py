@@ -9,7 +9,7 @@ from peerjax.errors import ConfigError, UserError
 from peerjax.objectives import language_model
 from peerjax.planning.plan import plan, print_plan, write_plan
 from peerjax.planning.programs import program_for, step_of
-from peerjax.planning.targets import check_target
+from peerjax.planning.targets import check_target, network_rate
 from peerjax.training.optimizer import make_optimizer
 from peerjax.training.state import create_state
 from tests.elsewhere import python
@@ -46,6 +46,13 @@ def test_the_step_is_compiled_in_a_process_of_its_own_and_holds_the_state():
 def test_an_unknown_target_is_named(target):
     with pytest.raises(UserError, match=f"target '{target}' is unknown; choose cpu, v5e"):
         check_target(target)
+
+
+def test_rings_between_hosts_use_the_links_of_all_gpus_of_a_host():
+    assert network_rate("h100:8", is_ring=False) == network_rate("h100:8", is_ring=True) == 450e9
+    assert network_rate("h100:64", is_ring=False) == 50e9
+    assert network_rate("h100:64", is_ring=True) == 400e9
+    assert network_rate("v5p:4x4x8", is_ring=True) == network_rate("v5p:4x4x8", is_ring=False)
 
 
 def test_a_configuration_that_cannot_be_is_refused_before_anything_is_compiled():
