@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_jax(cached, dtype):
             y = function(query, key, value)
             return jnp.sum(weights * y.astype(jnp.float32)), y
 
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
 
     (_, found), found_gradients = differentiate(partial(attend, seen=seen))
     of_jax = partial(jax.nn.dot_product_attention, mask=seen.mask(size))
@@ -82,7 +82,7 @@ def test_a_sink_logit_is_one_more_column_without_a_value():
     operands = (query, key, value, sink)
     np.testing.assert_allclose(found(*operands), naive(*operands), rtol=1e-5, atol=1e-6)
     gradients = [
-        jax.grad(lambda *each, f=f: jnp.sum(weights * f(*each)), (0, 1, 2, 3))(*operands)
+        jax.jit(jax.grad(lambda *each, f=f: jnp.sum(weights * f(*each)), (0, 1, 2, 3)))(*operands)
         for f in (found, naive)
     ]
     for one, other in zip(*gradients, strict=True):
@@ -109,7 +109,9 @@ def test_consecutive_heads_share_keys_and_values(kv_heads):
         grouped(query, key, value), repeated(query, key, value), rtol=1e-5, atol=1e-6
     )
     gradients = [
-        jax.grad(lambda *each, f=f: jnp.sum(jnp.sin(f(*each))), (0, 1, 2))(query, key, value)
+        jax.jit(jax.grad(lambda *each, f=f: jnp.sum(jnp.sin(f(*each))), (0, 1, 2)))(
+            query, key, value
+        )
         for f in (grouped, repeated)
     ]
     for one, other in zip(*gradients, strict=True):
@@ -184,7 +186,7 @@ def test_the_kernel_for_tpus_computes_the_same(with_sink):
         def loss(query, key, value, sink):
             return jnp.sum(weights * function(query, key, value, seen, sink if with_sink else None))
 
-        return jax.value_and_grad(loss, (0, 1, 2, 3))(query, key, value, sink)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(query, key, value, sink)
 
     found = differentiate(partial(_by_splash, interpret=True))
     expected = differentiate(_by_matrices)

@@ -57,7 +57,7 @@ def test_outputs_and_every_gradient_equal_peer_pytorch(reference):
         y = layer.apply({"params": params}, x, of(ExpertPool.of_floats(weights)))[0]
         return jnp.sum(jnp.sin(y)), y
 
-    (_, y), (d_params, d_weights, d_x) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+    (_, y), (d_params, d_weights, d_x) = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
         params, pool.weights, x
     )
     x_torch = torch.tensor(np.array(x), requires_grad=True)
@@ -190,9 +190,11 @@ def test_jump_relu_equals_the_sum_over_all_experts_with_its_surrogate(remat):
         return jnp.sum(weights * y) + 10 * penalty, (y, penalty, *rest)
 
     operands = (params, pool.weights, x)
-    (_, (y, penalty, kept)), found = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*operands)
-    (_, (expected, expected_penalty, is_active, is_near)), gradients = jax.value_and_grad(
-        naive, (0, 1, 2), has_aux=True
+    (_, (y, penalty, kept)), found = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+        *operands
+    )
+    (_, (expected, expected_penalty, is_active, is_near)), gradients = jax.jit(
+        jax.value_and_grad(naive, (0, 1, 2), has_aux=True)
     )(*operands)
     assert relative_error(y, expected) <= 1e-5
     assert penalty == pytest.approx(float(expected_penalty), rel=1e-4, abs=1e-9)

@@ -51,7 +51,9 @@ def test_divergences_are_those_of_the_classes(level):
 def test_the_gradient_is_the_difference_of_probabilities_on_the_likeliest():
     teacher, student = draw()
     targets = soft_targets(jnp.asarray(teacher), K)
-    gradient = jax.grad(lambda s: jnp.sum(divergence_from_likeliest(targets, s, 0)))(student)
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum(divergence_from_likeliest(targets, s, 0))))(
+        student
+    )
     p, q = (scipy.special.softmax(np.float64(each), -1) for each in (teacher, student))
     order = np.argsort(-teacher, axis=-1)
     is_likely = np.zeros(teacher.shape, bool)
@@ -74,7 +76,7 @@ def test_a_small_rest_is_exact():
     found = divergence_from_likeliest(targets, student, 0)
     assert np.isfinite(found).all()
     assert np.isfinite(
-        jax.grad(lambda s: divergence_from_likeliest(targets, s, 0)[0])(student)
+        jax.jit(jax.grad(lambda s: divergence_from_likeliest(targets, s, 0)[0]))(student)
     ).all()
 
 

@@ -1,5 +1,7 @@
 """Adaptive gates against the vector of their definition, finite differences and counting."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,11 @@ def test_the_vector_of_the_definition():
     assert not np.any(jax.jacobian(step_function)(z, threshold, bandwidth))
 
 
+@partial(jax.jit, static_argnums=0)
+def slope(function, z, threshold, bandwidth):
+    return jax.grad(lambda threshold: jnp.sum(function(z, threshold, bandwidth)))(threshold)
+
+
 @settings(deadline=None)
 @given(st.floats(0.1, 3), st.floats(0.02, 0.5), st.integers(0, 9))
 def test_surrogates_are_central_differences_over_the_window(threshold, bandwidth, seed):
@@ -51,14 +58,13 @@ def test_surrogates_are_central_differences_over_the_window(threshold, bandwidth
     low, high = threshold - bandwidth / 2, threshold + bandwidth / 2
     in_window = (z > low) & (z < high)
 
-    def sum_of(function):
-        return jax.grad(lambda threshold: jnp.sum(function(z, threshold, bandwidth)))(threshold)
+    found = [slope(each, z, threshold, bandwidth) for each in (step_function, jump_relu)]
 
     difference = (np.sum(z > high) - np.sum(z > low)) / bandwidth
-    np.testing.assert_allclose(sum_of(step_function), difference, rtol=1e-5, atol=1.1 / bandwidth)
+    np.testing.assert_allclose(found[0], difference, rtol=1e-5, atol=1.1 / bandwidth)
     # jump_relu has the threshold in place of z, from which it differs by half a bandwidth at most.
     difference = -float(jnp.sum(z, where=in_window)) / bandwidth
-    error = abs(sum_of(jump_relu) - difference)
+    error = abs(found[1] - difference)
     assert error <= 0.5 * in_window.sum() + 1.1 * high / bandwidth
 
 
@@ -74,7 +80,7 @@ def test_jump_relu_gates_sum_to_the_heads_and_its_penalty_counts():
     lower = jump_relu_gate(threshold - 0.5, mean_active, jnp.float32(0.1), target, training=False)
     active = np.sum(scores > threshold[:, None, None] - 0.5) / TOKENS
     assert lower.penalty(scores) == pytest.approx(float((active / target - 1) ** 2), rel=1e-5)
-    gradient = jax.grad(lambda scores: lower.penalty(scores))(scores)
+    gradient = jax.jit(jax.grad(lambda scores: lower.penalty(scores)))(scores)
     assert not np.any(gradient)
 
 
@@ -95,7 +101,7 @@ def test_training_keeps_the_scores_within_the_window():
             gate = jump_relu_gate(threshold, jnp.float32(5), bandwidth, 4.0, training=True)
             return jnp.sum(jnp.sin(gate.weigh(scores))) + gate.penalty(scores)
 
-        return jax.grad(weighed)(threshold)
+        return jax.jit(jax.grad(weighed))(threshold)
 
     lowest = jnp.finfo(jnp.float32).min
     np.testing.assert_allclose(

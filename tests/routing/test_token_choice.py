@@ -41,7 +41,7 @@ def test_gates_are_the_chosen_probabilities_over_their_sum():
     # One expert a token: the probability itself, or the router would learn nothing.
     best = jnp.argmax(logits, axis=1)[:, None]
     np.testing.assert_allclose(gates_of(logits, best)[:, 0], probabilities.max(1), rtol=1e-5)
-    assert np.all(jax.grad(lambda each: gates_of(each, best).sum())(logits) != 0)
+    assert np.all(jax.jit(jax.grad(lambda each: gates_of(each, best).sum()))(logits) != 0)
 
 
 def test_the_balance_loss_by_hand_and_its_extremes():
@@ -58,5 +58,5 @@ def test_the_balance_loss_by_hand_and_its_extremes():
 
 def test_descending_the_balance_loss_takes_probability_from_busy_experts():
     logits, ids = jnp.zeros((4, 3)), jnp.array([[0], [0], [0], [1]])
-    gradient = np.asarray(jax.grad(balance_loss)(logits, ids)).sum(0)
+    gradient = np.asarray(jax.jit(jax.grad(balance_loss))(logits, ids)).sum(0)
     assert gradient[0] > 0 > gradient[1] > gradient[2]
