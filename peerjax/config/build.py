@@ -46,7 +46,10 @@ def implementation_of(config: ml_collections.ConfigDict) -> str | None:
 
 
 def pool_parts_of(config: ml_collections.ConfigDict) -> int:
-    """Returns into how many parts `config.mesh` splits pools; 1 if it does not fit the devices."""
+    """Returns into how many parts `config.mesh` splits pools.
+
+    With `mesh.expert=-1`, the result is 1 if the other axes do not fit the devices.
+    """
     data, fsdp, expert = (config.mesh[axis] for axis in AXES)
     if expert == -1:
         try:

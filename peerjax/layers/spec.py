@@ -52,7 +52,8 @@ class Context(NamedTuple):
         positions: position of each token in its document, integers [B, L].
         segments: number of the document in its sequence that each token belongs to, integers
             [B, L]; `None` in decoding.
-        budget: number of experts that each token may use, integers [B, L]; `None` for no limit.
+        budget: number of experts of a pool that each token may use, integers [B, L]; `None` for no
+            limit. Only `LookUp` reads it, so layers without pools ignore it.
         seed: seed of the run, an integer, for random draws of layers in training. It is `None`
             outside of training.
         step: number of the training step, an integer; `None` outside of training.
@@ -121,7 +122,10 @@ class FeedForward:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the number of active experts differs between tokens."""
+        """Whether the number of active experts differs between tokens.
+
+        Evaluation then reads the fields `heads` and `experts_per_head` of the kind.
+        """
         return False
 
     @property

@@ -30,7 +30,8 @@ class Task(NamedTuple):
         loss: function that returns the loss of every token in nats, float32 [B, L]. Its arguments
             are the logits [B, L, V], the collections that `keeps` names, the batch, `frozen`, and
             the number of the step. Training minimises the mean plus the terms that layers add. It
-            may call the function with a part of the rows at a time.
+            calls the function with the rows of a microbatch, or with a part of them if `keeps` is
+            empty.
         keeps: names of collections that the loss reads. Training always keeps some others.
         rows: function that wraps a source of rows of text to add fields to them. The result must be
             indexed like the source, so that a run can be resumed. `None` adds nothing.

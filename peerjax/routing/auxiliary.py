@@ -22,7 +22,7 @@ DECODE = "decode"
 OUTPUTS = "outputs"
 # A collection that evaluation makes mutable: figures of attention sinks and large activations.
 SINKS = "sinks"
-# Names within collections.
+# Names within collections. A kind of layer that sows "metaexperts" has a field `chunk`.
 CHOICE, METAEXPERTS, EXPERTS = "choice", "metaexperts", "experts"
 # Every rematerialisation policy must save arrays with this name.
 EXPERT_IDS = "expert_ids"

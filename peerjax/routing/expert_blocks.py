@@ -44,6 +44,9 @@ def mixture(
         implementation: implementation in the form that `pallas_kernels.dispatch` takes. "xla"
             multiplies block by block, "mosaic_tpu" uses `jax.lax.ragged_dot`, and "mosaic_gpu"
             multiplies all blocks at once. Each of them runs on every platform.
+
+    Raises:
+        ValueError: if the activation or the implementation is unknown.
     """
     num_experts = down_EDF.shape[0]
 

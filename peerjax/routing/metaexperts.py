@@ -70,6 +70,9 @@ def choose_in_metaexperts(
     Returns:
         A choice of j H k experts for each token, metaexpert by metaexpert, in the pool of M N
         experts. `Choice.moved` gives their numbers there.
+
+    Raises:
+        ValueError: if a metaexpert has fewer than k experts.
     """
     score = partial(scores_of_chosen, implementation=implementation)
     specs = (BATCH, BATCH, jax.tree.map(lambda _: P(), routers))

@@ -68,6 +68,9 @@ def sharded_lookup(
         exchange: "gather", "dispatch", or `None` for the cheaper one; see
             `peerjax.sharding.exchange`.
         **options: `activation` and `implementation` of `lookup`.
+
+    Raises:
+        ValueError: in the same cases as `lookup`.
     """
     if tap is None:
         tap = Tap.zeros_for(ids, x)

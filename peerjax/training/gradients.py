@@ -50,7 +50,8 @@ def loss_and_gradients(
 
     Microbatches are computed one after the other, to save memory. Gradients of params are added,
     and factored gradients are joined along their tokens. The result is that of the whole batch.
-    Only the terms of layers can differ, because they are means over the parts.
+    Only the terms of layers can differ, because they are means over the parts, and losses that put
+    the tokens of a call in relation, as `peerjax.objectives.distillation.output_distance` does.
 
     Args:
         task: task with the model and the loss.
