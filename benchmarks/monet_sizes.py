@@ -10,16 +10,14 @@ from peerjax.planning.targets import GIB, MEMORY
 
 KIND = "v5p"
 VOCABULARY = 32_000
-# The smallest pod of at least 64 chips that holds each model. On 64 chips, the largest model would
-# need 100 GiB.
-CHIPS = {"monet_850m": "4x4x4", "monet_1_4b": "4x4x4", "monet_4_1b": "4x4x8"}
+RECIPES, CHIPS = ("monet_850m", "monet_1_4b", "monet_4_1b"), "4x4x4"
 
 
 def run(quick: bool) -> Result:
     """Compiles all three models; `quick` compiles the smallest."""
     rows, figures, details = [], [], {}
-    for recipe in list(CHIPS)[: 1 if quick else None]:
-        found = program_for(f"{KIND}:{CHIPS[recipe]}", config_of(recipe), VOCABULARY)._asdict()
+    for recipe in RECIPES[: 1 if quick else None]:
+        found = program_for(f"{KIND}:{CHIPS}", config_of(recipe), VOCABULARY)._asdict()
         details[recipe] = found
         rows.append(
             [
