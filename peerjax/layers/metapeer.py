@@ -29,7 +29,7 @@ from peerjax.routing.auxiliary import (
     sow_last,
     sow_loss,
 )
-from peerjax.routing.choice import Choice
+from peerjax.routing.choice import Choice, largest
 from peerjax.routing.metaexperts import Routers, choose_in_metaexperts
 from peerjax.routing.metarouter import (
     choose_by_logits,
@@ -37,7 +37,6 @@ from peerjax.routing.metarouter import (
     chunk_starts,
     continued_sums,
     means_before,
-    opened,
     opened_counts,
     running_sums,
 )
@@ -217,7 +216,7 @@ class MetaRouter(nn.Module):
             is_open = None
             if config.open and context.step is not None:
                 means_BLM = self._means(probabilities_BLM, context, shares.probability)
-                is_open = opened(means_BLM, self._opened_counts(context))
+                is_open = largest(means_BLM, self._opened_counts(context))
             chosen, gates = choose_by_logits(logits_BLM, config.chosen, removed, is_open)
         chosen_Tj, gates_Tj = (each.reshape(-1, config.chosen) for each in (chosen, gates))
         probabilities_TM = probabilities_BLM.reshape(-1, total)

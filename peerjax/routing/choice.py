@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def largest(scores: Float[Array, "*S M"], count: Int[Array, "*S"]) -> Bool[Array, "*S M"]:
+    """Marks the `count` largest scores; of equal ones, the first."""
+    rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+    return rank < count[..., None]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -34,13 +40,9 @@ class Choice:
     is_routed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def limited(self, budget: Int[Array, "*S T"]) -> Choice:
-        """Returns the choice with only the `budget` experts of each token with largest gates.
-
-        Of equal gates, the first ones are kept.
-        """
-        order = jnp.argsort(-self.gates, axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1)
-        return self._where(rank < budget[..., None])
+        """Returns the choice with only the `budget` experts of each token with largest gates."""
+        gates = jnp.where(self.ids < self.num_experts, self.gates, -jnp.inf)
+        return self._where(largest(gates, budget))
 
     def without(self, removed: Bool[Array, " N"]) -> Choice:
         """Returns the choice without some experts. The gates of the others do not change."""

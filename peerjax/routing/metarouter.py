@@ -144,12 +144,6 @@ def gates_of_means(means: Float[Array, "*S M"], chosen: Int[Array, "*S k"]) -> F
     return own / jnp.where(total == 0, 1, total)
 
 
-def opened(scores_BLM: Float[Array, "B L M"], count_BL: Int[Array, "B L"]) -> Bool[Array, "B L M"]:
-    """Marks the `count` metaexperts with the largest scores; of equal ones, the first."""
-    rank_BLM = jnp.argsort(jnp.argsort(-scores_BLM, axis=-1, stable=True), axis=-1)
-    return rank_BLM < count_BL[..., None]
-
-
 def opened_counts(
     seed: Int[Array, ""],
     step: Int[Array, ""],

@@ -12,7 +12,7 @@ from peerjax.layers.peer import PeerConfig
 from peerjax.layers.spec import Context, Sizes
 from peerjax.pool import ExpertPool, initialize_pool
 from peerjax.routing.auxiliary import CHOICE, METAEXPERTS
-from peerjax.routing.metarouter import opened
+from peerjax.routing.choice import largest
 from peerjax.training.gradients import loss_and_gradients
 from tests.training.test_step import LENGTH, ROWS, assert_close, make_batch
 from tests.training.test_step import make as make_run
@@ -245,7 +245,7 @@ def test_opening_needs_the_numbers_of_rows():
 def test_as_many_are_open_as_drawn_and_they_are_the_best():
     rng = np.random.default_rng(0)
     scores, counts = rng.integers(0, 4, (2, 5, 6)).astype(np.float32), rng.integers(1, 7, (2, 5))
-    found = np.asarray(opened(jnp.array(scores), jnp.array(counts)))
+    found = np.asarray(largest(jnp.array(scores), jnp.array(counts)))
     for place in np.ndindex(2, 5):
         best = np.argsort(-scores[place], kind="stable")[: counts[place]]
         assert {*np.flatnonzero(found[place])} == {*best}

@@ -42,6 +42,11 @@ def test_a_budget_keeps_the_experts_of_each_token_with_the_largest_gates():
         assert own == best(whole, count)
 
 
+def test_a_budget_keeps_experts_with_gates_below_0_rather_than_none():
+    choice = Choice(jnp.array([[N, 2, 5]]), jnp.array([[0.0, -0.5, -0.1]]), N)
+    assert pairs_of(choice.limited(jnp.array([1])))[0].keys() == {5}
+
+
 def test_removed_experts_are_left_out_and_the_others_keep_their_gates():
     choice, removed = make(), np.random.default_rng(1).random(N) < 0.5
     limited = choice.limited(jnp.full(TOKENS, 3))  # with the sentinel among the ids
