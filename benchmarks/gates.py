@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import matplotlib.figure
@@ -40,10 +39,8 @@ from benchmarks.sweep import (
     tune_rates,
 )
 from peerjax.data.pipeline import load_corpus, validation_rows
-from peerjax.evaluation import evaluate
-from peerjax.evaluation.domains import mutual_information
-from peerjax.evaluation.specialisation import shuffled
-from peerjax.evaluation.usage import GateSums
+from peerjax.evaluation import ALL, evaluate
+from peerjax.evaluation.specialisation import specialisation
 from peerjax.inference.trained import open_run, restore
 from peerjax.routing.gates import ADAPTIVE_GATES
 from peerjax.sharding import make_mesh
@@ -207,33 +204,20 @@ def information_of(workdir: str) -> dict[str, dict[str, float]]:
     The groups are of as many rows as the domains have, drawn at random from all of them.
     """
     trained, mesh = open_run(workdir), make_mesh()
-    texts = {
-        name: [text[number] for number in validation_rows(text, ROWS)]
-        for name, text in load_corpus(trained.config).validation.items()
-    }
     with jax.set_mesh(mesh):
-        variables = restore(trained, mesh)
-        measure = partial(
-            evaluate, trained.model, variables, probes={"gates": GateSums()}, mesh=mesh,
-            rows=lambda text: range(len(text)), batch_size=trained.config.data.batch_size,
-        )  # fmt: skip
-
-        def information(texts: Mapping[str, Any]) -> dict[str, float]:
-            found = measure(texts=texts)
-            return {
-                layer: mutual_information({name: found[name]["gates"][layer] for name in texts})
-                for layer in LAYERS
-            }
-
-        of_domains = information(texts)
-        rngs = np.random.default_rng(0).spawn(DRAWS)
-        of_groups = [information(shuffled(texts, rng)) for rng in rngs]
+        found = specialisation(
+            partial(evaluate, trained.model, restore(trained, mesh), mesh=mesh),
+            trained.model,
+            load_corpus(trained.config).validation,
+            partial(validation_rows, count=ROWS),
+            DRAWS,
+        )
     return {
         layer: {
-            "domains": of_domains[layer],
-            "random": float(np.mean([each[layer] for each in of_groups])),
+            "domains": units["experts"][ALL]["domains"],
+            "random": units["experts"][ALL]["shuffled"],
         }
-        for layer in LAYERS
+        for layer, units in found.items()
     }
 
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from peerjax.data.packages import GROUPS, TEXT_PACKAGES
 from peerjax.data.packing import PackedRows
 from peerjax.errors import ConfigError, DataError
 from peerjax.evaluation.domains import mutual_information
-from peerjax.evaluation.metaexperts import Metaexperts
-from peerjax.evaluation.probe import ALL, Evaluation, Probe
+from peerjax.evaluation.probe import ALL, Evaluation
 from peerjax.evaluation.usage import GateSums, routers
 from peerjax.model import Decoder
+from peerjax.routing.auxiliary import METAEXPERTS
 
 # Number of draws of shuffled rows. The mean over draws is the control.
 DRAWS = 3
@@ -62,6 +63,7 @@ def specialisation(
     model: Decoder,
     texts: Mapping[str, PackedRows],
     rows: Callable[[PackedRows], Sequence[int]],
+    draws: int = DRAWS,
 ) -> Information:
     """Measures the mutual information of experts and domains, and of metaexperts and domains.
 
@@ -69,29 +71,28 @@ def specialisation(
     the group. It shows how much information so few rows seem to have by chance.
 
     Args:
-        evaluate: function of texts, probes, and `rows`, the function that returns rows of a text to
-            read.
+        evaluate: function of texts, probes, `rows` (the function that returns rows of a text to
+            read) and `batch_size`.
         model: the decoder.
         texts: packed rows by domain.
         rows: function that returns the rows of a domain to use.
+        draws: number of draws of the control.
     """
-    kept = {name: [text[number] for number in rows(text)] for name, text in texts.items()}
-    found = _information(evaluate, model, kept)
+    chosen = [(name, text[number]) for name, text in texts.items() for number in rows(text)]
+    numbers: dict[str, list[int]] = {}
+    for number, (name, _) in enumerate(chosen):
+        numbers.setdefault(name, []).append(number)
+    found = _sums_of_rows(evaluate, [row for _, row in chosen])
     result: Information = {}
     for group, domains in groups_of(list(texts)).items():
-        controls = [
-            _information(evaluate, model, shuffled({name: kept[name] for name in domains}, rng))
-            for rng in np.random.default_rng(0).spawn(DRAWS)
-        ]
-        for layer, of_layer in found.items():
-            for unit, sums in of_layer.items():
-                of_domains = mutual_information({name: sums[name] for name in domains})
-                by_chance = [mutual_information(each[layer][unit]) for each in controls]
-                result.setdefault(layer, {}).setdefault(unit, {})[group] = {
-                    "domains": of_domains,
-                    "shuffled": float(np.mean(by_chance)),
-                    "largest": float(np.log(len(domains))),
-                }
+        own = {name: numbers[name] for name in domains}
+        controls = [shuffled(own, rng) for rng in np.random.default_rng(0).spawn(draws)]
+        for (layer, unit), sums in found.items():
+            result.setdefault(layer, {}).setdefault(unit, {})[group] = {
+                "domains": _information(sums, own),
+                "shuffled": float(np.mean([_information(sums, each) for each in controls])),
+                "largest": float(np.log(len(domains))),
+            }
     return result
 
 
@@ -105,17 +106,20 @@ def shuffled(texts: Mapping[str, Sequence[Any]], rng: np.random.Generator) -> di
     return groups
 
 
-def _information(
-    evaluate: Callable[..., Evaluation], model: Decoder, texts: Mapping[str, Sequence[Any]]
-) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Returns the sums of gates by layer, then by unit, then by text."""
-    probes: dict[str, Probe] = {"experts": GateSums(), "metaexperts": Metaexperts()}
-    found = evaluate(texts, probes, rows=lambda text: range(len(text)))
-    sums: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for name in texts:
-        for layer, gates in found[name]["experts"].items():
-            sums.setdefault(layer, {}).setdefault("experts", {})[name] = gates
-        for layer, figures in found[name]["metaexperts"].items():
-            of_layer = sums.setdefault(layer, {})
-            of_layer.setdefault("metaexperts", {})[name] = figures["shares"]
-    return sums
+def _sums_of_rows(
+    evaluate: Callable[..., Evaluation], rows: Sequence[Any]
+) -> dict[tuple[str, str], scipy.sparse.csr_array]:
+    """Returns the sums of gates [rows, N] by layer and unit. A row uses few of the experts."""
+    probes = {"experts": GateSums(), "metaexperts": GateSums(METAEXPERTS)}
+    sums: dict[tuple[str, str], list[scipy.sparse.csr_array]] = {}
+    for row in rows:
+        found = evaluate({"row": [row]}, probes, rows=lambda text: [0], batch_size=1)[ALL]
+        for unit, layers in found.items():
+            for layer, of_row in layers.items():
+                sums.setdefault((layer, unit), []).append(scipy.sparse.csr_array(of_row[None]))
+    return {key: scipy.sparse.vstack(each, format="csr") for key, each in sums.items()}
+
+
+def _information(sums: scipy.sparse.csr_array, groups: Mapping[str, Sequence[int]]) -> float:
+    """Returns the mutual information of unit and group. A group has some of the rows of `sums`."""
+    return mutual_information({name: sums[rows].sum(axis=0) for name, rows in groups.items()})

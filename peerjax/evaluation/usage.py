@@ -67,15 +67,20 @@ def spec_of(model: Decoder, router: Router) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class GateSums(Probe):
-    """The sum of every expert's gates over the text, by layer: float32 [N]."""
+    """The sum of every expert's gates over the text, by layer: float32 [N].
+
+    Attributes:
+        name: "metaexperts" for sums of metaexperts, as in `routers`.
+    """
 
     keeps: ClassVar[tuple[str, ...]] = (ROUTING,)
+    name: str = CHOICE
 
     def zeros(self, model: Decoder) -> dict[str, Float[Array, "layers N"]]:
         """Returns sums of zero, by the path of the module."""
         return {
             "/".join(each.path): jnp.zeros((len(each.names), each.num_experts), jnp.float32)
-            for each in routers(model)
+            for each in routers(model, self.name)
         }
 
     def add(
@@ -85,13 +90,14 @@ class GateSums(Probe):
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], logits_BLV.shape[:2])
         choices = by_module(kept[ROUTING])
         return {
-            path: total + choices[tuple(path.split("/"))][CHOICE].gate_sums(weight_BL.reshape(-1))
+            path: total
+            + choices[tuple(path.split("/"))][self.name].gate_sums(weight_BL.reshape(-1))
             for path, total in sums.items()
         }
 
     def result(self, model: Decoder, sums: Any, variables: Any) -> dict[str, Any]:
         """Returns the sums on the host, by layer."""
-        return _by_layer(model, jax.device_get(sums))
+        return _by_layer(model, jax.device_get(sums), self.name)
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
         """Returns no metrics, because each layer would have N of them."""
@@ -172,12 +178,12 @@ def _usage_of_layers(sums: dict[str, Array]) -> dict[str, dict[str, Array]]:
     return {path: jax.lax.map(of_layer, each) for path, each in sums.items()}
 
 
-def _by_layer(model: Decoder, by_path: Mapping[str, Any]) -> dict[str, Any]:
+def _by_layer(model: Decoder, by_path: Mapping[str, Any], name: str = CHOICE) -> dict[str, Any]:
     """Returns the rows of arrays by the names of their layers, in the order of layers."""
     return {
-        name: row
-        for router in routers(model)
-        for name, row in zip(router.names, by_path["/".join(router.path)], strict=True)
+        layer: row
+        for router in routers(model, name)
+        for layer, row in zip(router.names, by_path["/".join(router.path)], strict=True)
     }
 
 

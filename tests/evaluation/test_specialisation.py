@@ -1,15 +1,21 @@
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from peerjax.data.pipeline import load_corpus, validation_rows
 from peerjax.errors import ConfigError, DataError
+from peerjax.evaluation import evaluate
+from peerjax.evaluation.domains import mutual_information
 from peerjax.evaluation.specialisation import groups_of, shuffled
+from peerjax.evaluation.usage import GateSums
 from peerjax.inference.evaluating import evaluate_without, print_evaluation, write_evaluation
-from peerjax.inference.trained import open_run
+from peerjax.inference.trained import open_run, restore
 from peerjax.routing.metarouter import switches
+from peerjax.sharding import make_mesh
 from peerjax.training.loop import train
 from tests.training.tiny import tiny_config
 
@@ -33,12 +39,27 @@ def run(tmp_path_factory):
     return open_run(str(folder / "run"))
 
 
+def sums_by_domain(run, rows):
+    """Returns sums of gates, read in whole batches of a domain: by domain, unit and layer."""
+    texts, mesh = load_corpus(run.config).validation, make_mesh()
+    probes = {"experts": GateSums(), "metaexperts": GateSums("metaexperts")}
+    choose = partial(validation_rows, count=rows)
+    with jax.set_mesh(mesh):
+        variables = restore(run, mesh)
+        found = evaluate(run.model, variables, texts, probes, mesh, rows=choose, batch_size=5)
+    return {name: found[name] for name in texts}
+
+
 @pytest.mark.slow
 def test_metaexperts_of_domains_are_told_from_a_shuffled_control(run, tmp_path, capsys):
     found = evaluate_without(run, (), rows=12, specialise=True)
+    sums = sums_by_domain(run, 12)
     assert found.information.keys() == {"layer_0", "layer_1"}
-    for units in found.information.values():
+    for layer, units in found.information.items():
         assert units.keys() == {"experts", "metaexperts"}
+        for unit, groups in units.items():
+            expected = mutual_information({name: each[unit][layer] for name, each in sums.items()})
+            assert groups["all"]["domains"] == pytest.approx(expected, abs=1e-6)
         for groups in units.values():
             assert groups.keys() == {"all"}
             of_all = groups["all"]
