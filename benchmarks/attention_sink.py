@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.protocol import QUICK_STEPS, SEEDS
 from benchmarks.result import Figure, Result
+from benchmarks.short_run import seconds_in_turns
 from benchmarks.sink_conditions import (
     CONDITIONS,
     LEAST_RATE,
@@ -57,6 +58,7 @@ ARMS = {
     ("dense", NONE): {},
 }
 ROWS = 96
+TIMED_STEPS, ROUNDS = 40, 3
 QUICK: Settings = {"data.sequence_length": 64, "eval.rows": 4}
 
 
@@ -90,19 +92,19 @@ def run(quick: bool) -> Result:
 def _compare(
     tried: Sequence[tuple[Condition, Run]], condition: Condition, more: Settings, quick: bool
 ) -> Result:
-    runs: dict[tuple[str, str], list[Run]] = {}
-    for (model, name), settings in ARMS.items():
-        arm = {**condition.settings(KINDS[model]), **more, **settings}
-        seeds = SEEDS[:2] if quick else SEEDS
-        runs[model, name] = from_seeds(
-            RECIPE, {name: arm}, seeds, inspect=measured_by("benchmarks.attention_sink")
-        )[name]
+    arms = {
+        (model, name): {**condition.settings(KINDS[model]), **more, **settings}
+        for (model, name), settings in ARMS.items()
+    }
+    seeds, turns = (SEEDS[:2], (8, 1)) if quick else (SEEDS, (TIMED_STEPS, ROUNDS))
+    runs = from_seeds(RECIPE, arms, seeds, inspect=measured_by("benchmarks.attention_sink"))
+    timed = seconds_in_turns(RECIPE, arms, *turns)
     return Result(
         columns=(
-            "arm", "nats/token", "sink rate", "alpha_1", "largest / median", "minutes",
+            "arm", "nats/token", "sink rate", "alpha_1", "largest / median", "ms a step",
             "without it", "without routed experts",
         ),
-        rows=[[", ".join(arm), *_cells(each)] for arm, each in runs.items()],
+        rows=[[", ".join(arm), *_cells(each, timed[arm])] for arm, each in runs.items()],
         figures=_figures(runs),
         details={
             "conditions": _details_of(tried),
@@ -110,7 +112,7 @@ def _compare(
                 {
                     "arm": arm, "losses": [run.nats_per_token for run in each],
                     "measured": [run.more for run in each],
-                    "seconds": [run.seconds for run in each], "made_by": made_by(each),
+                    "seconds_per_step": timed[arm], "made_by": made_by(each),
                 }
                 for arm, each in runs.items()
             ],
@@ -131,7 +133,7 @@ def _details_of(tried: Sequence[tuple[Condition, Run]]) -> list[dict[str, Any]]:
     ]
 
 
-def _cells(runs: Sequence[Run]) -> list[str]:
+def _cells(runs: Sequence[Run], seconds: Sequence[float]) -> list[str]:
     def mean(name: str) -> str:
         values = [run.more[name] for run in runs if name in run.more]
         return f"{np.mean(values):.4f}" if values else ""
@@ -139,7 +141,7 @@ def _cells(runs: Sequence[Run]) -> list[str]:
     return [
         f"{np.mean([run.nats_per_token for run in runs]):.4f}",
         *map(mean, ("sink_rate", "alpha_1", "ratio")),
-        f"{np.median([run.seconds for run in runs]) / 60:.1f}",
+        f"{1e3 * np.median(seconds):.0f}",
         *map(mean, ("without_path", "without_experts")),
     ]
 

@@ -17,16 +17,14 @@ import numpy as np
 
 from benchmarks.protocol import (
     EVALUATION,
-    OF_POOLS,
     QUICK_STEPS,
     RECIPE,
     SEEDS,
-    SHARED,
     START,
     STEPS,
 )
 from benchmarks.result import REPOSITORY, Figure, Result
-from benchmarks.short_run import train
+from benchmarks.short_run import seconds_in_turns
 from benchmarks.sweep import (
     ROOT,
     Run,
@@ -77,7 +75,7 @@ def run(quick: bool) -> Result:
     runs = from_seeds(
         RECIPE, arms, seeds, keep_series=True, inspect=measured_by("benchmarks.gates")
     )
-    timed = seconds_of_steps(arms, *((8, 1) if quick else (TIMED_STEPS, ROUNDS)))
+    timed = seconds_in_turns(RECIPE, arms, *((8, 1) if quick else (TIMED_STEPS, ROUNDS)))
     seconds = {arm: float(np.median(each)) for arm, each in timed.items()}
     plot(runs, seconds, ROOT / "gates" if quick else REPOSITORY / "docs" / "gates")
     return Result(
@@ -105,19 +103,6 @@ def run(quick: bool) -> Result:
 
 Runs = Mapping[tuple[str, int], Sequence[Run]]
 Seconds = Mapping[tuple[str, int], float]
-
-
-def seconds_of_steps(
-    arms: Mapping[tuple[str, int], Settings], steps: int, rounds: int
-) -> dict[tuple[str, int], list[float]]:
-    """Returns the mean seconds of a step of each arm in every round. Arms take turns."""
-    found: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
-    for _ in range(rounds):
-        for arm, settings in arms.items():
-            # A rate that warms up over few steps might diverge.
-            short = {**settings, SHARED: 1e-4, OF_POOLS: 1e-4, "eval.rows": 8}
-            found[arm].append(train(RECIPE, steps, short)["seconds_per_step"])
-    return found
 
 
 def _numbers(runs: Runs) -> list[int]:

@@ -26,6 +26,7 @@ from jaxtyping import Array
 from benchmarks import domains_text
 from benchmarks.protocol import OF_POOLS, QUICK_STEPS, SEEDS, SHARED
 from benchmarks.result import REPOSITORY, Figure, Result
+from benchmarks.short_run import seconds_in_turns
 from benchmarks.sweep import (
     ROOT,
     Run,
@@ -64,6 +65,7 @@ CHOICES: dict[str, Settings] = {
 }
 # Numbers of sub-keys of the twins: as many experts as one metaexpert, as 8 and as 16.
 TWINS = {1: (64, 64), 8: (128, 256), 16: (256, 256)}
+TIMED_STEPS, ROUNDS = 10, 3
 ROWS, CALIBRATION, PARTS = 12, (1, 10, 100), (4, 8)
 QUICK: Settings = {"data.sequence_length": 128, "data.batch_size": 2, "metapeer.chunk": 32}
 Arm = tuple[str, int]
@@ -103,13 +105,14 @@ def run(quick: bool) -> Result:
     for arm, each in runs.items():
         if not all(run.more for run in each):
             raise RuntimeError(f"{arm[0]}, {arm[1]} diverged with the rates that were tuned")
+    timed = seconds_in_turns(RECIPE, full, *((2, 1) if quick else (TIMED_STEPS, ROUNDS)))
     plot(runs, ROOT / "metarouter" if quick else REPOSITORY / "docs" / "metarouter")
     return Result(
         columns=(
-            "arm", "nats/token", "without chunk 0", "minutes", "switched",
+            "arm", "nats/token", "without chunk 0", "ms a step", "switched",
             "information: metaexperts", "shuffled", "experts", "shuffled",
         ),
-        rows=[_row(arm, each) for arm, each in runs.items()],
+        rows=[_row(arm, each, timed[arm]) for arm, each in runs.items()],
         figures=_figures(runs),
         details={
             "tuning": {
@@ -119,7 +122,7 @@ def run(quick: bool) -> Result:
                 {
                     "arm": arm, "losses": [run.nats_per_token for run in each],
                     "measured": [run.more for run in each],
-                    "seconds": [run.seconds for run in each], "made_by": made_by(each),
+                    "seconds_per_step": timed[arm], "made_by": made_by(each),
                 }
                 for arm, each in runs.items()
             ],
@@ -136,7 +139,7 @@ def _information(run: Run, unit: str, group: str, kind: str) -> float:
     return float(np.mean([each[kind] for each in layers])) if layers else float("nan")
 
 
-def _row(arm: Arm, runs: Sequence[Run]) -> list[str]:
+def _row(arm: Arm, runs: Sequence[Run], seconds: Sequence[float]) -> list[str]:
     def mean(value: Any) -> str:
         values = [value(run) for run in runs]
         return f"{np.mean(values):.4f}" if np.all(np.isfinite(values)) else ""
@@ -145,7 +148,7 @@ def _row(arm: Arm, runs: Sequence[Run]) -> list[str]:
         f"{arm[0]}, {arm[1]}",
         mean(lambda run: run.nats_per_token),
         mean(lambda run: run.more["later"]),
-        f"{np.median([run.seconds for run in runs]) / 60:.1f}",
+        f"{1e3 * np.median(seconds):.0f}",
         mean(lambda run: run.more.get("switched", float("nan"))),
         *(
             mean(lambda run, unit=unit, kind=kind: _information(run, unit, ALL, kind))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.protocol import OF_POOLS, SHARED
 from benchmarks.result import REPOSITORY
 
 
@@ -57,3 +58,24 @@ def train(
         "seconds_per_step": seconds,
         "found": found,
     }
+
+
+def seconds_in_turns(
+    recipe: str, arms: Mapping[Any, Mapping[str, Any]], steps: int, rounds: int
+) -> dict[Any, list[float]]:
+    """Returns the mean seconds of a step of each arm in every round. Arms take turns.
+
+    Learning rates are low, because one that warms up over few steps might diverge.
+
+    Args:
+        recipe: the name of a file in `configs/`.
+        arms: settings of each arm, by any key.
+        steps: number of steps in a round.
+        rounds: number of rounds.
+    """
+    more = {SHARED: 1e-4, OF_POOLS: 1e-4, "eval.rows": 8}
+    found: dict[Any, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, settings in arms.items():
+            found[arm].append(train(recipe, steps, {**settings, **more})["seconds_per_step"])
+    return found
