@@ -1,5 +1,6 @@
 """The public lookup and its gradient."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -85,9 +86,6 @@ def lookup(
         hidden_bias = jnp.zeros(ids.shape, jnp.float32)
     elif hidden_bias.shape != ids.shape:
         raise ValueError(f"hidden_bias has shape {hidden_bias.shape}, but ids have {ids.shape}")
-    # Not by multiplication, which would keep NaN. Values of the sentinel must not count.
-    valid = (ids >= 0) & (ids < pool.num_experts)
-    gates, hidden_bias = jnp.where(valid, gates, 0), jnp.where(valid, hidden_bias, 0)
     ids = ids.astype(jnp.int32)  # indices of units and words may be much larger
     if tap is None:
         tap = Tap.zeros_for(ids, x)
@@ -109,15 +107,33 @@ class _Static(NamedTuple):
 
 
 def _dispatch(static: _Static, direction: str, operands: tuple[Any, ...]) -> Any:
+    def of_module(module: Any) -> Callable[..., Any]:
+        function = partial(getattr(module, direction), activation=static.activation)
+        # The native kernels skip the sentinel.
+        return function if module is native_cpu else _with_zeros(function)
+
     kernels = {
-        name: Kernel(
-            partial(getattr(module, direction), activation=static.activation),
-            module.cannot_look_up(*operands[:2]),
-        )
+        name: Kernel(of_module(module), module.cannot_look_up(*operands[:2]))
         for name, module in KERNELS.items()
     }
-    reference = partial(getattr(xla, direction), activation=static.activation)
-    return dispatch("look experts up", static.implementation, reference, kernels, *operands)
+    return dispatch("look experts up", static.implementation, of_module(xla), kernels, *operands)
+
+
+def _with_zeros(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function of operands in which nothing of the sentinel counts, not even NaN."""
+
+    def of_operands(
+        pool: ExpertPool, ids: Array, gates: Array, x: Array, bias: Array, *dy: Array
+    ) -> Any:
+        def or_zero(values: Array) -> Array:
+            return jnp.where((ids >= 0) & (ids < pool.num_experts), values, 0)
+
+        found = function(pool, ids, or_zero(gates), x, or_zero(bias), *dy)
+        if not dy:
+            return found
+        return found._replace(pairs=found.pairs._replace(gates=or_zero(found.pairs.gates)))
+
+    return of_operands
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
