@@ -19,8 +19,8 @@ using U32 = ffi::Buffer<ffi::U32>;
 using F32Out = ffi::ResultBuffer<ffi::F32>;
 using S32Out = ffi::ResultBuffer<ffi::S32>;
 
-constexpr int64_t kPairsOfPiece = 2048;  // (token, expert) pairs that a thread takes at once
-constexpr int64_t kHitsOfPiece = 256, kRowsOfPiece = 64;
+constexpr int64_t kPairsOfPiece = 2048;  // least number of (token, expert) pairs
+constexpr int64_t kPiecesOfThread = 4, kHitsOfPiece = 256, kRowsOfPiece = 64;
 
 // Calls `run.operator()<bits, whole>()` for a number of bits of codes. Vectors of lanes are `whole`
 // if each vector of an expert fills them.
@@ -47,6 +47,13 @@ Pool PoolOf(const S32& words, const F32& scales, const S32& layer, int64_t width
           width * bits / 32};
 }
 
+// A thread waits for the experts of the first token of a piece, so that pieces are not small.
+int64_t TokensOfPiece(const ffi::ThreadPool& threads, const S32& ids) {
+  const int64_t tokens = ids.dimensions()[0], chosen = ids.dimensions()[1];
+  const int64_t even = tokens / (kPiecesOfThread * std::max<int64_t>(1, threads.num_threads()));
+  return std::max({(int64_t)1, kPairsOfPiece / std::max<int64_t>(1, chosen), even});
+}
+
 ffi::Error Forward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S32 ids, F32 gates,
                    F32 x, F32 bias, F32Out y, int64_t bits, int64_t activation) {
   const int64_t chosen = ids.dimensions()[1], width = x.dimensions()[1];
@@ -54,7 +61,7 @@ ffi::Error Forward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S3
   const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(),
                   bias.typed_data(), x.typed_data(), nullptr};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {
-    ForPieces(threads, ids.dimensions()[0], std::max<int64_t>(1, kPairsOfPiece / chosen),
+    ForPieces(threads, ids.dimensions()[0], TokensOfPiece(threads, ids),
               [&](int64_t first, int64_t last, int64_t) {
                 ForwardTokens<kBits, kWhole>(pool, in, y->typed_data(), first, last);
               });
@@ -71,7 +78,7 @@ ffi::Error Backward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S
   const Gradients out{dx->typed_data(), d_gates->typed_data(), c_down->typed_data(),
                       c_up->typed_data(), d_down_scale->typed_data(), d_up_scale->typed_data()};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {
-    ForPieces(threads, ids.dimensions()[0], std::max<int64_t>(1, kPairsOfPiece / chosen),
+    ForPieces(threads, ids.dimensions()[0], TokensOfPiece(threads, ids),
               [&](int64_t first, int64_t last, int64_t) {
                 BackwardTokens<kBits, kWhole>(pool, in, out, first, last);
               });

@@ -1,8 +1,13 @@
 // Vectors of floats and integers, and the codes in them. See pallas_kernels/packing.py.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -46,12 +51,25 @@ INLINE Floats AllEqual(float value) { return value - Floats{}; }
 INLINE Floats ToFloats(Ints ints) { return __builtin_convertvector(ints, Floats); }
 INLINE Ints ToInts(Floats floats) { return __builtin_convertvector(floats, Ints); }
 
-// Sums the lanes as a tree: always in the same order.
+template <class Element, int kCount>
+struct LanesOf {
+  typedef Element Vector __attribute__((vector_size(sizeof(Element) * kCount)));
+};
+
+// Sums the lanes as a tree: always in the same order. A loop over lanes would go through memory.
+template <class Element, int kCount>
+INLINE Element SumOf(typename LanesOf<Element, kCount>::Vector vector) {
+  if constexpr (kCount == 2) {
+    return vector[0] + vector[1];
+  } else {
+    using Half = typename LanesOf<Element, kCount / 2>::Vector;
+    const Element* lanes = (const Element*)&vector;
+    return SumOf<Element, kCount / 2>(Load<Half>(lanes) + Load<Half>(lanes + kCount / 2));
+  }
+}
 template <class Vector>
 INLINE auto SumOfLanes(Vector vector) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) vector[i] += vector[i + half];
-  return vector[0];
+  return SumOf<std::remove_cvref_t<decltype(vector[0])>, kLanes>(vector);
 }
 
 // Code number `plane` of each word, in two's complement.
@@ -60,11 +78,29 @@ INLINE Ints Code(Words words, int plane) {
   return (Ints)(words << (32 - kBits - kBits * plane)) >> (32 - kBits);
 }
 
-// The codes of a plane as floats, times `kCodeUnit`: at the top of a word, and not shifted down.
+// The codes of a plane as floats, times `kCodeUnit`.
+#ifdef __AVX512F__
+// One instruction reads the lowest four bits of each lane as a place in a table.
 template <int kBits>
-constexpr float kCodeUnit = (float)(1u << (32 - kBits));
+constexpr bool kByTable = kBits <= 4;
+#else
 template <int kBits>
-INLINE Floats TopCode(Words words, int plane) {
+constexpr bool kByTable = false;
+#endif
+template <int kBits>
+constexpr float kCodeUnit = kByTable<kBits> ? 1 : (float)(1u << (32 - kBits));
+
+template <int kBits>
+INLINE Floats FloatCode(Words words, int plane) {
+#ifdef __AVX512F__
+  if constexpr (kByTable<kBits>) {
+    Floats table;
+    for (int place = 0; place < kLanes; ++place)
+      table[place] = (float)((int32_t)((uint32_t)place << (32 - kBits)) >> (32 - kBits));
+    return (Floats)_mm512_permutexvar_ps((__m512i)(words >> (kBits * plane)), (__m512)table);
+  }
+#endif
+  // At the top of a word, and not shifted down.
   constexpr uint32_t kMask = ~0u << (32 - kBits);
   return ToFloats((Ints)((words << (32 - kBits - kBits * plane)) & kMask));
 }

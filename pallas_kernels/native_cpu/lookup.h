@@ -113,7 +113,7 @@ INLINE float Dot(const int32_t* words, const ByPlane<kBits>& x, int64_t count) {
     const Words packed = LoadWords<kWhole>(words + at, count - at);
 #pragma GCC unroll 16
     for (int plane = 0; plane < x.kPlanes; ++plane)
-      sums[plane % 4] += TopCode<kBits>(packed, plane) * LoadFloats(x.at(plane) + at);
+      sums[plane % 4] += FloatCode<kBits>(packed, plane) * LoadFloats(x.at(plane) + at);
   }
   return SumOfLanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / kCodeUnit<kBits>;
 }
@@ -124,17 +124,22 @@ INLINE void Mix(const Active& active, int vector, ByPlane<kBits>& y, const Pool&
                 const Active& next) {
   constexpr int kTogether = y.kPlanes < 8 ? y.kPlanes : 8;
   const int64_t count = pool.vector_words;
+  const int64_t passes = y.kPlanes / kTogether * (RoundUp(count) / kLanes);
+  int64_t pass = 0;
   for (int first = 0; first < y.kPlanes; first += kTogether)
-    for (int64_t at = 0; at < count; at += kLanes) {
+    for (int64_t at = 0; at < count; at += kLanes, ++pass) {
       Floats sums[kTogether] = {};
+      // Requests are spread over all passes. Many at once would have to wait for each other.
+      int64_t asked = pass;
       for (int64_t i = 0; i < active.count; ++i) {
-        if (first == 0 && at == 0 && i < next.count) pool.Prefetch(next.id[i], kUp);
+        if (i == asked && i < next.count) pool.Prefetch(next.id[i], kUp);
+        asked += i == asked ? passes : 0;
         const int32_t* words = active.vectors[vector][i];
         const Words packed = LoadWords<kWhole>(words + at, count - at) >> (kBits * first);
         const Floats factor = AllEqual(active.mixing[i]);
 #pragma GCC unroll 8
         for (int plane = 0; plane < kTogether; ++plane)
-          sums[plane] += factor * TopCode<kBits>(packed, plane);
+          sums[plane] += factor * FloatCode<kBits>(packed, plane);
       }
 #pragma GCC unroll 8
       for (int plane = 0; plane < kTogether; ++plane)
