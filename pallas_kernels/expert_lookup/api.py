@@ -83,7 +83,7 @@ def lookup(
             "choose a layer with `pool.at_layer(layer)` if the pool is a stack, and only then"
         )
     if hidden_bias is None:
-        hidden_bias = jnp.zeros(ids.shape, jnp.float32)
+        hidden_bias = jnp.zeros((len(ids), 0), jnp.float32)
     elif hidden_bias.shape != ids.shape:
         raise ValueError(f"hidden_bias has shape {hidden_bias.shape}, but ids have {ids.shape}")
     ids = ids.astype(jnp.int32)  # indices of units and words may be much larger
@@ -109,7 +109,7 @@ class _Static(NamedTuple):
 def _dispatch(static: _Static, direction: str, operands: tuple[Any, ...]) -> Any:
     def of_module(module: Any) -> Callable[..., Any]:
         function = partial(getattr(module, direction), activation=static.activation)
-        # The native kernels skip the sentinel.
+        # The native kernels skip the sentinel, and take a bias without numbers as zeros.
         return function if module is native_cpu else _with_zeros(function)
 
     kernels = {
@@ -120,7 +120,10 @@ def _dispatch(static: _Static, direction: str, operands: tuple[Any, ...]) -> Any
 
 
 def _with_zeros(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function of operands in which nothing of the sentinel counts, not even NaN."""
+    """Returns the function with zeros for a missing bias and for all numbers of the sentinel.
+
+    A product with 0 would keep NaN.
+    """
 
     def of_operands(
         pool: ExpertPool, ids: Array, gates: Array, x: Array, bias: Array, *dy: Array
@@ -128,7 +131,8 @@ def _with_zeros(function: Callable[..., Any]) -> Callable[..., Any]:
         def or_zero(values: Array) -> Array:
             return jnp.where((ids >= 0) & (ids < pool.num_experts), values, 0)
 
-        found = function(pool, ids, or_zero(gates), x, or_zero(bias), *dy)
+        bias = or_zero(bias) if bias.size else jnp.zeros(ids.shape, jnp.float32)
+        found = function(pool, ids, or_zero(gates), x, bias, *dy)
         if not dy:
             return found
         return found._replace(pairs=found.pairs._replace(gates=or_zero(found.pairs.gates)))
@@ -172,7 +176,8 @@ def _lookup_bwd(static, residuals, dy):
         if layer is not None:
             d_weights = jnp.zeros_like(weights).at[layer].set(d_weights)
     # The hidden value is the bias plus a product, so the gradient of the bias is c_down.
-    return d_weights, d_scales, None, None, pairs.gates, cotangents.x, pairs.c_down, tap
+    d_bias = pairs.c_down if hidden_bias.size else hidden_bias
+    return d_weights, d_scales, None, None, pairs.gates, cotangents.x, d_bias, tap
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

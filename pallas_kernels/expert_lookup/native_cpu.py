@@ -26,10 +26,13 @@ def forward(
     ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
     x: Float[Array, "T D"],
-    hidden_bias: Float[Array, "T K"],
+    hidden_bias: Float[Array, "T biases"],
     activation: str,
 ) -> Float[Array, "T D"]:
-    """Computes what `pallas_kernels.expert_lookup.xla.forward` computes."""
+    """Computes what `pallas_kernels.expert_lookup.xla.forward` computes.
+
+    `hidden_bias` may have no columns, which stands for zeros.
+    """
     y = call(
         "peer_lookup_forward",
         jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -45,11 +48,11 @@ def backward(
     ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
     x: Float[Array, "T D"],
-    hidden_bias: Float[Array, "T K"],
+    hidden_bias: Float[Array, "T biases"],
     dy: Float[Array, "T D"],
     activation: str,
 ) -> Cotangents:
-    """Computes what `pallas_kernels.expert_lookup.xla.backward` computes."""
+    """Computes what `pallas_kernels.expert_lookup.xla.backward` computes. See `forward`."""
     of_pairs = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
     dx, *pairs = call(
         "peer_lookup_backward",

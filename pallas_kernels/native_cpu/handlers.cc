@@ -54,12 +54,16 @@ int64_t TokensOfPiece(const ffi::ThreadPool& threads, const S32& ids) {
   return std::max({(int64_t)1, kPairsOfPiece / std::max<int64_t>(1, chosen), even});
 }
 
+const float* OrNull(const F32& numbers) {
+  return numbers.element_count() ? numbers.typed_data() : nullptr;
+}
+
 ffi::Error Forward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S32 ids, F32 gates,
                    F32 x, F32 bias, F32Out y, int64_t bits, int64_t activation) {
   const int64_t chosen = ids.dimensions()[1], width = x.dimensions()[1];
   const Pool pool = PoolOf(words, scales, layer, width, bits);
   const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(),
-                  bias.typed_data(), x.typed_data(), nullptr};
+                  OrNull(bias), x.typed_data(), nullptr};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {
     ForPieces(threads, ids.dimensions()[0], TokensOfPiece(threads, ids),
               [&](int64_t first, int64_t last, int64_t) {
@@ -74,7 +78,7 @@ ffi::Error Backward(ffi::ThreadPool threads, S32 words, F32 scales, S32 layer, S
   const int64_t chosen = ids.dimensions()[1], width = x.dimensions()[1];
   const Pool pool = PoolOf(words, scales, layer, width, bits);
   const Tokens in{(Activation)activation, chosen, width, ids.typed_data(), gates.typed_data(),
-                  bias.typed_data(), x.typed_data(), dy.typed_data()};
+                  OrNull(bias), x.typed_data(), dy.typed_data()};
   const Gradients out{dx->typed_data(), d_gates->typed_data(), c_down->typed_data(),
                       c_up->typed_data(), d_down_scale->typed_data(), d_up_scale->typed_data()};
   return ForFormat(bits, pool, [&]<int kBits, bool kWhole>() {

@@ -47,6 +47,11 @@ INLINE Words LoadWords(const int32_t* from, int64_t count) {
   return words;
 }
 
+INLINE Ints Numbered() {
+  Ints lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
 INLINE Floats AllEqual(float value) { return value - Floats{}; }
 INLINE Floats ToFloats(Ints ints) { return __builtin_convertvector(ints, Floats); }
 INLINE Ints ToInts(Floats floats) { return __builtin_convertvector(floats, Ints); }

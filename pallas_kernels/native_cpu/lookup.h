@@ -37,7 +37,7 @@ struct Tokens {
   Activation activation;
   int64_t chosen, width;  // K, D
   const int32_t* ids;     // [T, K]
-  const float *gates, *bias;  // [T, K]
+  const float *gates, *bias;  // [T, K]; the bias may be null
   const float *x, *dy;        // [T, D]; dy is null in a forward pass
 };
 
@@ -53,12 +53,14 @@ class ByPlane {
   explicit ByPlane(int64_t words)
       : words_(words), stride_(RoundUp(words)), data_(kPlanes * stride_) {}
   void Read(const float* from) {
-    for (int plane = 0; plane < kPlanes; ++plane)
-      std::memcpy(at(plane), from + plane * words_, 4 * words_);
+    Copy([&](int plane, int64_t words) {
+      std::memcpy(at(plane), from + plane * words_, 4 * words);
+    });
   }
   void Write(float* to) const {
-    for (int plane = 0; plane < kPlanes; ++plane)
-      std::memcpy(to + plane * words_, at(plane), 4 * words_);
+    Copy([&](int plane, int64_t words) {
+      std::memcpy(to + plane * words_, at(plane), 4 * words);
+    });
   }
   float* at(int plane) { return data_.data() + plane * stride_; }
   const float* at(int plane) const { return data_.data() + plane * stride_; }
@@ -66,14 +68,22 @@ class ByPlane {
   static constexpr int kPlanes = 32 / kBits;
 
  private:
+  // Calls `copy(plane, words)` for runs of words, which are as long as possible.
+  template <class OneRun>
+  void Copy(const OneRun& copy) const {
+    if (stride_ == words_) return copy(0, kPlanes * words_);
+    for (int plane = 0; plane < kPlanes; ++plane) copy(plane, words_);
+  }
+
   int64_t words_, stride_;
   std::vector<float> data_;
 };
 
 // The experts of one token that are in the pool, and numbers of each.
 struct Active {
+  // `Find` writes whole vectors of lanes.
   explicit Active(int64_t chosen)
-      : place(chosen), id(chosen), code_x(chosen), code_dy(chosen), mixing(chosen) {
+      : place(chosen + kLanes), id(chosen + kLanes), code_x(chosen), code_dy(chosen), mixing(chosen) {
     for (auto* each : {&vectors[kDown], &vectors[kUp]}) each->resize(chosen);
     for (auto* each : {&gate, &bias, &down_scale, &up_scale}) each->resize(chosen);
   }
@@ -84,7 +94,18 @@ struct Active {
 
   void Find(const Pool& pool, const int32_t* ids, int64_t chosen) {
     count = 0;
-    for (int64_t k = 0; k < chosen; ++k) {
+    int64_t k = 0;
+#ifdef __AVX512F__
+    for (; k + kLanes <= chosen; k += kLanes) {
+      const __m512i some = _mm512_loadu_si512(ids + k);
+      const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(k), (__m512i)Numbered());
+      const __mmask16 held = _mm512_cmplt_epu32_mask(some, _mm512_set1_epi32(pool.num_experts));
+      _mm512_storeu_si512(&place[count], _mm512_maskz_compress_epi32(held, places));
+      _mm512_storeu_si512(&id[count], _mm512_maskz_compress_epi32(held, some));
+      count += __builtin_popcount(held);
+    }
+#endif
+    for (; k < chosen; ++k) {
       place[count] = k;
       id[count] = ids[k];
       count += pool.Holds(ids[k]);
@@ -100,7 +121,7 @@ struct Active {
       down_scale[i] = *pool.Scale(id[i], kDown);
       up_scale[i] = *pool.Scale(id[i], kUp);
       gate[i] = gates[place[i]];
-      bias[i] = biases[place[i]];
+      bias[i] = biases ? biases[place[i]] : 0;
     }
   }
 };
@@ -158,7 +179,8 @@ INLINE void ForTokens(const Pool& pool, const Tokens& in, int64_t first, int64_t
   for (int64_t token = first; token < last; ++token) {
     std::swap(active, next);
     next.Find(pool, in.ids + (token + 1) * in.chosen, token + 1 < last ? in.chosen : 0);
-    active.ReadNumbers(pool, in.gates + token * in.chosen, in.bias + token * in.chosen);
+    active.ReadNumbers(pool, in.gates + token * in.chosen,
+                       in.bias ? in.bias + token * in.chosen : nullptr);
     one_token(token, active, next);
   }
 }

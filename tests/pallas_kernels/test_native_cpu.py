@@ -1,6 +1,7 @@
 """Native kernels against XLA on fresh inputs, and the checks before they are loaded."""
 
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,17 @@ def test_large_hidden_values_and_those_that_are_not_numbers():
         np.testing.assert_allclose(
             one[kept], other[kept], rtol=1e-5, atol=1e-5 * np.abs(other[kept]).max()
         )
+
+
+@needs_native
+def test_a_missing_bias_is_zero():
+    pool = make_pool("int4", 64, 20).at_layer(jnp.int32(0))
+    ids, gates, x, bias = make_inputs(20, 9, 8, 64)
+    look_up = partial(lookup, activation="gelu", implementation="native_cpu")
+    np.testing.assert_array_equal(
+        look_up(pool, ids, gates, x),
+        look_up(pool, ids, gates, x, hidden_bias=jnp.zeros_like(bias)),
+    )
 
 
 @needs_native
