@@ -126,13 +126,13 @@ def _with_zeros(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def of_operands(
-        pool: ExpertPool, ids: Array, gates: Array, x: Array, bias: Array, *dy: Array
+        pool: ExpertPool, ids: Array, gates: Array, x: Array, bias: Array, *dy: Array, **how: Any
     ) -> Any:
         def or_zero(values: Array) -> Array:
             return jnp.where((ids >= 0) & (ids < pool.num_experts), values, 0)
 
         bias = or_zero(bias) if bias.size else jnp.zeros(ids.shape, jnp.float32)
-        found = function(pool, ids, or_zero(gates), x, bias, *dy)
+        found = function(pool, ids, or_zero(gates), x, bias, *dy, **how)
         if not dy:
             return found
         return found._replace(pairs=found.pairs._replace(gates=or_zero(found.pairs.gates)))
