@@ -173,6 +173,13 @@ def _figures(runs: Runs, seconds: Seconds) -> list[Figure]:
                     0.05,
                 )
             )
+            figures.append(
+                Figure.at_most(
+                    f"{gate}, {number}: |active on validation text / target - 1|, mean of seeds",
+                    abs(_mean_active(number, own) / number - 1),
+                    0.05,
+                )
+            )
             information = [
                 [np.mean([run.more[layer]["domains"] for layer in LAYERS]) for run in each]
                 for each in (own, softmax)

@@ -275,15 +275,9 @@ def _alone(trained: Trained, measure: Any, corpus: Any, choose: Any) -> dict[str
         whole = measure({domain: validation}, {"loss": loss}, rows=choose)
         before = whole[domain]["loss"]["nats_per_token"]
         for count in CALIBRATION:
-            found = measure(
-                {domain: text},
-                {"sums": Metaexperts() if name == METAEXPERTS else GateSums()},
-                rows=partial(validation_rows, count=count),
-            )[domain]["sums"]
-            sums = {
-                layer: each["shares"] if name == METAEXPERTS else each
-                for layer, each in found.items()
-            }
+            calibration = partial(validation_rows, count=count)
+            found = measure({domain: text}, {"sums": GateSums(name)}, rows=calibration)
+            sums = found[domain]["sums"]
             for part in PARTS:
                 if name == METAEXPERTS and min(map(np.size, sums.values())) < 2 * part:
                     continue  # a token uses two

@@ -121,7 +121,7 @@ class Usage(GateSums):
         """Returns the results by layer. Only they are copied to the host."""
         reduced = jax.device_get(_usage_of_layers(sums))
         by_layer = {
-            name: _by_layer(model, {path: each[name] for path, each in reduced.items()})
+            name: _by_layer(model, {path: each[name] for path, each in reduced.items()}, self.name)
             for name in ("usage", "unevenness", "curve")
         }
         return {
@@ -131,7 +131,7 @@ class Usage(GateSums):
                 "curve": by_layer["curve"][layer],
                 "num_experts": num_experts,
             }
-            for layer, num_experts in _sizes(model).items()
+            for layer, num_experts in _sizes(model, self.name).items()
         }
 
     def figures(self, name: str, text: str, result: Mapping[str, Any]) -> dict[str, float]:
@@ -178,7 +178,7 @@ def _usage_of_layers(sums: dict[str, Array]) -> dict[str, dict[str, Array]]:
     return {path: jax.lax.map(of_layer, each) for path, each in sums.items()}
 
 
-def _by_layer(model: Decoder, by_path: Mapping[str, Any], name: str = CHOICE) -> dict[str, Any]:
+def _by_layer(model: Decoder, by_path: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns the rows of arrays by the names of their layers, in the order of layers."""
     return {
         layer: row
@@ -187,5 +187,5 @@ def _by_layer(model: Decoder, by_path: Mapping[str, Any], name: str = CHOICE) ->
     }
 
 
-def _sizes(model: Decoder) -> dict[str, int]:
-    return {name: router.num_experts for router in routers(model) for name in router.names}
+def _sizes(model: Decoder, name: str) -> dict[str, int]:
+    return {layer: router.num_experts for router in routers(model, name) for layer in router.names}
